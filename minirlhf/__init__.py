@@ -1,0 +1,1 @@
+"""minirlhf: reinforcement learning from human feedback, from scratch, in PyTorch."""

@@ -1,0 +1,106 @@
+"""Command-line options from a dataclass: each field is one line, and its comment is the --help text.
+
+    @dataclass
+    class Options(RunOptions):
+        "What this script does."
+        batch_size: int = 64  # rows a step [1..]
+
+A range at the end of a comment, as in [1..], [0..1] or (0..], is enforced as well as shown ("(" excludes the end). A
+Literal type gives choices. `--name=value` and `--name value` both work, `--flag` alone means True, `@file` reads
+options from a file with one `name = value` a line. An unknown name is refused, abbreviations too.
+
+Left out: nesting, YAML and overriding by environment. A run's options fit one flat list.
+"""
+import argparse
+import inspect
+import math
+import re
+import sys
+from dataclasses import dataclass, fields
+from typing import Literal, NoReturn, get_args, get_origin
+
+RANGE = re.compile(r"\s*([\[(])(-?[\d.]+?)?\.\.(-?[\d.]+)?([\])])$")
+
+
+def fail(message: str) -> NoReturn:
+    """Bad input or use: one line on standard error, exit status 2, no traceback."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+@dataclass
+class RunOptions:
+    """What every stage has in common."""
+    device: str = "auto"  # cpu, cuda, cuda:N, mps; auto takes the GPU when there is one
+    dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16 runs the networks' products under autocast; weights, log-probabilities and losses stay float32
+    compile: bool = False  # run the networks through torch.compile: worth its warm-up on a GPU only
+    seed: int = 1337  # every random choice is a function of (seed, step, rank, purpose) [0..]
+    resume: bool = False  # go on from out_dir's checkpoint
+    overwrite: bool = False  # let a new run replace what out_dir holds
+
+
+def parse(cls, argv=None):
+    """An instance of dataclass `cls` from the command line. Prints help or an error and exits as argparse does."""
+    parser = argparse.ArgumentParser(
+        description=inspect.cleandoc(cls.__doc__), fromfile_prefix_chars="@", allow_abbrev=False,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=28, width=110))
+    parser.convert_arg_line_to_args = _preset_line
+    comments = _comments(cls)
+    for field in fields(cls):
+        text, kind = comments[field.name], field.type
+        shown = "" if field.default in ("", None) else f" (default: {field.default})"
+        extra = {}
+        if get_origin(kind) is Literal:
+            extra["choices"] = get_args(kind)
+            kind = str
+        elif kind is bool:
+            extra.update(nargs="?", const=True, metavar="BOOL")
+            kind = _boolean
+        else:
+            extra["metavar"] = kind.__name__.upper()
+        parser.add_argument(f"--{field.name}", type=kind, default=field.default, help=(text + shown).replace("%", "%%"),
+                            **extra)
+    options = cls(**vars(parser.parse_args(argv)))
+    for field in fields(cls):
+        _check_range(field.name, getattr(options, field.name), comments[field.name])
+    return options
+
+
+def _comments(cls):
+    found = {}
+    for owner in reversed(cls.__mro__[:-1]):
+        for line in inspect.getsource(owner).splitlines():
+            match = re.match(r"    (\w+): .*?  # (.*)", line)
+            if match:
+                found[match[1]] = match[2]
+    return found
+
+
+def _boolean(text):
+    if text.lower() in ("true", "1", "yes"):
+        return True
+    if text.lower() in ("false", "0", "no"):
+        return False
+    raise argparse.ArgumentTypeError(f"expected true or false, found {text!r}")
+
+
+def _preset_line(line):
+    """`name = value`, `--name=value`, `--flag`; blank lines and # comments are skipped."""
+    line = line.split(" #")[0].strip()
+    if not line or line.startswith("#"):
+        return []
+    name, equals, value = (part.strip() for part in line.partition("="))
+    return [("" if name.startswith("--") else "--") + name + equals + value]
+
+
+def _check_range(name, value, comment):
+    match = RANGE.search(comment)
+    if isinstance(value, float) and not math.isfinite(value):
+        fail(f"--{name} {value}: must be a finite number")
+    if match is None or value is None:
+        return
+    left, low, high, right = match.groups()
+    if low is not None and (value < float(low) or (left == "(" and value == float(low))):
+        fail(f"--{name} {value}: must be {'greater than' if left == '(' else 'at least'} {low}")
+    if high is not None and (value > float(high) or (right == ")" and value == float(high))):
+        fail(f"--{name} {value}: must be {'less than' if right == ')' else 'at most'} {high}")

@@ -1,0 +1,128 @@
+"""Sampling with one KV cache for prefill and decode.
+
+Invariant: row b's token number n lies in slot n, written over whatever padding was there, and sees slots <= n. So rows
+with prompts of different lengths share a batch, and no row's answer depends on which other rows are in it.
+
+Left out: top-k and top-p. RL trains the full softmax, so it must sample from it (D5).
+"""
+from dataclasses import dataclass
+
+import torch
+
+
+class KVCache:
+    """Keys and values of all layers: (L, B, H, S, D), S = slots; `filled` slots are in use."""
+
+    def __init__(self, model, rows, slots):
+        c, weight = model.config, model.wte.weight
+        dtype = torch.get_autocast_dtype(weight.device.type) if torch.is_autocast_enabled(weight.device.type) else weight.dtype
+        # zeros, not empty: a masked weight of 0 times an unwritten slot must be 0, and 0 * NaN is not
+        self.k = torch.zeros(c.n_layer, rows, c.n_head, slots, c.n_embd // c.n_head, device=weight.device, dtype=dtype)
+        self.v = torch.zeros_like(self.k)
+        self.filled = 0
+
+    def extend(self, layer, positions, k, v):
+        """Write k, v (B, H, T, D) into slots positions (B or 1, T); return the filled part (B, H, filled, D)."""
+        index = positions[:, None, :, None].expand_as(k)
+        self.k[layer].scatter_(2, index, k)
+        self.v[layer].scatter_(2, index, v)
+        return self.k[layer, :, :, :self.filled], self.v[layer, :, :, :self.filled]
+
+    def keep(self, rows):
+        self.k, self.v = self.k[:, rows], self.v[:, rows]
+
+
+@dataclass
+class Rollout:
+    """tokens (B, T): prompt, response, then eos as padding. On the grid (B, T-1), decision t chooses tokens[:, t+1]."""
+    tokens: torch.Tensor
+    prompt_lengths: torch.Tensor  # (B,) tokens of each prompt
+    lengths: torch.Tensor  # (B,) real tokens: prompt and response, eos included
+    finished: torch.Tensor  # (B,) bool: the response ended with eos within the limit
+    sampler_logprobs: torch.Tensor  # (B, T-1) log-probabilities as the sampler saw them, 0 outside the response
+
+    @property
+    def response_mask(self):
+        """(B, T-1) bool: True where a decision chose a token of the response, its eos included. Made from lengths."""
+        t = torch.arange(self.tokens.shape[1] - 1, device=self.tokens.device)
+        return (t >= self.prompt_lengths[:, None] - 1) & (t < self.lengths[:, None] - 1)
+
+    def take(self, rows):
+        """The Rollout of some rows, cut to the longest of them."""
+        T = int(self.lengths[rows].max())
+        return Rollout(self.tokens[rows, :T], self.prompt_lengths[rows], self.lengths[rows], self.finished[rows],
+                       self.sampler_logprobs[rows, :T - 1])
+
+    def responses(self) -> list[list[int]]:
+        return [row[p:n] for row, p, n in
+                zip(self.tokens.tolist(), self.prompt_lengths.tolist(), self.lengths.tolist())]
+
+
+def pad(rows: list[list[int]], value: int, device="cpu"):
+    """Ragged rows of ids -> (B, T) padded on the right, and lengths (B,)."""
+    lengths = torch.tensor([len(row) for row in rows])
+    T = int(lengths.max())
+    tokens = torch.tensor([row + [value] * (T - len(row)) for row in rows])
+    return tokens.to(device), lengths.to(device)
+
+
+def sample(logits, temperature, u):
+    """One token a row by inverse CDF: logits (B, V), u (B,) uniform in [0, 1) -> ids (B,), log-probabilities (B,).
+
+    Temperature 0 takes the most likely token (log-probability 0: the choice is certain).
+    """
+    if temperature == 0:
+        return logits.argmax(-1), torch.zeros_like(u)
+    logprobs = (logits / temperature).log_softmax(-1)
+    cdf = logprobs.exp().cumsum(-1)
+    total = cdf[:, -1]
+    # the cap keeps u * total below total after rounding, so that a token of probability 0 is never taken
+    target = torch.minimum(u * total, torch.nextafter(total, torch.zeros_like(total)))
+    token = torch.searchsorted(cdf, target[:, None], right=True).squeeze(1)
+    return token, logprobs.gather(1, token[:, None]).squeeze(1)
+
+
+@torch.no_grad()
+def generate(model, prompts: list[list[int]], response_length: int, eos: int, temperature=1.0, generator=None):
+    """Answer each prompt with up to `response_length` tokens, eos included -> Rollout.
+
+    The uniform numbers are drawn at the start, one a row and step, so an answer depends on its row's numbers and not on
+    when other rows end. Rows that ended leave the batch; the loop ends with the last of them. Raises ValueError for an
+    empty prompt or one that does not leave room in the model's context.
+    """
+    if not all(prompts):
+        raise ValueError("a prompt must hold at least one token")
+    device, limit = model.wte.weight.device, model.config.block_size
+    tokens, prompt_lengths = pad(prompts, eos, device)
+    B, P = tokens.shape
+    if P + response_length > limit:
+        raise ValueError(f"a prompt of {P} tokens and {response_length} new ones exceed the context of {limit}")
+    u = torch.rand(B, response_length, generator=generator).to(device)
+    tokens = torch.cat([tokens, tokens.new_full((B, response_length), eos)], 1)  # (B, P + response_length)
+    logprobs = torch.zeros(B, P + response_length - 1, device=device)
+    lengths, finished = prompt_lengths.clone(), torch.zeros(B, dtype=torch.bool, device=device)
+
+    cache = KVCache(model, B, P + response_length)
+    cache.filled = P
+    hidden = model.hidden(tokens[:, :P], cache, torch.arange(P, device=device)[None])
+    last = hidden[torch.arange(B, device=device), prompt_lengths - 1]  # (B, C)
+    rows, live = torch.arange(B, device=device), torch.ones(B, dtype=torch.bool, device=device)  # cache row -> batch row
+    for n in range(response_length):
+        new, logprob = sample(model.logits(last), temperature, u[rows, n])
+        at = prompt_lengths[rows] + n  # the slot of the new token
+        written = rows[live]
+        tokens[written, at[live]] = new[live]
+        logprobs[written, at[live] - 1] = logprob[live]
+        lengths[written] += 1
+        finished[written] = new[live] == eos
+        live &= new != eos  # a row that ended re-reads its eos until it is dropped
+        left = int(live.sum())
+        if left == 0 or n + 1 == response_length:
+            break
+        if left <= 0.8 * len(rows):  # dropping rows copies the cache: worth it for several at once
+            cache.keep(live)
+            rows, at, live = rows[live], at[live], live[live]
+        cache.filled = P + n + 1
+        last = model.hidden(tokens[rows, at][:, None], cache, at[:, None])[:, 0]
+    T = int(lengths.max())
+    return Rollout(tokens[:, :T], prompt_lengths, lengths, finished, logprobs[:, :T - 1])

@@ -1,0 +1,165 @@
+"""GPT-2's architecture, with a language-model head or a scalar head on one trunk.
+
+Invariant: padding lies on the right, so a causal mask alone keeps every real token from seeing it. With a cache, query t
+of row b sits in slot positions[b, t] and sees slots <= that: prefill and decode are one code path.
+
+Left out: attention masks, position shifts, and vocabularies padded to a round size (their extra tokens would have to be
+masked in every softmax).
+"""
+import math
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass
+class GPTConfig:
+    n_layer: int
+    n_head: int
+    n_embd: int
+    vocab_size: int
+    block_size: int
+    dropout: float = 0.0
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.n_head, self.dropout = config.n_head, config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x, mask, extend=None):
+        """mask: None for plain causal attention, else additive (B or 1, 1, T, S) with -inf where a slot is unseen.
+
+        extend: takes this layer's new keys and values (B, H, T, D) into a cache, returns all of them (B, H, S, D).
+        """
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, H, T, D)
+        if extend is not None:
+            k, v = extend(k, v)  # (B, H, S, D)
+        dropout = self.dropout if self.training else 0.0
+        # explicit products beat F.scaled_dot_product_attention's CPU kernels at the sizes that fit a CPU
+        if x.device.type == "cpu" and mask is not None:
+            weights = (q @ k.mT).mul_(1 / math.sqrt(C // self.n_head)).add_(mask).softmax(-1)
+            y = F.dropout(weights, dropout) @ v
+        else:
+            mask = None if mask is None else mask.to(q.dtype)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None)
+        return F.dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)), self.dropout, self.training)
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.dropout = config.dropout
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x):
+        return F.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")), self.dropout, self.training)
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1, self.attn = nn.LayerNorm(config.n_embd), Attention(config)
+        self.ln_2, self.mlp = nn.LayerNorm(config.n_embd), MLP(config)
+
+    def forward(self, x, mask, extend=None):
+        x = x + self.attn(self.ln_1(x), mask, extend)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """Radford et al. 2019: pre-LayerNorm, learned positions, tanh GELU, biases, output tied to the token embedding.
+
+    head="lm":     logits = hidden @ wte.T
+    head="scalar": scalar = (hidden @ w + b) * gain + bias; gain and bias are buffers that set the reward's scale (D11)
+    Parameter names are GPT-2's; linear weights are (out, in), the transpose of GPT-2's own files.
+    """
+
+    def __init__(self, config: GPTConfig, head: str = "lm"):
+        super().__init__()
+        assert head in ("lm", "scalar") and config.n_embd % config.n_head == 0
+        self.config, self.head = config, head
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd)
+        if head == "scalar":
+            self.score_head = nn.Linear(config.n_embd, 1)
+            self.register_buffer("gain", torch.ones(()))
+            self.register_buffer("bias", torch.zeros(()))
+
+    def init_weights(self, generator: torch.Generator):
+        """GPT-2's: N(0, 0.02), residual projections divided by sqrt(2 n_layer), biases 0. Scalar head: `init_score`."""
+        for name, p in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(p)
+            elif p.dim() == 2 and not name.startswith("score_head"):
+                std = 0.02 / math.sqrt(2 * self.config.n_layer) if name.endswith("c_proj.weight") else 0.02
+                nn.init.normal_(p, 0.0, std, generator=generator)
+        if self.head == "scalar":
+            self.init_score(generator)
+        return self
+
+    def init_score(self, generator: torch.Generator):
+        """N(0, 1/(d+1)), that is a standard deviation of 1/sqrt(d+1); bias 0.   Stiennon et al. 2020, code."""
+        nn.init.normal_(self.score_head.weight, 0.0, 1 / math.sqrt(self.config.n_embd + 1), generator=generator)
+        nn.init.zeros_(self.score_head.bias)
+        return self
+
+    def with_head(self, head: str, dropout: float = 0.0) -> "GPT":
+        """A copy of this model under `head`. From a language model, a scalar head is left at zero; from a scalar one, it
+        is copied, its scale included."""
+        other = GPT(replace(self.config, dropout=dropout), head).to(self.wte.weight.device)
+        if head == "scalar":
+            nn.init.zeros_(other.score_head.weight)
+            nn.init.zeros_(other.score_head.bias)
+        own = other.state_dict()
+        other.load_state_dict(own | {k: v for k, v in self.state_dict().items() if k in own})
+        return other
+
+    def hidden(self, tokens, cache=None, positions=None):
+        """Hidden states after the last LayerNorm: tokens (B, T) -> (B, T, C).
+
+        With a generate.KVCache, positions (B or 1, T) are the slots that the tokens take.
+        """
+        T = tokens.shape[1]
+        if positions is None:
+            positions = torch.arange(T, device=tokens.device)[None]  # (1, T)
+        mask = None
+        if cache is not None or tokens.device.type == "cpu":
+            slots = torch.arange(T if cache is None else cache.filled, device=tokens.device)
+            unseen = slots > positions[:, None, :, None]  # (B or 1, 1, T, S)
+            mask = torch.zeros(unseen.shape, device=tokens.device).masked_fill_(unseen, -torch.inf)
+        x = self.wte(tokens) + self.wpe(positions)  # (B, T, C)
+        x = F.dropout(x, self.config.dropout, self.training)
+        for i, block in enumerate(self.h):
+            x = block(x, mask, partial(cache.extend, i, positions) if cache is not None else None)
+        return self.ln_f(x)
+
+    def logits(self, hidden):
+        """(..., C) -> (..., V), float32. Apply it to the counted decisions only: hidden[mask]."""
+        return F.linear(hidden, self.wte.weight).float()
+
+    def scalar(self, hidden):
+        """(..., C) -> (...), float32."""
+        return self.score_head(hidden).squeeze(-1).float() * self.gain + self.bias
+
+    def score(self, tokens, lengths, hidden=None):
+        """The scalar head at each row's last real token: tokens (B, T), lengths (B,) -> (B,).
+
+        hidden: a compiled self.hidden, if there is one.
+        """
+        h = (hidden or self.hidden)(tokens)  # (B, T, C)
+        return self.scalar(h[torch.arange(len(h), device=h.device), lengths - 1])
+
+    def forward(self, tokens):
+        """(B, T) -> logits (B, T, V), or scalars (B, T)."""
+        h = self.hidden(tokens)
+        return self.logits(h) if self.head == "lm" else self.scalar(h)

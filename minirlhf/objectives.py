@@ -1,0 +1,196 @@
+"""Every formula of the three stages as a pure function of tensors, each with its equation and source.
+
+Invariant: all per-decision tensors share one grid (B, T-1); a mask is bool, True counts. Losses return one number a
+decision (or pair); the training loop masks, sums and divides once.
+
+Left out: anything with state, and reductions that would hide what is averaged over.
+"""
+import math
+
+import torch
+import torch.nn.functional as F
+
+
+def masked_mean(x, mask):
+    """sum(x m) / sum(m): the mean over counted entries only; x where m is False is never read, NaN included."""
+    return x.masked_fill(~mask, 0).sum() / mask.sum()
+
+
+# ---- log-probabilities
+
+def token_logprobs(logits, tokens):
+    """log p(token) = logit - logsumexp(logits): logits (..., V), tokens (...) -> (...), nats."""
+    return -F.cross_entropy(logits.flatten(0, -2), tokens.flatten(), reduction="none").view(tokens.shape)
+
+
+def entropy(logits):
+    """H = -sum_v p_v log p_v of softmax(logits): (..., V) -> (...), nats."""
+    logprobs = logits.log_softmax(-1)
+    return -(logprobs.exp() * logprobs).nan_to_num(0.0).sum(-1)  # p log p -> 0 as p -> 0
+
+
+# ---- stages 1 and 2
+
+def sft_loss(logits, tokens):
+    """Cross-entropy -log p(token | what came before) of each counted decision, nats.   Radford et al. 2018, eq. 1."""
+    return -token_logprobs(logits, tokens)
+
+
+def bradley_terry_loss(chosen, rejected):
+    """-log sigmoid(r_chosen - r_rejected), nats a pair.   Bradley & Terry 1952; Ouyang et al. 2022, eq. 1."""
+    return -F.logsigmoid(chosen - rejected)
+
+
+def expected_calibration_error(probability, correct, bins=10):
+    """sum_b n_b/n |mean(correct) - mean(probability)| over equal-width bins of [0, 1].   Guo et al. 2017, eq. 3.
+
+    probability (N,) of the event, correct (N,) bool whether it happened -> a number in [0, 1].
+    """
+    index = (probability * bins).long().clamp(0, bins - 1)
+    gap = torch.zeros(bins, dtype=torch.double, device=probability.device)
+    gap.index_add_(0, index, correct.double() - probability.double())
+    return float(gap.abs().sum() / len(probability))
+
+
+def fit_temperature(differences, steps=50):
+    """The T > 0 that minimises mean -log sigmoid(d / T) over pairs.   Guo et al. 2017, section 4.2.
+
+    differences (N,): r_chosen - r_rejected. The loss is convex in 1/T; Newton's method in 1/T, kept positive. Where every
+    pair is ordered rightly no finite optimum exists: T ends at its lower bound.
+    """
+    d = differences.double()
+    b = torch.tensor(1.0 / max(float(d.abs().mean()), 1e-6), dtype=torch.double)
+    low, high = 1e-3 * float(b), 1e3 * float(b)
+    for _ in range(steps):
+        p = torch.sigmoid(-b * d)
+        gradient, curvature = -(p * d).mean(), (p * (1 - p) * d * d).mean()
+        step = gradient / curvature.clamp_min(1e-12)
+        b = torch.clamp(b - step.clamp(-b / 2, b), low, high)
+    return 1 / float(b)
+
+
+# ---- KL estimators (Schulman 2020, "Approximating KL divergence"), of KL(p || q) from samples of p
+
+def k1(logprobs, ref_logprobs):
+    """log p - log q: unbiased, can be negative."""
+    return logprobs - ref_logprobs
+
+
+def k2(logprobs, ref_logprobs):
+    """(log p - log q)^2 / 2: biased, low variance."""
+    return 0.5 * (logprobs - ref_logprobs) ** 2
+
+
+def k3(logprobs, ref_logprobs):
+    """q/p - 1 - log(q/p): unbiased, never negative."""
+    log_ratio = ref_logprobs - logprobs
+    return torch.expm1(log_ratio) - log_ratio
+
+
+def best_of_n_kl(n):
+    """log n - (n-1)/n: an upper bound of KL(best-of-n || base), nats.   Stiennon et al. 2020; Beirami et al. 2024."""
+    return math.log(n) - (n - 1) / n
+
+
+def adaptive_kl_coef(kl_coef, kl, kl_target, n, horizon=10_000):
+    """beta (1 + clip(KL/target - 1, -0.2, 0.2) n/horizon); KL in nats a response.   Ziegler et al. 2019, section 2.2."""
+    return kl_coef * (1 + min(max(kl / kl_target - 1, -0.2), 0.2) * n / horizon)
+
+
+# ---- reward and credit
+
+def shape_rewards(scores, kl, response_mask, kl_coef):
+    """r_t = -beta KL_t, plus the reward model's score at the response's last decision.   Ziegler et al. 2019, eq. 2.
+
+    scores (B,), kl (B, T-1), response_mask (B, T-1) -> rewards (B, T-1), 0 outside the mask
+    """
+    rewards = (-kl_coef * kl).masked_fill(~response_mask, 0)
+    t = torch.arange(response_mask.shape[1], device=response_mask.device)
+    last = (response_mask * t).argmax(1)  # (B,) the last counted decision
+    return rewards.scatter_add(1, last[:, None], scores[:, None].to(rewards.dtype))
+
+
+def gae(rewards, values, response_mask, gamma, lam):
+    """A_t = sum_l (gamma lam)^l delta_{t+l}, delta_t = r_t + gamma V_{t+1} - V_t.   Schulman et al. 2016, eq. 16.
+
+    (B, T-1) each -> advantages, returns = advantages + values; 0 outside the mask. V after the end is 0.
+    """
+    rewards, values = rewards.masked_fill(~response_mask, 0), values.masked_fill(~response_mask, 0)
+    advantages = torch.zeros_like(values)
+    running = values.new_zeros(values.shape[0])
+    for t in reversed(range(values.shape[1])):
+        next_value = values[:, t + 1] if t + 1 < values.shape[1] else 0.0
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        running = (delta + gamma * lam * running).masked_fill(~response_mask[:, t], 0)
+        advantages[:, t] = running
+    return advantages, advantages + values
+
+
+def whiten(x, mask, keep_mean=False, total=lambda t: t):
+    """(x - mean) / sqrt(var + 1e-8) over counted entries, biased variance; 0 outside the mask.
+
+    keep_mean leaves the mean where it was (for rewards, whose sign means something). total: sums a tensor over all ranks,
+    so that the statistics are those of the whole batch.
+    """
+    x = x.masked_fill(~mask, 0)
+    n, sum_x = total(torch.stack([mask.sum().to(x.dtype), x.sum()]))
+    mean = sum_x / n
+    variance = total(((x - mean) ** 2).masked_fill(~mask, 0).sum()) / n
+    white = (x - mean) * torch.rsqrt(variance + 1e-8)
+    return (white + mean if keep_mean else white).masked_fill(~mask, 0)
+
+
+# ---- PPO's losses
+
+def log_ratio(logprobs, old_logprobs):
+    """log pi_new - log pi_old, within +-20: exp(20) is finite and far beyond any clip."""
+    return (logprobs - old_logprobs).clamp(-20, 20)
+
+
+def policy_loss(logprobs, old_logprobs, advantages, cliprange):
+    """-min(rho A, clip(rho, 1-eps, 1+eps) A), rho = exp(log pi_new - log pi_old).   Schulman et al. 2017, eq. 7."""
+    ratio = log_ratio(logprobs, old_logprobs).exp()
+    return -torch.min(ratio * advantages, ratio.clamp(1 - cliprange, 1 + cliprange) * advantages)
+
+
+def policy_clipped(logprobs, old_logprobs, advantages, cliprange):
+    """True where the clipped term is the one that counts, so that the decision has no gradient."""
+    ratio = log_ratio(logprobs, old_logprobs).exp()
+    return ratio.clamp(1 - cliprange, 1 + cliprange) * advantages < ratio * advantages
+
+
+def value_loss(values, old_values, returns, cliprange_value):
+    """0.5 max((V - R)^2, (clip(V, V_old +- eps) - R)^2).   Dhariwal et al. 2017, OpenAI baselines, ppo2."""
+    clipped = old_values + (values - old_values).clamp(-cliprange_value, cliprange_value)
+    return 0.5 * torch.max((values - returns) ** 2, (clipped - returns) ** 2)
+
+
+def value_clipped(values, old_values, returns, cliprange_value):
+    """True where the clipped term is the larger one."""
+    clipped = old_values + (values - old_values).clamp(-cliprange_value, cliprange_value)
+    return (clipped - returns) ** 2 > (values - returns) ** 2
+
+
+def explained_variance(values, returns, mask):
+    """1 - Var(R - V) / Var(R) over counted entries: 1 is a perfect critic, 0 a constant one, below 0 a harmful one.
+
+    NaN where the returns do not vary.
+    """
+    error, R = (returns - values)[mask], returns[mask]
+    variance = R.var(correction=0)
+    return 1 - error.var(correction=0) / variance if variance > 0 else variance * torch.nan
+
+
+# ---- intervals
+
+def wilson_interval(successes, n, z=1.96):
+    """95 % interval of a proportion.   Wilson 1927.   -> (low, high)"""
+    p, z2 = successes / n, z * z
+    centre, half = p + z2 / (2 * n), z * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
+    return (centre - half) / (1 + z2 / n), (centre + half) / (1 + z2 / n)
+
+
+def mean_interval(x, z=1.96):
+    """Mean of x (N,) and the half-width of its 95 % interval, z s/sqrt(N)."""
+    x = x.double()
+    return float(x.mean()), z * float(x.std()) / math.sqrt(len(x)) if len(x) > 1 else math.inf

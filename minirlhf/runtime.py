@@ -1,0 +1,269 @@
+"""What a run needs from its surroundings: device, precision, ranks, seeds, an output folder, signals, log lines.
+
+Invariant: a random choice is a function of (seed, step, rank, purpose), so a resumed run needs no generator state.
+
+Ranks: under `torchrun` each process takes its share of every batch; `Run.total` sums over them. One process is rank 0 of 1.
+"""
+import contextlib
+import ctypes
+import hashlib
+import json
+import math
+import os
+import signal
+import sys
+import time
+from dataclasses import asdict
+
+import torch
+
+from minirlhf.config import fail
+
+
+def seed_of(seed: int, step: int, rank: int, purpose: str) -> int:
+    digest = hashlib.blake2b(f"{seed} {step} {rank} {purpose}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def generator(seed: int, step: int, rank: int, purpose: str) -> torch.Generator:
+    """A CPU generator whose numbers depend on the four arguments only, not on the device or on what ran before."""
+    return torch.Generator().manual_seed(seed_of(seed, step, rank, purpose))
+
+
+class Run:
+    """The device, ranks and output folder of one run of a script.
+
+    options: a RunOptions with out_dir. Refuses an out_dir that holds a run unless --resume or --overwrite, or whose
+    other run is still alive (exit 2). `stop` is the number of the signal that asked the run to end, or 0.
+    """
+
+    def __init__(self, options, stage: str):
+        self.options, self.stage, self.stop = options, stage, 0
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.device = pick_device(options.device)
+        if self.world > 1:
+            torch.distributed.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            if self.device.type == "cuda":
+                self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+                torch.cuda.set_device(self.device)
+        self.dtype = getattr(torch, options.dtype)
+        set_up_products(self.device)
+        self.main = self.rank == 0
+        self.out_dir = options.out_dir
+        if self.main:
+            self._claim_out_dir()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._on_signal)
+        self.started, self.metrics = time.perf_counter(), None
+
+    # ---- output folder
+
+    def path(self, name):
+        return os.path.join(self.out_dir, name)
+
+    def _claim_out_dir(self):
+        o = self.options
+        if o.resume and o.overwrite:
+            fail("--resume and --overwrite exclude each other")
+        try:
+            os.makedirs(self.out_dir, exist_ok=True)
+            with open(self.path(".writable"), "w"):
+                pass
+            os.remove(self.path(".writable"))
+        except OSError as error:
+            fail(f"--out_dir {self.out_dir}: cannot be written ({error.strerror})")
+        owner = None
+        with contextlib.suppress(OSError, ValueError):
+            owner = int(open(self.path("lock")).read())
+        if owner and owner != os.getpid() and alive(owner):
+            fail(f"--out_dir {self.out_dir}: a run with pid {owner} is writing there; wait for it or choose another folder")
+        with open(self.path("lock"), "w") as f:
+            f.write(str(os.getpid()))
+        held = [name for name in ("ckpt.pt", "metrics.jsonl") if os.path.exists(self.path(name))]
+        if o.resume and not os.path.exists(self.path("ckpt.pt")):
+            self.release()
+            fail(f"--resume: {self.path('ckpt.pt')} does not exist; start without --resume")
+        if held and not o.resume:
+            if not o.overwrite:
+                self.release()
+                fail(f"--out_dir {self.out_dir} holds a run ({', '.join(held)}); use --resume, --overwrite or another folder")
+            for name in ("ckpt.pt", "config.json", "metrics.jsonl", "samples.jsonl"):
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(self.path(name))
+
+    def start_logs(self, step):
+        """Write config.json and open metrics.jsonl and samples.jsonl; on resume what is later than `step` is cut away."""
+        if not self.main:
+            return
+        with open(self.path("config.json"), "w") as f:
+            json.dump({"stage": self.stage, **asdict(self.options)}, f, indent=2)
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            kept = []
+            with contextlib.suppress(FileNotFoundError), open(self.path(name)) as f:
+                for line in f:
+                    with contextlib.suppress(ValueError):  # a torn last line
+                        if json.loads(line)["step"] <= step:
+                            kept.append(line)
+            with open(self.path(name), "w") as f:
+                f.writelines(kept)
+
+    def write(self, name, record):
+        """Append one JSON object to out_dir/name."""
+        if self.main:
+            with open(self.path(name), "a", encoding="utf-8") as f:
+                f.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+    def release(self):
+        with contextlib.suppress(OSError):
+            if self.main and open(self.path("lock")).read() == str(os.getpid()):
+                os.remove(self.path("lock"))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        self.release()
+        if self.world > 1 and kind is None:
+            torch.distributed.destroy_process_group()
+
+    # ---- signals
+
+    def _on_signal(self, number, frame):
+        if self.stop:
+            self.release()
+            os._exit(128 + number)
+        self.stop = number
+        self.say(f"{signal.Signals(number).name}: finishing this step, then saving; once more quits at once")
+
+    def should_stop(self):
+        """True when any rank got a signal: all ranks stop after the same step."""
+        return self.total(torch.tensor(float(self.stop))) > 0 if self.world > 1 else bool(self.stop)
+
+    def exit_if_stopped(self):
+        if self.should_stop():
+            self.say(f"stopped; go on with: python train_{self.stage}.py --out_dir {self.out_dir} --resume")
+            self.release()
+            raise SystemExit(128 + (self.stop or signal.SIGTERM))
+
+    # ---- ranks
+
+    def total(self, t):
+        """Sum of a tensor over all ranks."""
+        if self.world > 1:
+            t = t.to(self.device)
+            torch.distributed.all_reduce(t)
+        return t
+
+    def gather(self, objects: list) -> list:
+        """The ranks' lists as one, rows in the order in which `share` dealt them."""
+        if self.world == 1:
+            return objects
+        parts = [None] * self.world
+        torch.distributed.all_gather_object(parts, objects)
+        return [part[i] for i in range(max(map(len, parts))) for part in parts if i < len(part)]
+
+    def share(self, rows):
+        """This rank's rows of a batch."""
+        return rows[self.rank::self.world]
+
+    def sum_gradients(self, parameters):
+        if self.world > 1:
+            for p in parameters:
+                if p.grad is None:
+                    p.grad = torch.zeros_like(p)
+                torch.distributed.all_reduce(p.grad)
+
+    # ---- precision, seeds
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def generator(self, step, purpose):
+        return generator(self.options.seed, step, self.rank, purpose)
+
+    def seed_dropout(self, step):
+        torch.manual_seed(seed_of(self.options.seed, step, self.rank, "dropout"))
+
+    # ---- what the person sees
+
+    def say(self, text=""):
+        if self.main:
+            say(text)
+
+    def progress(self, done, total, since=0):
+        """"  37/200 18% 0:12<0:54": steps, share, time used and time left. `since`: the step this process began at."""
+        used = time.perf_counter() - self.started
+        left = used / max(done - since, 1) * (total - done)
+        return f"{done:>{len(str(total))}}/{total} {100 * done // total:>3}% {clock(used)}<{clock(left)}"
+
+
+def say(text=""):
+    """Print a line at once; a reader that went away (| head) does not stop the run."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")
+
+
+def clock(seconds):
+    minutes, seconds = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def pick_device(name):
+    """auto, cpu, cuda[:N] or mps -> torch.device; exits 2 where it does not exist."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        fail(f"--device {name}: expected auto, cpu, cuda, cuda:N or mps")
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        fail(f"--device {name}: there is no such CUDA device; use --device cpu")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        fail(f"--device {name}: there is no MPS device; use --device cpu")
+    if device.type not in ("cpu", "cuda", "mps"):
+        fail(f"--device {name}: expected auto, cpu, cuda, cuda:N or mps")
+    return device
+
+
+def set_up_products(device):
+    """Faster float32 products where their accuracy stays float32's, and warm memory.
+
+    On a CPU "medium" sends products to oneDNN, twice as fast as MKL on AMD. With AMX it would round to bfloat16: so it is
+    kept only if a probe's error is float32's. On a GPU the products stay float32: --dtype bfloat16 is the fast path.
+    """
+    if device.type != "cpu":
+        return
+    torch.set_float32_matmul_precision("medium")
+    g = torch.Generator().manual_seed(0)
+    a, b = torch.randn(128, 128, generator=g), torch.randn(128, 128, generator=g)
+    if (a @ b - (a.double() @ b.double())).abs().max() > 1e-3:
+        torch.set_float32_matmul_precision("highest")
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):  # glibc: keep freed memory, so that large tensors reuse warm pages
+        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+
+
+def warmup_cosine(step, steps, warmup_ratio):
+    """Factor of the peak learning rate at `step`: a linear rise over warmup_ratio of the steps, then a cosine to 0."""
+    warmup = max(1, round(warmup_ratio * steps))
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def count_parameters(model):
+    return sum(p.numel() for p in model.parameters())

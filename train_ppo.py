@@ -1,0 +1,424 @@
+"""Stage 3, PPO: the SFT model + a reward -> a policy that people prefer, kept near the SFT model by a KL penalty.
+
+Each step reads as five paragraphs: ROLLOUT, JUDGEMENT, CREDIT, UPDATE, LOOK. All per-token tensors share the grid
+(B, T-1): index t means "having read tokens[:, :t+1], choose tokens[:, t+1]".
+"""
+import importlib.util
+import math
+import os
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from minirlhf import checkpoint, prepare, runtime
+from minirlhf.config import RunOptions, fail, parse
+from minirlhf.data import encode_prompts, endless_batch, fingerprint, load_prompts, warn_repeats
+from minirlhf.generate import generate
+from minirlhf.objectives import (adaptive_kl_coef, entropy, explained_variance, gae, k1, k2, k3, log_ratio, masked_mean,
+                                 mean_interval, policy_clipped, policy_loss, shape_rewards, token_logprobs, value_clipped,
+                                 value_loss, whiten, wilson_interval)
+
+DEFAULT_DATA = "data/sentiment"
+
+
+@dataclass
+class Options(RunOptions):
+    """Stage 3, PPO: SFT model + reward -> policy. Reads prompts.{train,val}.jsonl of --data_dir."""
+    data_dir: str = DEFAULT_DATA  # folder of the prompts; the default is prepared when it is missing
+    out_dir: str = "out/ppo"  # where ckpt.pt, config.json, metrics.jsonl and samples.jsonl go
+    init_from: str = "out/sft/ckpt.pt"  # the SFT model: the policy starts from it, and it is the reference of the KL
+    reward_model: str = "out/rm/ckpt.pt"  # the reward model
+    reward: str = ""  # module.py:function instead of it: fn(prompts: list[str], completions: list[str]) -> list[float]
+    value_init: Literal["rm", "sft"] = "rm"  # the value network starts from the reward model, head and scale included, or from the SFT trunk with a zero head
+    judge: str = ""  # a second reward model that only looks: how often it prefers the policy's answer is reported at the end
+    total_episodes: int = 10240  # answers to sample in all; an epoch over the prompts is not needed [1..]
+    batch_size: int = 128  # prompts a step, over all ranks [1..]
+    num_ppo_epochs: int = 4  # passes over each batch [1..]
+    num_mini_batches: int = 4  # optimizer steps a pass; must divide batch_size [1..]
+    micro_batch_size: int = 128  # rows a forward pass: memory only, no effect on the result [1..]
+    response_length: int = 48  # longest answer in tokens, eos included [1..]
+    temperature: float = 1.0  # of sampling, and so of every log-probability (0..]
+    learning_rate: float = 1e-4  # of policy and value network; falls linearly to 0 [0..]
+    adam_eps: float = 1e-5  # AdamW's epsilon; there is no weight decay (0..]
+    max_grad_norm: float = 1.0  # the gradient of each of the two networks is scaled down to this norm; 0 = never [0..]
+    kl_coef: float = 0.05  # beta, the price of a nat of KL from the SFT model, in deviations of the reward [0..]
+    kl_target: float = 0.0  # nats a response; adapts kl_coef to reach it; 0 = kl_coef stays [0..]
+    gamma: float = 1.0  # discount [0..1]
+    lam: float = 0.95  # GAE's lambda [0..1]
+    cliprange: float = 0.2  # of the policy's ratio (0..]
+    cliprange_value: float = 0.2  # of the value's change (0..]
+    vf_coef: float = 0.1  # weight of the value loss [0..]
+    missing_eos_penalty: float = 1.0  # subtracted from the score of an answer that did not end; 0 = off [0..]
+    whiten_rewards: bool = False  # divide rewards by their deviation, their mean kept
+    target_kl: float = 0.0  # k3 between new and old policy above which a batch's epochs end; 0 = never [0..]
+    max_kl: float = 60.0  # nats a response from the SFT model; three batches in a row above it end the run; 0 = never [0..]
+    long_prompts: Literal["drop", "trim"] = "drop"  # prompts that leave no room for response_length: drop, or trim at the left
+    eval_interval: int = 20  # steps between looks at held-out prompts and checkpoints; the last step always does [1..]
+    num_eval_prompts: int = 128  # held-out prompts at each look [1..]
+    num_final_prompts: int = 512  # held-out prompts for the closing comparison [1..]
+    num_samples: int = 4  # answers shown at each look [0..]
+
+
+# ---- what judges an answer
+
+class Judge:
+    """Scores of answers by a reward model, or by a user's function (row by row on texts)."""
+
+    def __init__(self, run, tokenizer, model=None, function=None, name=""):
+        self.run, self.tokenizer, self.model, self.function, self.name = run, tokenizer, model, function, name
+
+    @torch.no_grad()
+    def __call__(self, rollout):
+        """Rollout -> scores (B,), float32, on the run's device."""
+        if self.model is not None:
+            with self.run.autocast():
+                return self.model.score(rollout.tokens, rollout.lengths)
+        prompts = [self.tokenizer.decode(row[:n]) for row, n in
+                   zip(rollout.tokens.tolist(), rollout.prompt_lengths.tolist())]
+        completions = [self.tokenizer.decode(ids) for ids in rollout.responses()]
+        try:
+            scores = list(self.function(prompts, completions))
+        except Exception as error:
+            fail(f"--reward {self.name}: raised {type(error).__name__}: {error}")
+        if len(scores) != len(prompts):
+            fail(f"--reward {self.name}: returned {len(scores)} scores for {len(prompts)} answers")
+        for i, s in enumerate(scores):
+            try:
+                scores[i] = float(s)
+            except (TypeError, ValueError):
+                fail(f"--reward {self.name}: row {i}: expected a number, found {type(s).__name__}")
+            if not math.isfinite(scores[i]):
+                fail(f"--reward {self.name}: row {i}: {scores[i]} for the completion {completions[i][:60]!r}")
+        return torch.tensor(scores, device=self.run.device)
+
+
+def load_function(spec):
+    """"path/module.py:function" -> the function. Exits 2 where there is none."""
+    path, colon, name = spec.rpartition(":")
+    if not colon or not os.path.isfile(path):
+        fail(f"--reward {spec}: expected FILE.py:FUNCTION, with a file that exists")
+    module_spec = importlib.util.spec_from_file_location("reward", path)
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as error:
+        fail(f"--reward {spec}: importing it raised {type(error).__name__}: {error}")
+    if not callable(getattr(module, name, None)):
+        fail(f"--reward {spec}: {path} has no function {name}")
+    return getattr(module, name)
+
+
+# ---- forward passes on the grid
+
+def decision_logprobs(model, tokens, mask, temperature, hidden=None, with_entropy=False):
+    """Log-probabilities (counted,) of the masked decisions at the sampling temperature, and entropies if asked for.
+
+    The head runs on counted decisions only: hidden[mask] @ W.
+    """
+    logits = model.logits((hidden or model.hidden)(tokens[:, :-1])[mask]) / temperature  # (counted, V)
+    logprobs = token_logprobs(logits, tokens[:, 1:][mask])
+    return (logprobs, entropy(logits.detach())) if with_entropy else logprobs
+
+
+def on_grid(counted, mask):
+    """(counted,) -> (B, T-1), 0 elsewhere."""
+    return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, counted.float())
+
+
+# ---- looking at held-out prompts
+
+@torch.no_grad()
+def answer(policy, ref, judges, run, tokenizer, prompts, o, batch_size=128):
+    """The policy's answers to held-out prompts with fixed seeds -> list of dicts, one a prompt."""
+    rows = []
+    for at in range(0, len(prompts), batch_size):
+        with run.autocast():
+            rollout = generate(policy, prompts[at:at + batch_size], o.response_length, tokenizer.eos, o.temperature,
+                               runtime.generator(o.seed, at, 0, "held-out"))
+            mask = rollout.response_mask
+            logprobs, ref_logprobs = (on_grid(decision_logprobs(m, rollout.tokens, mask, o.temperature), mask)
+                                      for m in (policy, ref))
+        scores = [judge(rollout) for judge in judges]
+        columns = (k1(logprobs, ref_logprobs).sum(1), k3(logprobs, ref_logprobs).sum(1), ref_logprobs.sum(1), mask.sum(1),
+                   rollout.finished, *scores)
+        for prompt, response, values in zip(prompts[at:at + batch_size], rollout.responses(),
+                                            zip(*(c.tolist() for c in columns))):
+            rows.append({"prompt": tokenizer.decode(prompt), "completion": tokenizer.decode(response), "ids": response[:values[3] - values[4]],
+                         **dict(zip(("k1", "k3", "ref_logprob", "length", "finished", "score", "judge"), values))})
+    return rows
+
+
+def summary(rows, base):
+    """Figures of answers against the SFT model's answers to the same prompts."""
+    n = len(rows)
+    wins = sum((r["score"] > b["score"]) + 0.5 * (r["score"] == b["score"]) for r, b in zip(rows, base))
+    bigrams = [pair for r in rows for pair in zip(r["ids"], r["ids"][1:])]
+    texts = [r["completion"] for r in rows if r["completion"].strip()]
+    out = {"prompts": n, "score": mean_interval(torch.tensor([r["score"] for r in rows])),
+           "kl": mean_interval(torch.tensor([r["k1"] for r in rows])),
+           "kl_k3": mean_interval(torch.tensor([r["k3"] for r in rows])),
+           "win_rate": (wins / n, *wilson_interval(wins, n)),
+           "eos_rate": sum(r["finished"] for r in rows) / n, "mean_length": sum(r["length"] for r in rows) / n,
+           "distinct_2": len(set(bigrams)) / max(1, len(bigrams)),
+           "repeated": 1 - len(set(texts)) / max(1, len(texts)),
+           "ref_logprob_per_token": sum(r["ref_logprob"] for r in rows) / max(1, sum(r["length"] for r in rows))}
+    if "judge" in rows[0]:
+        judged = sum((r["judge"] > b["judge"]) + 0.5 * (r["judge"] == b["judge"]) for r, b in zip(rows, base))
+        out["judge_win_rate"] = (judged / n, *wilson_interval(judged, n))
+    return out
+
+
+FIGURES = (("score", "mean score", "{:.3f} +- {:.3f}"), ("win_rate", "preferred to the SFT answer", "{:.1%} ({:.1%}-{:.1%})"),
+           ("judge_win_rate", "the same, by the judge", "{:.1%} ({:.1%}-{:.1%})"),
+           ("kl", "KL from SFT, nats a response (k1)", "{:.2f} +- {:.2f}"), ("kl_k3", "the same by k3", "{:.2f} +- {:.2f}"),
+           ("eos_rate", "answers that end", "{:.1%}"), ("mean_length", "mean length, tokens", "{:.1f}"),
+           ("distinct_2", "distinct bigrams", "{:.3f}"), ("repeated", "repeated answers", "{:.1%}"),
+           ("ref_logprob_per_token", "log-probability a token under SFT", "{:.3f}"))
+
+
+def report(run, before, after):
+    """The closing table: held-out figures before and after."""
+    run.say(f"{'held-out prompts, 95% intervals: ' + str(after['prompts']):<38}{'before':>24}{'after':>24}")
+    for key, label, form in FIGURES:
+        if key in after:
+            cells = (form.format(*(v if isinstance(v, (tuple, list)) else [v])) for v in (before[key], after[key]))
+            run.say("".join([f"{label:<38}", *(f"{cell:>24}" for cell in cells)]))
+
+
+def main():
+    o = parse(Options)
+    if o.batch_size % o.num_mini_batches:
+        fail(f"--num_mini_batches {o.num_mini_batches}: must divide --batch_size {o.batch_size}")
+    if o.data_dir == DEFAULT_DATA and not os.path.isdir(o.data_dir):
+        prepare.sentiment(o.data_dir)
+    paths = [os.path.join(o.data_dir, f"prompts.{split}.jsonl") for split in ("train", "val")]
+    train, val = map(load_prompts, paths)
+    with runtime.Run(o, "ppo") as run:
+        # ---- four networks: policy and its frozen reference, value and reward
+        ref, tokenizer, _ = checkpoint.load(o.init_from, ["sft"], run.device)
+        policy = ref.with_head("lm")
+        if o.reward:
+            reward_model, judges = None, [Judge(run, tokenizer, function=load_function(o.reward), name=o.reward)]
+        else:
+            reward_model, rm_tokenizer, _ = checkpoint.load(o.reward_model, ["rm"], run.device)
+            checkpoint.same_tokenizer(tokenizer, o.init_from, rm_tokenizer, o.reward_model)
+            judges = [Judge(run, tokenizer, reward_model)]
+        if o.judge:
+            judge_model, judge_tokenizer, _ = checkpoint.load(o.judge, ["rm"], run.device)
+            checkpoint.same_tokenizer(tokenizer, o.init_from, judge_tokenizer, o.judge)
+            judges.append(Judge(run, tokenizer, judge_model))
+        if reward_model is not None and o.value_init == "rm":
+            value_model = reward_model.with_head("scalar")
+        else:
+            value_model = ref.with_head("scalar")
+        context = min(m.config.block_size for m in (policy, value_model, reward_model or policy))
+        room = context - o.response_length
+        if room < 2:
+            fail(f"--response_length {o.response_length}: leaves no room for a prompt in the context of {context} tokens")
+        (prompts, long_train), (val_prompts, long_val) = (encode_prompts(tokenizer, texts, room, o.long_prompts)
+                                                          for texts in (train, val))
+        for path, kept in zip(paths, (prompts, val_prompts)):
+            if not kept:
+                fail(f"{path}: no prompt fits {room} tokens (context {context} less --response_length {o.response_length}); "
+                     "use --long_prompts trim or a shorter --response_length")
+        final_prompts, look = val_prompts[:o.num_final_prompts], min(o.num_eval_prompts, len(val_prompts))
+        steps = math.ceil(o.total_episodes / o.batch_size)
+        optimizer = torch.optim.AdamW([*policy.parameters(), *value_model.parameters()], lr=o.learning_rate, eps=o.adam_eps,
+                                      weight_decay=0.0, fused=True)
+        first, kl_coef, high, prints = 0, o.kl_coef, 0, fingerprint(*paths)
+        if o.resume:
+            start = checkpoint.read(run.path("ckpt.pt"), ["ppo"])
+            state = start["training"]
+            if state["data"] != prints:
+                fail(f"--resume: the prompts of {o.data_dir} are not those that this run began with")
+            checkpoint.load_weights(policy, start["model"], run.path("ckpt.pt"))
+            checkpoint.load_weights(value_model, state["value_model"], run.path("ckpt.pt"))
+            optimizer.load_state_dict(state["optimizer"])
+            first, kl_coef, high = state["step"], state["kl_coef"], state["high"]
+        run.start_logs(first)
+        policy_hidden, value_hidden = (torch.compile(m.hidden, dynamic=True) if o.compile else m.hidden
+                                       for m in (policy, value_model))
+
+        # ---- what is about to happen
+        run.say(f"PPO: {len(prompts):,} prompts for training, {len(val_prompts):,} held out, from {o.data_dir}")
+        if long_train or long_val:
+            done_to = {"drop": "dropped", "trim": "trimmed at the left"}[o.long_prompts]
+            run.say(f"     {done_to} as longer than {room} tokens: {long_train} and {long_val}")
+        warn_repeats(train, val, "prompts")
+        run.say(f"     policy: {runtime.count_parameters(policy):,} parameters from {o.init_from}; value: from "
+                f"{o.reward_model if reward_model is not None and o.value_init == 'rm' else o.init_from}; reward: "
+                f"{o.reward or o.reward_model}")
+        run.say(f"     {run.device} x {run.world}, {o.dtype}; {steps} steps of {o.batch_size} answers of up to "
+                f"{o.response_length} tokens, {o.num_ppo_epochs} epochs x {o.num_mini_batches} minibatches each")
+        run.say(f"     output: {o.out_dir}" + (f"; goes on from step {first}" if 0 < first < steps else ""))
+        if first >= steps:
+            run.say(f"     this run is finished ({first} steps); its closing report again:")
+        before = answer(ref, ref, judges, run, tokenizer, final_prompts, o)
+        warned = set()
+
+        def warn(key, text):
+            if key not in warned:
+                warned.add(key)
+                run.say(f"warning: {text}")
+
+        def forward_all(rows):
+            """Old, reference log-probabilities and values of some rows on the grid, and the policy's entropy."""
+            part = rollout.take(rows)  # cut to the longest: padding costs time and changes nothing
+            tokens, mask = part.tokens, part.response_mask
+            with run.autocast():
+                logprobs, entropies = decision_logprobs(policy, tokens, mask, o.temperature, policy_hidden, True)
+                ref_logprobs = decision_logprobs(ref, tokens, mask, o.temperature)
+                values = value_model.scalar(value_hidden(tokens[:, :-1])[mask])
+            return logprobs, ref_logprobs, values, entropies
+
+        for step in range(first, steps):
+            began = time.perf_counter()
+            lr = o.learning_rate * (1 - step / steps)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+
+            # ---- ROLLOUT: the policy answers a batch of prompts
+            batch = [prompts[i] for i in run.share(endless_batch(len(prompts), o.batch_size, o.seed, step))]
+            with run.autocast():
+                rollout = generate(policy, batch, o.response_length, tokenizer.eos, o.temperature,
+                                   run.generator(step, "rollout"))
+            response_mask, rows = rollout.response_mask, torch.arange(len(batch), device=run.device)
+            sampled = time.perf_counter()
+
+            # ---- JUDGEMENT: old and reference log-probabilities, values, scores; no gradients
+            with torch.no_grad():
+                parts = [forward_all(part) for part in rows.split(o.micro_batch_size)]
+                old_logprobs, ref_logprobs, values, entropies = (on_grid(torch.cat(x), response_mask) for x in zip(*parts))
+                scores = torch.cat([judges[0](rollout.take(part)) for part in rows.split(o.micro_batch_size)])
+            kl = k1(old_logprobs, ref_logprobs)  # (B, T-1), 0 outside the response
+            kl_k3 = k3(old_logprobs, ref_logprobs)
+
+            # ---- CREDIT: a KL penalty a token, the score at the last decision, GAE, whitening
+            penalised = scores - o.missing_eos_penalty * ~rollout.finished
+            rewards = shape_rewards(penalised, kl, response_mask, kl_coef)  # (B, T-1)
+            if o.whiten_rewards:
+                rewards = whiten(rewards, response_mask, keep_mean=True, total=run.total)
+            advantages, returns = gae(rewards, values, response_mask, o.gamma, o.lam)
+            advantages = whiten(advantages, response_mask, total=run.total)
+
+            # ---- UPDATE: epochs x minibatches x microbatches of the clipped losses
+            totals, counted, ratio_means, stopped_early = torch.zeros(8, device=run.device), 0, [], False
+            for epoch in range(o.num_ppo_epochs):
+                shuffled = torch.randperm(len(batch), generator=run.generator(step, f"epoch {epoch}")).to(run.device)
+                for minibatch in shuffled.tensor_split(o.num_mini_batches):
+                    count = run.total(response_mask[minibatch].sum())  # over all microbatches and ranks: divide once
+                    stats = torch.zeros(8, device=run.device)
+                    for part in minibatch.split(o.micro_batch_size):
+                        rows_of = rollout.take(part)
+                        tokens, mask = rows_of.tokens, rows_of.response_mask
+                        old, A, R, V_old = (x[part, :mask.shape[1]][mask] for x in (old_logprobs, advantages, returns, values))
+                        with run.autocast():
+                            new, H = decision_logprobs(policy, tokens, mask, o.temperature, policy_hidden, True)
+                            V = value_model.scalar(value_hidden(tokens[:, :-1])[mask])
+                        pg_loss = policy_loss(new, old, A, o.cliprange)
+                        vf_loss = value_loss(V, V_old, R, o.cliprange_value)
+                        ((pg_loss + o.vf_coef * vf_loss).sum() / count).backward()
+                        with torch.no_grad():
+                            d = log_ratio(new, old)
+                            stats += torch.stack([x.sum() for x in (
+                                pg_loss, vf_loss, 0.5 * d ** 2, policy_clipped(new, old, A, o.cliprange),
+                                value_clipped(V, V_old, R, o.cliprange_value), H, d.exp(), k3(old, new))])
+                    run.sum_gradients([*policy.parameters(), *value_model.parameters()])
+                    stats = run.total(stats)
+                    if o.target_kl and float(stats[7] / count) > o.target_kl:
+                        optimizer.zero_grad(set_to_none=True)
+                        stopped_early = True
+                        break
+                    norms = [torch.nn.utils.clip_grad_norm_(m.parameters(), o.max_grad_norm or math.inf)
+                             for m in (policy, value_model)]
+                    if not torch.stack([stats.sum(), *norms]).isfinite().all():
+                        fail(f"step {step + 1}, epoch {epoch + 1}: a loss or gradient is not finite (policy loss "
+                             f"{float(stats[0] / count)}, value loss {float(stats[1] / count)}): stopped before the update; a "
+                             f"checkpoint, if any, is in {o.out_dir}; try a --learning_rate below {o.learning_rate}")
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
+                    totals, counted = totals + stats, counted + count
+                    ratio_means.append(stats[6] / count)
+                if stopped_early:
+                    break
+
+            # ---- LOOK: one log line, now and then held-out prompts and a checkpoint
+            B = len(batch)
+            n = run.total(torch.tensor([float(B)], device=run.device))
+            means = run.total(torch.stack([x.double().sum() for x in (
+                kl, kl_k3, -old_logprobs, scores, penalised, kl_coef * kl, response_mask, rollout.finished, scores ** 2)])) / n
+            mean_kl, mean_k3, neg_logprob, score, paid, priced_kl, length, eos_rate, square = means.tolist()
+            gap = masked_mean((old_logprobs - rollout.sampler_logprobs).abs(), response_mask)
+            policy_avg, value_avg, approxkl, clipfrac, value_clipfrac, H, _, _ = (totals / max(1, counted)).tolist()
+            ratio_means = torch.stack(ratio_means) if ratio_means else torch.ones(1)
+            seconds = time.perf_counter() - began
+            done, stopping = step + 1, run.should_stop()
+            record = {
+                "step": done, "episode": done * o.batch_size, "lr": lr, "eps": float(n) / seconds,
+                "tokens_per_second": float(n) * length / seconds, "rollout_seconds": sampled - began, "seconds": seconds,
+                "objective/kl": mean_kl, "objective/kl_k3": mean_k3, "objective/entropy": neg_logprob,
+                "objective/scores": score, "objective/non_score_reward": -priced_kl, "objective/rlhf_reward": paid - priced_kl,
+                "objective/kl_coef": kl_coef, "policy/approxkl_avg": approxkl, "policy/clipfrac_avg": clipfrac,
+                "policy/entropy_avg": H, "loss/policy_avg": policy_avg, "loss/value_avg": value_avg,
+                "val/clipfrac_avg": value_clipfrac, "val/ratio": float(ratio_means.mean()),
+                "val/ratio_var": float(ratio_means.var(correction=0)), "val/sampler_gap": float(gap),
+                "val/explained_variance": float(explained_variance(values, returns, response_mask)),
+                "completions/mean_length": length, "completions/eos_rate": eos_rate, "epochs_ended_by_target_kl": stopped_early}
+            run.say(f"{run.progress(done, steps, first)}  score {score:+.3f}  kl {mean_kl:.2f} (k3 {mean_k3:.2f})  entropy "
+                    f"{H:.2f}  clip {clipfrac:.3f}  value ev {record['val/explained_variance']:+.2f}  length {length:.1f}  eos "
+                    f"{eos_rate:.2f}  {record['tokens_per_second']:,.0f} tokens/s")
+            if square - score ** 2 < 1e-12:
+                warn("variance", f"all scores of step {done} are {score:.4f}: there is nothing to learn from")
+            if eos_rate == 0:
+                warn("eos", f"no answer of step {done} ended within {o.response_length} tokens; raise --response_length or "
+                     f"--missing_eos_penalty (now {o.missing_eos_penalty})")
+            if o.kl_target:
+                kl_coef = adaptive_kl_coef(kl_coef, mean_kl, o.kl_target, o.batch_size)
+            high = high + 1 if o.max_kl and mean_kl > o.max_kl else 0
+
+            def save():
+                if run.main:
+                    checkpoint.save(run.path("ckpt.pt"), stage="ppo", model=policy, tokenizer=tokenizer, options=o,
+                                    info=record, training={
+                                        "step": done, "value_model": value_model.state_dict(), "kl_coef": kl_coef,
+                                        "high": high, "optimizer": optimizer.state_dict(), "data": prints})
+
+            if high == 3:
+                run.write("metrics.jsonl", record)
+                raise SystemExit(
+                    f"error: step {done}: the KL from the SFT model has been above --max_kl {o.max_kl:g} for three batches (now "
+                    f"{mean_kl:.1f} nats a response): the policy is leaving the language it knows. Raise --kl_coef above "
+                    f"{o.kl_coef:g}, lower --learning_rate below {o.learning_rate:g}, or set --kl_target. "
+                    + (f"{run.path('ckpt.pt')} holds the last good policy." if os.path.exists(run.path("ckpt.pt")) else ""))
+            if done % o.eval_interval == 0 or done == steps or stopping:
+                now = answer(policy, ref, judges, run, tokenizer, val_prompts[:look], o)
+                record["eval"] = summary(now, before[:look])
+                run.say(f"  held out: score {record['eval']['score'][0]:+.3f}, kl {record['eval']['kl'][0]:.2f}, preferred to "
+                        f"the SFT answer {record['eval']['win_rate'][0]:.1%}, eos {record['eval']['eos_rate']:.2f}")
+                for old_row, row in list(zip(before, now))[:o.num_samples]:
+                    run.say(f"    {row['prompt']} |{row['completion']}  ({old_row['score']:+.2f} -> {row['score']:+.2f})")
+                    run.write("samples.jsonl", {"step": done, **{k: row[k] for k in ("prompt", "completion", "score")}})
+                save()
+            run.write("metrics.jsonl", record)
+            run.exit_if_stopped()
+
+        # ---- before and after, on held-out prompts
+        after = answer(policy, ref, judges, run, tokenizer, final_prompts, o)
+        run.say()
+        report(run, summary(before, before), summary(after, before))
+        for old_row, row in list(zip(before, after))[:8]:
+            run.say(f"\n  {row['prompt']} ...\n    SFT {old_row['score']:+.2f} |{old_row['completion']}\n"
+                    f"    PPO {row['score']:+.2f} |{row['completion']}")
+        if first < steps:
+            for old_row, row in zip(before, after):
+                run.write("samples.jsonl", {"step": steps, "prompt": row["prompt"], "completion": row["completion"],
+                                            "score": row["score"], "sft_completion": old_row["completion"],
+                                            "sft_score": old_row["score"]})
+        run.say(f"\nsaved {run.path('ckpt.pt')} after {runtime.clock(time.perf_counter() - run.started)}; next: python -m "
+                f"minirlhf.sample {o.init_from} {run.path('ckpt.pt')} --prompt \"{tokenizer.decode(val_prompts[0])}\"")
+
+
+if __name__ == "__main__":
+    main()

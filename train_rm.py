@@ -1,0 +1,315 @@
+"""Stage 2, the reward model: people's preferences -> a score of a text.
+
+Starts from the SFT trunk with a new scalar head and minimises -log sigmoid(r_better - r_worse) over all pairs of each
+record. Its accuracy is set against chance, against length alone, and against how well people predict one another.
+"""
+import math
+import os
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from minirlhf import checkpoint, prepare, runtime
+from minirlhf.config import RunOptions, fail, parse
+from minirlhf.data import (Order, Row, collate, encode_row, fingerprint, load_preferences, load_prompts,
+                           warn_repeats)
+from minirlhf.generate import generate
+from minirlhf.objectives import bradley_terry_loss, expected_calibration_error, fit_temperature
+
+DEFAULT_DATA = "data/sentiment"
+BINS = (0, 0.5, 1, 2, 4, math.inf)  # of `margin`, for the accuracy by how clear a preference was
+
+
+@dataclass
+class Options(RunOptions):
+    """Stage 2, the reward model: people's preferences -> reward model. Reads {preferences}.{train,val}.jsonl of --data_dir."""
+    data_dir: str = DEFAULT_DATA  # folder of the preferences; the default is prepared when it is missing
+    preferences: str = "preferences"  # stem of the two files: "judge" trains a judge on sentences this model never sees
+    out_dir: str = "out/rm"  # where ckpt.pt, config.json and metrics.jsonl go
+    init_from: str = "out/sft/ckpt.pt"  # the SFT model: its trunk is the start, its samples set the scale of the reward
+    dropout: float = 0.1  # in training only [0..1)
+    long_prompts: Literal["drop", "trim"] = "drop"  # texts over the context: drop them, or trim the prompt at its left
+    num_train_epochs: float = 1  # passes over the training data; more overfit fast (0..]
+    batch_size: int = 16  # records (pairs or rankings) an optimizer step, over all ranks [1..]
+    micro_batch_size: int = 16  # records a forward and backward pass: memory only, no effect on the result [1..]
+    learning_rate: float = 5e-4  # peak; it rises over warmup_ratio of the steps, then falls to 0 as a cosine [0..]
+    weight_decay: float = 0.1  # on matrices only [0..]
+    warmup_ratio: float = 0.05  # share of the steps in which the rate rises [0..1]
+    max_grad_norm: float = 1.0  # gradients are scaled down to this norm; 0 = never [0..]
+    eval_interval: int = 250  # steps between evaluations and checkpoints; the last step always does [1..]
+    log_interval: int = 10  # steps between log lines [1..]
+    response_length: int = 48  # longest SFT sample in tokens, as in stage 3, when the scale is set [1..]
+    num_scale_samples: int = 1024  # SFT samples over whose scores the reward gets mean 0 and deviation 1 [2..]
+
+
+def encode_preferences(tokenizer, preferences, block_size, long_prompts):
+    """-> [(rows, pairs, extra)] and the number of records dropped: too long, or with no two different, untied texts."""
+    kept, dropped = [], 0
+    for p in preferences:
+        rows = [encode_row(tokenizer, p.prompt, c, block_size, long_prompts) for c in p.completions]
+        pairs = [(i, j) for i, j in p.pairs() if rows[i] and rows[j] and rows[i].ids != rows[j].ids]
+        if pairs:
+            used = sorted({i for pair in pairs for i in pair})
+            kept.append(([rows[i] for i in used], [(used.index(i), used.index(j)) for i, j in pairs], p.extra))
+        else:
+            dropped += 1
+    return kept, dropped
+
+
+@torch.no_grad()
+def score_all(model, run, rows, eos, batch_size=128):
+    """Scores of many rows, batched by length, each different row once: (N,) on the CPU."""
+    unique = sorted({tuple(row.ids): row for row in rows}.values(), key=lambda row: len(row.ids))
+    found = {}
+    for at in range(0, len(unique), batch_size):
+        part = unique[at:at + batch_size]
+        tokens, _, lengths = collate(part, eos, run.device)
+        with run.autocast():
+            found.update(zip((tuple(row.ids) for row in part), model.score(tokens, lengths).tolist()))
+    return torch.tensor([found[tuple(row.ids)] for row in rows])
+
+
+def accuracy_with_interval(better, worse, texts, seed=0, replicates=400):
+    """Share of pairs with better > worse (ties half), and its 95 % bootstrap interval over texts.
+
+    Pairs share texts and so are not independent: texts are resampled, a pair weighs the product of its texts' counts.
+    texts: (i, j) for each pair.   Efron 1979; Owen 2007 for the product weights.
+    """
+    right = (better > worse).double() + 0.5 * (better == worse)
+    names = {t: k for k, t in enumerate(sorted({t for pair in texts for t in pair}))}
+    i, j = (torch.tensor([names[pair[k]] for pair in texts]) for k in (0, 1))
+    g = torch.Generator().manual_seed(seed)
+    means = []
+    for _ in range(replicates):
+        counts = torch.bincount(torch.randint(len(names), (len(names),), generator=g), minlength=len(names)).double()
+        weight = counts[i] * counts[j]
+        if weight.sum() > 0:
+            means.append(float((weight * right).sum() / weight.sum()))
+    low, high = torch.tensor(means).quantile(torch.tensor([0.025, 0.975])).tolist()
+    return float(right.mean()), low, high
+
+
+def evaluate(model, run, records, eos, prefer_longer):
+    """Held-out figures of a set of pairs -> (dict of figures, differences r_better - r_worse)."""
+    model.eval()
+    pairs = [(rows[i], rows[j], extra) for rows, index, extra in records for i, j in index]
+    scores = score_all(model, run, [row for a, b, _ in pairs for row in (a, b)], eos).view(-1, 2)
+    model.train()
+    better, worse = scores.T
+    texts = [(tuple(a.ids), tuple(b.ids)) for a, b, _ in pairs]
+    length = torch.tensor([[len(a.ids), len(b.ids)] for a, b, _ in pairs]).double() * (1 if prefer_longer else -1)
+
+    def figures(keep):
+        k = torch.tensor(keep)
+        accuracy, low, high = accuracy_with_interval(better[k], worse[k], [texts[i] for i in keep])
+        by_length = ((length[k, 0] > length[k, 1]).double() + 0.5 * (length[k, 0] == length[k, 1])).mean()
+        out = {"pairs": len(keep), "accuracy": accuracy, "low": low, "high": high, "length_only": float(by_length)}
+        others = [pairs[i][2]["others_margin"] for i in keep if isinstance(pairs[i][2].get("others_margin"), (int, float))]
+        if others:
+            out["ceiling"] = sum((m > 0) + 0.5 * (m == 0) for m in others) / len(others)
+        return out
+
+    kinds, bins = defaultdict(list), defaultdict(list)
+    for i, (_, _, extra) in enumerate(pairs):
+        kind, margin = str(extra.get("kind", "pairs")), extra.get("margin")
+        kinds[kind].append(i)
+        if isinstance(margin, (int, float)) and margin > 0:
+            low, high = next((a, b) for a, b in zip(BINS, BINS[1:]) if a < margin <= b)
+            bins[f"{kind}, margin {low}-{high}" if high < math.inf else f"{kind}, margin > {low}"].append(i)
+            if margin > 1:
+                bins[f"{kind}, margin > 1"].append(i)
+    groups = {"all": list(range(len(pairs))), **(kinds if len(kinds) > 1 else {}), **dict(sorted(bins.items()))}
+    return {name: figures(keep) for name, keep in groups.items()}, (better - worse).double()
+
+
+def calibration(differences):
+    """ECE before and after a temperature. T is fitted on even pairs and judged on odd ones; then fitted on all."""
+    flip = torch.where(torch.arange(len(differences)) % 4 < 2, 1.0, -1.0)  # half are asked the other way round
+    half = fit_temperature(differences[::2])
+
+    def ece(temperature):
+        d, sign = differences[1::2], flip[1::2]
+        return expected_calibration_error(torch.sigmoid(sign * d / temperature), sign > 0)
+
+    return {"temperature": fit_temperature(differences), "ece": ece(1.0), "ece_with_temperature": ece(half)}
+
+
+def verdict(figures, calibrated):
+    """One sentence: may a policy be optimised against this model?"""
+    a = figures["all"]
+    span = f"held-out accuracy {a['accuracy']:.3f} (95% {a['low']:.3f}-{a['high']:.3f})"
+    if a["low"] <= 0.5:
+        return f"Not good enough to optimise against: {span} cannot be told from chance; it needs more or clearer preferences."
+    if a["low"] <= a["length_only"]:
+        return (f"Not good enough to optimise against: {span} does not beat preferring one length ({a['length_only']:.3f}); "
+                "a policy would learn length.")
+    if a["accuracy"] < 0.65:
+        return f"Weak: {span} beats chance, but a policy would find its errors soon; keep the KL small (a high --kl_coef)."
+    return (f"Good enough to optimise against, under a KL penalty: {span}, length alone {a['length_only']:.3f}, "
+            f"calibration error {calibrated['ece_with_temperature']:.3f} at temperature {calibrated['temperature']:.2f}.")
+
+
+def set_scale(model, sft, run, tokenizer, prompts, o):
+    """Gain and bias such that scores of SFT samples, cut as stage 3 cuts them, have mean 0 and deviation 1 (D11)."""
+    rows = []
+    for at in range(0, len(prompts), 128):
+        part = [tokenizer.encode_prompt(p) for p in prompts[at:at + 128]]
+        with run.autocast():
+            rollout = generate(sft, part, o.response_length, tokenizer.eos, generator=run.generator(at, "scale"))
+        rows += [Row(p + r, len(p)) for p, r in zip(part, rollout.responses())]
+    model.eval()
+    scores = score_all(model, run, rows, tokenizer.eos).double()
+    mean, std = float(scores.mean()), float(scores.std(correction=0))
+    if not std > 1e-6:
+        fail(f"the reward model gives all SFT samples the same score ({mean:.4f}): it has learned nothing to optimise")
+    model.gain.div_(std)
+    model.bias.copy_((model.bias - mean) / std)
+    return mean, std
+
+
+def main():
+    o = parse(Options)
+    if o.data_dir == DEFAULT_DATA and not os.path.isdir(o.data_dir):
+        prepare.sentiment(o.data_dir)
+    train_path, val_path = (os.path.join(o.data_dir, f"{o.preferences}.{split}.jsonl") for split in ("train", "val"))
+    train, val = load_preferences(train_path), load_preferences(val_path)
+    prompts_path = os.path.join(o.data_dir, "prompts.train.jsonl")
+    scale_prompts = load_prompts(prompts_path) if os.path.exists(prompts_path) else [p.prompt for p in train]
+    with runtime.Run(o, "rm") as run:
+        # ---- the SFT model's trunk under a new head, or the run to resume
+        sft, tokenizer, sft_payload = checkpoint.load(o.init_from, ["sft"], run.device)
+        if o.resume:
+            start = checkpoint.read(run.path("ckpt.pt"), ["rm"])
+            model, own_tokenizer = checkpoint.build(start, run.path("ckpt.pt"), run.device, o.dropout)
+            checkpoint.same_tokenizer(own_tokenizer, run.path("ckpt.pt"), tokenizer, o.init_from)
+        else:
+            start, model = None, sft.with_head("scalar", o.dropout).init_score(run.generator(0, "head"))
+        block_size = model.config.block_size
+        (train_set, train_dropped), (val_set, val_dropped) = (
+            encode_preferences(tokenizer, part, block_size, o.long_prompts) for part in (train, val))
+        for path, kept in ((train_path, train_set), (val_path, val_set)):
+            if not kept:
+                fail(f"{path}: no record is left: each is longer than the context of {block_size} tokens, or its texts are "
+                     "the same or tied")
+        order = Order([max(len(row.ids) for row in rows) for rows, _, _ in train_set], o.batch_size, o.seed)
+        steps = max(1, round(o.num_train_epochs * order.steps_per_epoch))
+        matrices = [p for p in model.parameters() if p.dim() == 2]
+        vectors = [p for p in model.parameters() if p.dim() < 2]
+        optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": o.weight_decay},
+                                       {"params": vectors, "weight_decay": 0.0}], betas=(0.9, 0.95), fused=True)
+        first, prints = 0, fingerprint(train_path, val_path)
+        if start:
+            if start["training"]["data"] != prints:
+                fail(f"--resume: the files {o.preferences}.*.jsonl of {o.data_dir} are not those that this run began with")
+            optimizer.load_state_dict(start["training"]["optimizer"])
+            first = start["training"]["step"]
+            if start["training"]["finished"]:
+                run.say(f"{o.out_dir}: this run is finished ({first} steps)")
+                return
+        run.start_logs(first)
+        forward = torch.compile(model.hidden, dynamic=True) if o.compile else model.hidden
+
+        # ---- what is about to happen
+        texts, pairs = sum(len(rows) for rows, _, _ in train_set), sum(len(index) for _, index, _ in train_set)
+        tokens_per_epoch = sum(len(row.ids) for rows, _, _ in train_set for row in rows)
+        run.say(f"RM: {len(train_set):,} records with {texts:,} texts and {pairs:,} pairs for training, "
+                f"{len(val_set):,} records held out, from {o.data_dir}/{o.preferences}.*.jsonl")
+        if train_dropped or val_dropped:
+            run.say(f"    dropped as tied, equal or longer than {block_size} tokens: {train_dropped} and {val_dropped}")
+        warn_repeats(*([(p.prompt, *p.completions) for p in part] for part in (train, val)), "preferences")
+        run.say(f"    model: {model.config.n_layer} layers x {model.config.n_embd}, "
+                f"{runtime.count_parameters(model):,} parameters, trunk from {o.init_from}")
+        run.say(f"    {run.device} x {run.world}, {o.dtype}; {steps} steps of {o.batch_size} records, about "
+                f"{tokens_per_epoch // order.steps_per_epoch:,} tokens each")
+        run.say(f"    output: {o.out_dir}" + (f"; goes on from step {first}" if first else ""))
+        longer = sum((len(rows[i].ids) > len(rows[j].ids)) - (len(rows[i].ids) < len(rows[j].ids))
+                     for rows, index, _ in train_set for i, j in index) > 0
+
+        def save(step, info, finished=False):
+            if run.main:
+                checkpoint.save(run.path("ckpt.pt"), stage="rm", model=model, tokenizer=tokenizer, options=o, info=info,
+                                training={"step": step, "optimizer": optimizer.state_dict(), "data": prints,
+                                          "finished": finished})
+
+        model.train()
+        seen, seen_seconds, right, judged = 0, 0.0, 0, 0
+        for step in range(first, steps):
+            began = time.perf_counter()
+            # ---- one optimizer step over all pairs of all records, divided once by their number (D22)
+            lr = o.learning_rate * runtime.warmup_cosine(step, steps, o.warmup_ratio)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            batch = [train_set[i] for i in order.batch(step)]
+            count = sum(len(index) for _, index, _ in batch)
+            run.seed_dropout(step)
+            sums = torch.zeros(2, device=run.device)  # loss, pairs ordered rightly
+            share = run.share(batch)
+            for at in range(0, len(share), o.micro_batch_size):
+                rows, better, worse = [], [], []
+                for record_rows, index, _ in share[at:at + o.micro_batch_size]:
+                    better += [len(rows) + i for i, _ in index]
+                    worse += [len(rows) + j for _, j in index]
+                    rows += record_rows
+                tokens, _, lengths = collate(rows, tokenizer.eos, run.device)
+                with run.autocast():
+                    scores = model.score(tokens, lengths, forward)  # (texts,) each text once, however many pairs it is in
+                loss = bradley_terry_loss(scores[better], scores[worse]).sum() / count
+                loss.backward()
+                sums += torch.stack([loss.detach(), (scores[better] > scores[worse]).sum()])
+            run.sum_gradients(model.parameters())
+            loss, correct = run.total(sums).tolist()
+            norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), o.max_grad_norm or math.inf))
+            if not math.isfinite(loss) or not math.isfinite(norm):
+                fail(f"step {step + 1}: loss {loss}, gradient norm {norm}: stopped before the update; try a lower "
+                     f"--learning_rate; a checkpoint, if any, is in {o.out_dir}")
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            seen += sum(len(row.ids) for rows, _, _ in batch for row in rows)
+            right, judged = right + correct, judged + count
+            seen_seconds += time.perf_counter() - began
+            done, stopping = step + 1, run.should_stop()
+            record = {"step": done, "epoch": done / order.steps_per_epoch, "loss": loss, "accuracy": correct / count,
+                      "lr": lr, "grad_norm": norm, "tokens_per_second": seen / seen_seconds}
+            if done % o.log_interval == 0 or done == steps:
+                run.say(f"{run.progress(done, steps, first)}  loss {loss:.3f} nats/pair  accuracy {right / judged:.3f}  "
+                        f"lr {lr:.1e}  grad {norm:.2f}  {seen / seen_seconds:,.0f} tokens/s")
+                seen, seen_seconds, right, judged = 0, 0.0, 0, 0
+
+            # ---- now and then: held-out accuracy, a checkpoint
+            if (done % o.eval_interval == 0 and done < steps) or stopping:
+                figures, _ = evaluate(model, run, val_set, tokenizer.eos, longer)
+                record["eval"] = figures
+                run.say("  held out: " + ", ".join(f"{name} {f['accuracy']:.3f}" for name, f in figures.items()
+                                                   if "margin" not in name))
+                run.write("metrics.jsonl", record)
+                save(done, {})
+                run.exit_if_stopped()
+            else:
+                run.write("metrics.jsonl", record)
+
+        # ---- the reward's scale, then what the model is worth
+        mean, std = set_scale(model, sft, run, tokenizer, [scale_prompts[i % len(scale_prompts)] for i in
+                                                           range(o.num_scale_samples)], o)
+        figures, differences = evaluate(model, run, val_set, tokenizer.eos, longer)
+        calibrated = calibration(differences)
+        info = {"figures": figures, "calibration": calibrated, "verdict": verdict(figures, calibrated)}
+        save(steps, info, finished=True)
+        run.write("metrics.jsonl", {"step": steps, "final": info})
+        run.say(f"\nscale: scores of {o.num_scale_samples} SFT samples had mean {mean:.3f} and deviation {std:.3f}; gain and "
+                "bias make them 0 and 1")
+        run.say(f"{'held out':<28}{'pairs':>7}  accuracy (95% interval)   length only   ceiling")
+        for name, f in figures.items():
+            run.say(f"{name:<28}{f['pairs']:>7}  {f['accuracy']:.3f}  ({f['low']:.3f}-{f['high']:.3f})"
+                    f"{f['length_only']:>15.3f}" + (f"{f['ceiling']:>10.3f}" if "ceiling" in f else ""))
+        run.say(f"calibration: ECE {calibrated['ece']:.3f}; {calibrated['ece_with_temperature']:.3f} after dividing score "
+                f"differences by a temperature of {calibrated['temperature']:.2f}")
+        run.say(info["verdict"])
+        run.say(f"saved {run.path('ckpt.pt')} after {runtime.clock(time.perf_counter() - run.started)}; next: "
+                f"python train_ppo.py --reward_model {run.path('ckpt.pt')}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,243 @@
+"""Stage 1, supervised fine-tuning: demonstrations -> a model that answers in their manner.
+
+Minimises the cross-entropy of completion tokens and eos given the prompt, from random weights or from a checkpoint.
+"""
+import math
+import os
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from minirlhf import checkpoint, prepare, runtime
+from minirlhf.config import RunOptions, fail, parse
+from minirlhf.data import (Order, collate, encode_prompts, encode_row, fingerprint, load_demonstrations, load_prompts,
+                           warn_repeats)
+from minirlhf.generate import generate
+from minirlhf.model import GPT, GPTConfig
+from minirlhf.objectives import sft_loss
+from minirlhf.tokenizer import Tokenizer
+
+DEFAULT_DATA = "data/sentiment"
+
+
+@dataclass
+class Options(RunOptions):
+    """Stage 1, supervised fine-tuning: demonstrations -> SFT model. Reads sft.{train,val}.jsonl of --data_dir."""
+    data_dir: str = DEFAULT_DATA  # folder of sft.train.jsonl and sft.val.jsonl; the default is prepared when it is missing
+    out_dir: str = "out/sft"  # where ckpt.pt, config.json, metrics.jsonl and samples.jsonl go
+    init_from: str = "scratch"  # scratch, or a checkpoint of this stage whose weights and tokenizer to start from
+    tokenizer: Literal["bpe", "gpt2"] = "bpe"  # bpe learns byte-level BPE ranks from the training text; gpt2 takes GPT-2's
+    vocab_size: int = 4096  # size of a learned vocabulary, end of text included [257..]
+    n_layer: int = 4  # blocks [1..]
+    n_head: int = 4  # attention heads; must divide n_embd [1..]
+    n_embd: int = 192  # width [1..]
+    block_size: int = 128  # longest row in tokens, prompt and completion [4..]
+    dropout: float = 0.1  # on embeddings, attention and residual branches, in training only [0..1)
+    long_prompts: Literal["drop", "trim"] = "drop"  # rows over block_size: drop them, or trim the prompt at its left
+    num_train_epochs: float = 6  # passes over the training data (0..]
+    batch_size: int = 64  # rows an optimizer step, over all ranks [1..]
+    micro_batch_size: int = 64  # rows a forward and backward pass: memory only, no effect on the result [1..]
+    optimizer: Literal["muon", "adamw"] = "muon"  # muon: torch.optim.Muon for the blocks' matrices, AdamW for the rest
+    learning_rate: float = 3e-3  # AdamW's peak [0..]
+    muon_learning_rate: float = 2e-2  # Muon's peak, for updates of spectral norm about 1 [0..]
+    weight_decay: float = 0.1  # on matrices only [0..]
+    warmup_ratio: float = 0.05  # share of the steps in which the rate rises; then it falls to 0 as a cosine [0..1]
+    max_grad_norm: float = 1.0  # gradients are scaled down to this norm; 0 = never [0..]
+    eval_interval: int = 250  # steps between evaluations, checkpoints and samples; the last step always does [1..]
+    log_interval: int = 10  # steps between log lines [1..]
+    num_samples: int = 4  # completions of held-out prompts shown at each evaluation [0..]
+    response_length: int = 48  # longest sample in tokens [1..]
+
+
+def make_optimizers(model, o):
+    """Decay on matrices only. Muon (Jordan et al. 2024) takes the blocks' matrices; embeddings stay with AdamW."""
+    matrices = [p for p in model.h.parameters() if p.dim() == 2]
+    embeddings = [model.wte.weight, model.wpe.weight]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    to_adamw = embeddings if o.optimizer == "muon" else embeddings + matrices
+    optimizers = [torch.optim.AdamW([{"params": to_adamw, "weight_decay": o.weight_decay},
+                                     {"params": vectors, "weight_decay": 0.0}], lr=o.learning_rate, betas=(0.9, 0.95),
+                                    fused=True)]
+    if o.optimizer == "muon":
+        optimizers.append(torch.optim.Muon(matrices, lr=o.muon_learning_rate, weight_decay=o.weight_decay))
+    return optimizers
+
+
+@torch.no_grad()
+def evaluate(model, run, rows, byte_counts, kinds, tokenizer, batch_size):
+    """Held-out loss -> {kind: {"nats_per_token", "bits_per_byte"}}, with kind "all" over everything."""
+    model.eval()
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
+    nats = {}
+    for at in range(0, len(order), batch_size):
+        batch = order[at:at + batch_size]
+        tokens, mask, _ = collate([rows[i] for i in batch], tokenizer.eos, run.device)
+        with run.autocast():
+            logits = model.logits(model.hidden(tokens[:, :-1])[mask])
+        losses = torch.zeros(mask.shape, device=run.device).masked_scatter_(mask, sft_loss(logits, tokens[:, 1:][mask]))
+        nats.update(zip(batch, losses.sum(1).tolist()))
+    model.train()
+    sums = defaultdict(lambda: [0.0, 0, 0])
+    for i, row in enumerate(rows):
+        for kind in ("all", kinds[i]):
+            for k, amount in enumerate((nats[i], len(row.ids) - row.prompt_length, byte_counts[i])):
+                sums[kind][k] += amount
+    return {kind: {"nats_per_token": n / t, "bits_per_byte": n / math.log(2) / max(b, 1)} for kind, (n, t, b) in
+            sorted(sums.items()) if kind}
+
+
+def describe(held_out):
+    """"4.9 nats/token, 2.0 bits/byte (amazon 1.8, ...)"."""
+    kinds = ", ".join(f"{kind} {f['bits_per_byte']:.3f}" for kind, f in held_out.items() if kind != "all")
+    return (f"{held_out['all']['nats_per_token']:.4f} nats/token, {held_out['all']['bits_per_byte']:.3f} bits/byte"
+            + (f" ({kinds})" if kinds else ""))
+
+
+def show_samples(model, run, tokenizer, prompts, step, o):
+    """Print and keep completions of a few held-out prompts, drawn with the same numbers each time."""
+    if not prompts:
+        return
+    model.eval()
+    with run.autocast():
+        rollout = generate(model, prompts, min(o.response_length, model.config.block_size - max(map(len, prompts))),
+                           tokenizer.eos, generator=runtime.generator(o.seed, 0, 0, "samples"))
+    model.train()
+    for ids, response in zip(prompts, rollout.responses()):
+        prompt, completion = tokenizer.decode(ids), tokenizer.decode(response)
+        run.say(f"    {prompt} |{completion}")
+        run.write("samples.jsonl", {"step": step, "prompt": prompt, "completion": completion})
+
+
+def main():
+    o = parse(Options)
+    if o.n_embd % o.n_head:
+        fail(f"--n_head {o.n_head}: must divide --n_embd {o.n_embd}")
+    if o.data_dir == DEFAULT_DATA and not os.path.isdir(o.data_dir):
+        prepare.sentiment(o.data_dir)
+    train_path, val_path = (os.path.join(o.data_dir, f"sft.{split}.jsonl") for split in ("train", "val"))
+    train, val = load_demonstrations(train_path), load_demonstrations(val_path)
+    with runtime.Run(o, "sft") as run:
+        # ---- tokenizer, model, optimizers: new, of a checkpoint, or of the run to resume
+        start = checkpoint.read(run.path("ckpt.pt") if o.resume else o.init_from, ["sft"]) if (
+            o.resume or o.init_from != "scratch") else None
+        if start:
+            model, tokenizer = checkpoint.build(start, run.path("ckpt.pt") if o.resume else o.init_from, run.device, o.dropout)
+        else:
+            tokenizer = Tokenizer.gpt2() if o.tokenizer == "gpt2" else Tokenizer.train(
+                [d.prompt + d.completion for d in train], o.vocab_size)
+            config = GPTConfig(o.n_layer, o.n_head, o.n_embd, tokenizer.vocab_size, o.block_size, o.dropout)
+            model = GPT(config).init_weights(run.generator(0, "init")).to(run.device)
+        block_size = model.config.block_size
+        encoded = [[encode_row(tokenizer, d.prompt, d.completion, block_size, o.long_prompts) for d in part]
+                   for part in (train, val)]
+        dropped = [sum(row is None for row in part) for part in encoded]
+        train_rows = [row for row in encoded[0] if row]
+        val, val_rows = [d for d, row in zip(val, encoded[1]) if row], [row for row in encoded[1] if row]
+        if not train_rows or not val_rows:
+            fail(f"{train_path if not train_rows else val_path}: every row is longer than the context of {block_size} "
+                 "tokens; use --long_prompts trim or a larger --block_size")
+        order = Order([len(row.ids) for row in train_rows], o.batch_size, o.seed)
+        steps = max(1, round(o.num_train_epochs * order.steps_per_epoch))
+        optimizers, first, best, best_state = make_optimizers(model, o), 0, math.inf, None
+        prints = fingerprint(train_path, val_path)
+        if o.resume:
+            state = start["training"]
+            if state["data"] != prints:
+                fail(f"--resume: the files of {o.data_dir} are not those that {run.path('ckpt.pt')} was trained on")
+            checkpoint.load_weights(model, state["model"], run.path("ckpt.pt"))
+            for optimizer, saved in zip(optimizers, state["optimizers"]):
+                optimizer.load_state_dict(saved)
+            first, best, best_state = state["step"], start["info"]["nats_per_token"], start["model"]
+            best_figures = start["info"]["held_out"]
+            if first >= steps:
+                run.say(f"{o.out_dir}: this run is finished ({first} steps)")
+                return
+        run.start_logs(first)
+        forward = torch.compile(model.hidden, dynamic=True) if o.compile else model.hidden
+
+        # ---- what is about to happen
+        tokens_per_epoch = sum(len(row.ids) - 1 for row in train_rows)
+        counted = sum(len(row.ids) - row.prompt_length for row in train_rows)
+        run.say(f"SFT: {len(train_rows):,} rows for training, {len(val_rows):,} held out, from {o.data_dir}")
+        if any(dropped):
+            run.say(f"     dropped as longer than {block_size} tokens: {dropped[0]} and {dropped[1]}")
+        warn_repeats([(d.prompt, d.completion) for d in train], [(d.prompt, d.completion) for d in val], "demonstrations")
+        run.say(f"     {tokens_per_epoch:,} tokens an epoch, {counted:,} of them count; vocabulary {tokenizer.vocab_size:,} "
+                f"({tokenizer.name})")
+        run.say(f"     model: {model.config.n_layer} layers x {model.config.n_embd}, {model.config.n_head} heads, "
+                f"{runtime.count_parameters(model):,} parameters, from {o.init_from}")
+        run.say(f"     {run.device} x {run.world}, {o.dtype}; {steps} steps of {o.batch_size} rows, about "
+                f"{tokens_per_epoch // order.steps_per_epoch:,} tokens each; {o.optimizer}")
+        run.say(f"     output: {o.out_dir}" + (f"; goes on from step {first}" if first else ""))
+
+        prompts_path = os.path.join(o.data_dir, "prompts.val.jsonl")
+        shown, _ = encode_prompts(tokenizer, load_prompts(prompts_path) if os.path.exists(prompts_path) else
+                                  [d.prompt for d in val], max(2, block_size - o.response_length), "trim")
+        shown = shown[:o.num_samples]
+        byte_counts = [len(d.completion.encode()) for d in val]
+        kinds = [str(d.extra.get("domain", "")) for d in val]
+        seen, seen_seconds = 0, 0.0
+        for step in range(first, steps):
+            began = time.perf_counter()
+            # ---- one optimizer step: the loss is summed over microbatches and ranks and divided once (D7, D22)
+            factor = runtime.warmup_cosine(step, steps, o.warmup_ratio)
+            for optimizer, peak in zip(optimizers, (o.learning_rate, o.muon_learning_rate)):
+                for group in optimizer.param_groups:
+                    group["lr"] = peak * factor
+            batch = [train_rows[i] for i in order.batch(step)]
+            count = sum(len(row.ids) - row.prompt_length for row in batch)
+            run.seed_dropout(step)
+            loss_sum = torch.zeros((), device=run.device)
+            share = run.share(batch)
+            for at in range(0, len(share), o.micro_batch_size):
+                tokens, mask, _ = collate(share[at:at + o.micro_batch_size], tokenizer.eos, run.device)
+                with run.autocast():
+                    logits = model.logits(forward(tokens[:, :-1])[mask])  # (counted, V)
+                loss = sft_loss(logits, tokens[:, 1:][mask]).sum() / count
+                loss.backward()
+                loss_sum += loss.detach()
+            run.sum_gradients(model.parameters())
+            loss = float(run.total(loss_sum))
+            norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), o.max_grad_norm or math.inf))
+            if not math.isfinite(loss) or not math.isfinite(norm):
+                fail(f"step {step + 1}: loss {loss}, gradient norm {norm}: stopped before the update; {run.path('ckpt.pt')} "
+                     "holds the last good weights; try a lower --learning_rate")
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            seen += sum(len(row.ids) - 1 for row in batch)
+            seen_seconds += time.perf_counter() - began
+            done, stopping = step + 1, run.should_stop()
+            record = {"step": done, "epoch": done / order.steps_per_epoch, "loss": loss, "lr": o.learning_rate * factor,
+                      "grad_norm": norm, "tokens_per_second": seen / seen_seconds}
+            if done % o.log_interval == 0 or done == steps:
+                run.say(f"{run.progress(done, steps, first)}  loss {loss:.3f} nats/token  lr {o.learning_rate * factor:.1e}  "
+                        f"grad {norm:.2f}  {seen / seen_seconds:,.0f} tokens/s")
+                seen, seen_seconds = 0, 0.0
+
+            # ---- now and then: held-out loss, samples, a checkpoint
+            if done % o.eval_interval == 0 or done == steps or stopping:
+                held_out = evaluate(model, run, val_rows, byte_counts, kinds, tokenizer, o.micro_batch_size)
+                record["eval"], now = held_out, held_out["all"]["nats_per_token"]
+                run.say(f"  held out: {describe(held_out)}{'  best so far' if now < best else ''}")
+                show_samples(model, run, tokenizer, shown, done, o)
+                state = model.state_dict()
+                if now < best:
+                    best, best_state, best_figures = now, {k: v.clone() for k, v in state.items()}, held_out
+                if run.main:
+                    checkpoint.save(run.path("ckpt.pt"), stage="sft", model=model, weights=best_state, tokenizer=tokenizer,
+                                    options=o, info={"nats_per_token": best, "held_out": best_figures}, training={
+                                        "step": done, "model": state, "data": prints,
+                                        "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
+            run.write("metrics.jsonl", record)
+            run.exit_if_stopped()
+        run.say(f"\nbest held-out loss: {describe(best_figures)}")
+        run.say(f"saved {run.path('ckpt.pt')} after {runtime.clock(time.perf_counter() - run.started)}; next: "
+                f"python train_rm.py --init_from {run.path('ckpt.pt')}")
+
+
+if __name__ == "__main__":
+    main()
