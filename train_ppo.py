@@ -14,7 +14,7 @@ import torch
 
 from minirlhf import checkpoint, prepare, runtime
 from minirlhf.config import RunOptions, fail, parse
-from minirlhf.data import encode_prompts, endless_batch, fingerprint, load_prompts, warn_repeats
+from minirlhf.data import encode_prompts, endless_batch, fingerprint, load_prompts, repeats
 from minirlhf.generate import generate
 from minirlhf.objectives import (adaptive_kl_coef, entropy, explained_variance, gae, k1, k2, k3, log_ratio, masked_mean,
                                  mean_interval, policy_clipped, policy_loss, shape_rewards, token_logprobs, value_clipped,
@@ -191,8 +191,8 @@ def main():
     o = parse(Options)
     if o.batch_size % o.num_mini_batches:
         fail(f"--num_mini_batches {o.num_mini_batches}: must divide --batch_size {o.batch_size}")
-    if o.data_dir == DEFAULT_DATA and not os.path.isdir(o.data_dir):
-        prepare.sentiment(o.data_dir)
+    if o.data_dir == DEFAULT_DATA:
+        prepare.ensure(o.data_dir)
     paths = [os.path.join(o.data_dir, f"prompts.{split}.jsonl") for split in ("train", "val")]
     train, val = map(load_prompts, paths)
     with runtime.Run(o, "ppo") as run:
@@ -246,7 +246,8 @@ def main():
         if long_train or long_val:
             done_to = {"drop": "dropped", "trim": "trimmed at the left"}[o.long_prompts]
             run.say(f"     {done_to} as longer than {room} tokens: {long_train} and {long_val}")
-        warn_repeats(train, val, "prompts")
+        for warning in repeats(train, val, "prompts"):
+            run.say(warning)
         run.say(f"     policy: {runtime.count_parameters(policy):,} parameters from {o.init_from}; value: from "
                 f"{o.reward_model if reward_model is not None and o.value_init == 'rm' else o.init_from}; reward: "
                 f"{o.reward or o.reward_model}")
@@ -347,7 +348,7 @@ def main():
             # ---- LOOK: one log line, now and then held-out prompts and a checkpoint
             B = len(batch)
             n = run.total(torch.tensor([float(B)], device=run.device))
-            means = run.total(torch.stack([x.double().sum() for x in (
+            means = run.total(torch.stack([x.float().sum() for x in (
                 kl, kl_k3, -old_logprobs, scores, penalised, kl_coef * kl, response_mask, rollout.finished, scores ** 2)])) / n
             mean_kl, mean_k3, neg_logprob, score, paid, priced_kl, length, eos_rate, square = means.tolist()
             gap = masked_mean((old_logprobs - rollout.sampler_logprobs).abs(), response_mask)
@@ -406,8 +407,10 @@ def main():
 
         # ---- before and after, on held-out prompts
         after = answer(policy, ref, judges, run, tokenizer, final_prompts, o)
+        final = {"before": summary(before, before), "after": summary(after, before)}
+        run.write("metrics.jsonl", {"step": max(first, steps), "final": final})
         run.say()
-        report(run, summary(before, before), summary(after, before))
+        report(run, **final)
         for old_row, row in list(zip(before, after))[:8]:
             run.say(f"\n  {row['prompt']} ...\n    SFT {old_row['score']:+.2f} |{old_row['completion']}\n"
                     f"    PPO {row['score']:+.2f} |{row['completion']}")

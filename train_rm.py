@@ -15,7 +15,7 @@ import torch
 from minirlhf import checkpoint, prepare, runtime
 from minirlhf.config import RunOptions, fail, parse
 from minirlhf.data import (Order, Row, collate, encode_row, fingerprint, load_preferences, load_prompts,
-                           warn_repeats)
+                           repeats)
 from minirlhf.generate import generate
 from minirlhf.objectives import bradley_terry_loss, expected_calibration_error, fit_temperature
 
@@ -35,9 +35,11 @@ class Options(RunOptions):
     num_train_epochs: float = 1  # passes over the training data; more overfit fast (0..]
     batch_size: int = 16  # records (pairs or rankings) an optimizer step, over all ranks [1..]
     micro_batch_size: int = 16  # records a forward and backward pass: memory only, no effect on the result [1..]
-    learning_rate: float = 5e-4  # peak; it rises over warmup_ratio of the steps, then falls to 0 as a cosine [0..]
+    optimizer: Literal["muon", "adamw"] = "muon"  # muon: torch.optim.Muon for the blocks' matrices, AdamW for the rest
+    learning_rate: float = 2e-3  # AdamW's peak [0..]
+    muon_learning_rate: float = 1e-2  # Muon's peak [0..]
     weight_decay: float = 0.1  # on matrices only [0..]
-    warmup_ratio: float = 0.05  # share of the steps in which the rate rises [0..1]
+    warmup_ratio: float = 0.05  # share of the steps in which the rate rises; then it falls to 0 as a cosine [0..1]
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm; 0 = never [0..]
     eval_interval: int = 250  # steps between evaluations and checkpoints; the last step always does [1..]
     log_interval: int = 10  # steps between log lines [1..]
@@ -158,7 +160,7 @@ def set_scale(model, sft, run, tokenizer, prompts, o):
     for at in range(0, len(prompts), 128):
         part = [tokenizer.encode_prompt(p) for p in prompts[at:at + 128]]
         with run.autocast():
-            rollout = generate(sft, part, o.response_length, tokenizer.eos, generator=run.generator(at, "scale"))
+            rollout = generate(sft, part, o.response_length, tokenizer.eos, generator=runtime.generator(o.seed, at, 0, "scale"))
         rows += [Row(p + r, len(p)) for p, r in zip(part, rollout.responses())]
     model.eval()
     scores = score_all(model, run, rows, tokenizer.eos).double()
@@ -172,8 +174,8 @@ def set_scale(model, sft, run, tokenizer, prompts, o):
 
 def main():
     o = parse(Options)
-    if o.data_dir == DEFAULT_DATA and not os.path.isdir(o.data_dir):
-        prepare.sentiment(o.data_dir)
+    if o.data_dir == DEFAULT_DATA:
+        prepare.ensure(o.data_dir)
     train_path, val_path = (os.path.join(o.data_dir, f"{o.preferences}.{split}.jsonl") for split in ("train", "val"))
     train, val = load_preferences(train_path), load_preferences(val_path)
     prompts_path = os.path.join(o.data_dir, "prompts.train.jsonl")
@@ -186,7 +188,7 @@ def main():
             model, own_tokenizer = checkpoint.build(start, run.path("ckpt.pt"), run.device, o.dropout)
             checkpoint.same_tokenizer(own_tokenizer, run.path("ckpt.pt"), tokenizer, o.init_from)
         else:
-            start, model = None, sft.with_head("scalar", o.dropout).init_score(run.generator(0, "head"))
+            start, model = None, sft.with_head("scalar", o.dropout).init_score(runtime.generator(o.seed, 0, 0, "head"))
         block_size = model.config.block_size
         (train_set, train_dropped), (val_set, val_dropped) = (
             encode_preferences(tokenizer, part, block_size, o.long_prompts) for part in (train, val))
@@ -196,15 +198,13 @@ def main():
                      "the same or tied")
         order = Order([max(len(row.ids) for row in rows) for rows, _, _ in train_set], o.batch_size, o.seed)
         steps = max(1, round(o.num_train_epochs * order.steps_per_epoch))
-        matrices = [p for p in model.parameters() if p.dim() == 2]
-        vectors = [p for p in model.parameters() if p.dim() < 2]
-        optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": o.weight_decay},
-                                       {"params": vectors, "weight_decay": 0.0}], betas=(0.9, 0.95), fused=True)
+        optimizers = runtime.make_optimizers(model, o)
         first, prints = 0, fingerprint(train_path, val_path)
         if start:
             if start["training"]["data"] != prints:
                 fail(f"--resume: the files {o.preferences}.*.jsonl of {o.data_dir} are not those that this run began with")
-            optimizer.load_state_dict(start["training"]["optimizer"])
+            for optimizer, saved in zip(optimizers, start["training"]["optimizers"]):
+                optimizer.load_state_dict(saved)
             first = start["training"]["step"]
             if start["training"]["finished"]:
                 run.say(f"{o.out_dir}: this run is finished ({first} steps)")
@@ -219,7 +219,8 @@ def main():
                 f"{len(val_set):,} records held out, from {o.data_dir}/{o.preferences}.*.jsonl")
         if train_dropped or val_dropped:
             run.say(f"    dropped as tied, equal or longer than {block_size} tokens: {train_dropped} and {val_dropped}")
-        warn_repeats(*([(p.prompt, *p.completions) for p in part] for part in (train, val)), "preferences")
+        for warning in repeats(*([(p.prompt, *p.completions) for p in part] for part in (train, val)), "preferences"):
+            run.say(warning)
         run.say(f"    model: {model.config.n_layer} layers x {model.config.n_embd}, "
                 f"{runtime.count_parameters(model):,} parameters, trunk from {o.init_from}")
         run.say(f"    {run.device} x {run.world}, {o.dtype}; {steps} steps of {o.batch_size} records, about "
@@ -231,17 +232,16 @@ def main():
         def save(step, info, finished=False):
             if run.main:
                 checkpoint.save(run.path("ckpt.pt"), stage="rm", model=model, tokenizer=tokenizer, options=o, info=info,
-                                training={"step": step, "optimizer": optimizer.state_dict(), "data": prints,
-                                          "finished": finished})
+                                training={"step": step, "data": prints, "finished": finished,
+                                          "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
 
         model.train()
         seen, seen_seconds, right, judged = 0, 0.0, 0, 0
         for step in range(first, steps):
             began = time.perf_counter()
             # ---- one optimizer step over all pairs of all records, divided once by their number (D22)
-            lr = o.learning_rate * runtime.warmup_cosine(step, steps, o.warmup_ratio)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            factor = runtime.warmup_cosine(step, steps, o.warmup_ratio)
+            runtime.set_rate(optimizers, factor)
             batch = [train_set[i] for i in order.batch(step)]
             count = sum(len(index) for _, index, _ in batch)
             run.seed_dropout(step)
@@ -265,17 +265,18 @@ def main():
             if not math.isfinite(loss) or not math.isfinite(norm):
                 fail(f"step {step + 1}: loss {loss}, gradient norm {norm}: stopped before the update; try a lower "
                      f"--learning_rate; a checkpoint, if any, is in {o.out_dir}")
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
             seen += sum(len(row.ids) for rows, _, _ in batch for row in rows)
             right, judged = right + correct, judged + count
             seen_seconds += time.perf_counter() - began
             done, stopping = step + 1, run.should_stop()
             record = {"step": done, "epoch": done / order.steps_per_epoch, "loss": loss, "accuracy": correct / count,
-                      "lr": lr, "grad_norm": norm, "tokens_per_second": seen / seen_seconds}
+                      "lr": o.learning_rate * factor, "grad_norm": norm, "tokens_per_second": seen / seen_seconds}
             if done % o.log_interval == 0 or done == steps:
                 run.say(f"{run.progress(done, steps, first)}  loss {loss:.3f} nats/pair  accuracy {right / judged:.3f}  "
-                        f"lr {lr:.1e}  grad {norm:.2f}  {seen / seen_seconds:,.0f} tokens/s")
+                        f"lr {o.learning_rate * factor:.1e}  grad {norm:.2f}  {seen / seen_seconds:,.0f} tokens/s")
                 seen, seen_seconds, right, judged = 0, 0.0, 0, 0
 
             # ---- now and then: held-out accuracy, a checkpoint

@@ -14,7 +14,7 @@ import torch
 from minirlhf import checkpoint, prepare, runtime
 from minirlhf.config import RunOptions, fail, parse
 from minirlhf.data import (Order, collate, encode_prompts, encode_row, fingerprint, load_demonstrations, load_prompts,
-                           warn_repeats)
+                           repeats)
 from minirlhf.generate import generate
 from minirlhf.model import GPT, GPTConfig
 from minirlhf.objectives import sft_loss
@@ -50,20 +50,6 @@ class Options(RunOptions):
     log_interval: int = 10  # steps between log lines [1..]
     num_samples: int = 4  # completions of held-out prompts shown at each evaluation [0..]
     response_length: int = 48  # longest sample in tokens [1..]
-
-
-def make_optimizers(model, o):
-    """Decay on matrices only. Muon (Jordan et al. 2024) takes the blocks' matrices; embeddings stay with AdamW."""
-    matrices = [p for p in model.h.parameters() if p.dim() == 2]
-    embeddings = [model.wte.weight, model.wpe.weight]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    to_adamw = embeddings if o.optimizer == "muon" else embeddings + matrices
-    optimizers = [torch.optim.AdamW([{"params": to_adamw, "weight_decay": o.weight_decay},
-                                     {"params": vectors, "weight_decay": 0.0}], lr=o.learning_rate, betas=(0.9, 0.95),
-                                    fused=True)]
-    if o.optimizer == "muon":
-        optimizers.append(torch.optim.Muon(matrices, lr=o.muon_learning_rate, weight_decay=o.weight_decay))
-    return optimizers
 
 
 @torch.no_grad()
@@ -115,8 +101,8 @@ def main():
     o = parse(Options)
     if o.n_embd % o.n_head:
         fail(f"--n_head {o.n_head}: must divide --n_embd {o.n_embd}")
-    if o.data_dir == DEFAULT_DATA and not os.path.isdir(o.data_dir):
-        prepare.sentiment(o.data_dir)
+    if o.data_dir == DEFAULT_DATA:
+        prepare.ensure(o.data_dir)
     train_path, val_path = (os.path.join(o.data_dir, f"sft.{split}.jsonl") for split in ("train", "val"))
     train, val = load_demonstrations(train_path), load_demonstrations(val_path)
     with runtime.Run(o, "sft") as run:
@@ -129,7 +115,7 @@ def main():
             tokenizer = Tokenizer.gpt2() if o.tokenizer == "gpt2" else Tokenizer.train(
                 [d.prompt + d.completion for d in train], o.vocab_size)
             config = GPTConfig(o.n_layer, o.n_head, o.n_embd, tokenizer.vocab_size, o.block_size, o.dropout)
-            model = GPT(config).init_weights(run.generator(0, "init")).to(run.device)
+            model = GPT(config).init_weights(runtime.generator(o.seed, 0, 0, "init")).to(run.device)
         block_size = model.config.block_size
         encoded = [[encode_row(tokenizer, d.prompt, d.completion, block_size, o.long_prompts) for d in part]
                    for part in (train, val)]
@@ -141,7 +127,7 @@ def main():
                  "tokens; use --long_prompts trim or a larger --block_size")
         order = Order([len(row.ids) for row in train_rows], o.batch_size, o.seed)
         steps = max(1, round(o.num_train_epochs * order.steps_per_epoch))
-        optimizers, first, best, best_state = make_optimizers(model, o), 0, math.inf, None
+        optimizers, first, best, best_state = runtime.make_optimizers(model, o), 0, math.inf, None
         prints = fingerprint(train_path, val_path)
         if o.resume:
             state = start["training"]
@@ -164,7 +150,8 @@ def main():
         run.say(f"SFT: {len(train_rows):,} rows for training, {len(val_rows):,} held out, from {o.data_dir}")
         if any(dropped):
             run.say(f"     dropped as longer than {block_size} tokens: {dropped[0]} and {dropped[1]}")
-        warn_repeats([(d.prompt, d.completion) for d in train], [(d.prompt, d.completion) for d in val], "demonstrations")
+        for warning in repeats([(d.prompt, d.completion) for d in train], [(d.prompt, d.completion) for d in val], "demonstrations"):
+            run.say(warning)
         run.say(f"     {tokens_per_epoch:,} tokens an epoch, {counted:,} of them count; vocabulary {tokenizer.vocab_size:,} "
                 f"({tokenizer.name})")
         run.say(f"     model: {model.config.n_layer} layers x {model.config.n_embd}, {model.config.n_head} heads, "
@@ -184,9 +171,7 @@ def main():
             began = time.perf_counter()
             # ---- one optimizer step: the loss is summed over microbatches and ranks and divided once (D7, D22)
             factor = runtime.warmup_cosine(step, steps, o.warmup_ratio)
-            for optimizer, peak in zip(optimizers, (o.learning_rate, o.muon_learning_rate)):
-                for group in optimizer.param_groups:
-                    group["lr"] = peak * factor
+            runtime.set_rate(optimizers, factor)
             batch = [train_rows[i] for i in order.batch(step)]
             count = sum(len(row.ids) - row.prompt_length for row in batch)
             run.seed_dropout(step)

@@ -195,13 +195,13 @@ def fingerprint(*paths) -> str:
     return digest.hexdigest()[:16]
 
 
-def warn_repeats(train, val, what):
-    """Rows repeated, or shared by train and val, are counted aloud: they flatter the held-out figures."""
+def repeats(train, val, what):
+    """Warnings, with counts, of rows repeated or shared by training and held-out data."""
     repeated, shared = len(train) - len(set(train)), len(set(train) & set(val))
     if repeated:
-        print(f"warning: {repeated} of {len(train)} {what} for training are repeats")
+        yield f"warning: {repeated} of {len(train)} {what} for training are repeats"
     if shared:
-        print(f"warning: {shared} {what} stand in both training and held-out data: held-out figures will flatter")
+        yield f"warning: {shared} {what} stand in both training and held-out data, which flatters the held-out figures"
 
 
 # ---- encoding

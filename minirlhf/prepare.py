@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import time
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import NamedTuple
@@ -37,6 +38,7 @@ SHARES = {"main.train": 0.70, "main.val": 0.06, "judge.train": 0.12, "judge.val"
           "prompts.val": 0.03}  # of each domain's sentences
 BLOCK = 30  # consecutive film reviews that the same people rated, each of them in a column of their own
 FEW_WORDS = (2, 5)  # fewest and most words of a prompt
+WHOLE = 0.8  # share of demonstrations for training with an empty prompt, which teach how sentences open as well
 MIN_REST = 3  # words that the original sentence had left after a prompt of the prompts files
 K = 8  # most sentences in a ranking
 MIN_GAP = 0.2  # between any two mean ratings in a ranking
@@ -87,6 +89,14 @@ def sentiment(data_dir="data/sentiment", seed=0, source=None, overwrite=False):
     except OSError as error:
         fail(f"cannot prepare {data_dir}: {error}")
     print(f"wrote {data_dir}; its README.md says what is in it")
+
+
+def ensure(data_dir):
+    """Prepares the default data where they are missing. Under torchrun the first process does, the others wait."""
+    while not os.path.isdir(data_dir):
+        if os.environ.get("RANK", "0") == "0":
+            sentiment(data_dir)
+        time.sleep(0.1)
 
 
 # The archive
@@ -216,7 +226,8 @@ def make_records(pools, seed):
     """{file name: records}, each file's in a random order."""
     files = {}
     for part in ("train", "val"):
-        files[f"sft.{part}.jsonl"] = demonstrations(pools[f"main.{part}"], random.Random(f"{seed} sft {part}"))
+        files[f"sft.{part}.jsonl"] = demonstrations(pools[f"main.{part}"], WHOLE if part == "train" else 0,
+                                                    random.Random(f"{seed} sft {part}"))
     train = sorted({opening for s in pools["prompts.train"] for opening in openings(s)})
     rng, used = random.Random(f"{seed} prompts val"), {prompt for prompt, _ in train}
     drawn = [rng.choice(some) for s in pools["prompts.val"] if (some := openings(s))]
@@ -238,13 +249,14 @@ def make_records(pools, seed):
     return files
 
 
-def demonstrations(sentences, rng):
-    """The first few words and the rest. The rest begins with the blank, where GPT-2's pattern may divide a text: so
-    the token ids of prompt and completion are those of the sentence."""
+def demonstrations(sentences, whole, rng):
+    """The first few words and the rest; a share `whole` has no prompt. The rest begins with the blank, where GPT-2's
+    pattern may divide a text: so the token ids of prompt and completion are those of the sentence."""
     records = []
     for sentence in sentences:
         words = sentence.text.split(" ")
-        prompt = " ".join(words[:min(rng.randint(*FEW_WORDS), len(words) - 1)])
+        few = 0 if rng.random() < whole else rng.randint(*FEW_WORDS)
+        prompt = " ".join(words[:min(few, len(words) - 1)])
         records.append({"prompt": prompt, "completion": sentence.text[len(prompt):], "domain": sentence.domain})
     return records
 
@@ -427,7 +439,8 @@ keep their order. {without} of {blocks} blocks have a varying number of raters a
 
 ## Columns
 
-- `sft.*`: `prompt` (the first {few} words), `completion` (the rest, with its leading blank), `domain`.
+- `sft.*`: `prompt` (the first {few} words), `completion` (the rest, with its leading blank), `domain`. In training
+  {whole:.0%} of the prompts are empty: the completion is the sentence.
 - `prompts.*`: `prompt`, `domain`. Openings of {few} words that had at least {rest} more; none is in both files.
 - `preferences.train`, `judge.train`: rankings, with an empty `prompt`, `completions` (up to {k}, best first), `scores`,
   and `kind`:
@@ -457,7 +470,7 @@ def describe(counts, pools, files, ceilings, seed):
         seed=seed, archive=ARCHIVE, sha=SHA256, page=PAGE, tables=tables,
         shares=", ".join(f"{pool} {share:.0%}" for pool, share in SHARES.items()), block=BLOCK,
         without=counts["movie", "blocks without persons"], blocks=counts["movie", "blocks"],
-        few=" to ".join(map(str, FEW_WORDS)), rest=MIN_REST, k=K, gap=MIN_GAP,
+        few=" to ".join(map(str, FEW_WORDS)), rest=MIN_REST, k=K, gap=MIN_GAP, whole=WHOLE,
         all=ceilings[0], half=ceilings[0.5], one=ceilings[1])
 
 

@@ -47,7 +47,7 @@ class Run:
                 self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
                 torch.cuda.set_device(self.device)
         self.dtype = getattr(torch, options.dtype)
-        set_up_products(self.device)
+        keep_freed_memory()
         self.main = self.rank == 0
         self.out_dir = options.out_dir
         if self.main:
@@ -124,6 +124,7 @@ class Run:
     def __exit__(self, kind, error, traceback):
         self.release()
         if self.world > 1 and kind is None:
+            torch.distributed.barrier()  # the first process may still be writing
             torch.distributed.destroy_process_group()
 
     # ---- signals
@@ -154,14 +155,6 @@ class Run:
             torch.distributed.all_reduce(t)
         return t
 
-    def gather(self, objects: list) -> list:
-        """The ranks' lists as one, rows in the order in which `share` dealt them."""
-        if self.world == 1:
-            return objects
-        parts = [None] * self.world
-        torch.distributed.all_gather_object(parts, objects)
-        return [part[i] for i in range(max(map(len, parts))) for part in parts if i < len(part)]
-
     def share(self, rows):
         """This rank's rows of a batch."""
         return rows[self.rank::self.world]
@@ -179,6 +172,7 @@ class Run:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def generator(self, step, purpose):
+        """For what differs by rank. What all ranks must agree on takes `generator` with rank 0."""
         return generator(self.options.seed, step, self.rank, purpose)
 
     def seed_dropout(self, step):
@@ -202,7 +196,7 @@ def say(text=""):
     try:
         print(text, flush=True)
     except BrokenPipeError:
-        sys.stdout = open(os.devnull, "w")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def clock(seconds):
@@ -238,23 +232,39 @@ def pick_device(name):
     return device
 
 
-def set_up_products(device):
-    """Faster float32 products where their accuracy stays float32's, and warm memory.
-
-    On a CPU "medium" sends products to oneDNN, twice as fast as MKL on AMD. With AMX it would round to bfloat16: so it is
-    kept only if a probe's error is float32's. On a GPU the products stay float32: --dtype bfloat16 is the fast path.
-    """
-    if device.type != "cpu":
-        return
-    torch.set_float32_matmul_precision("medium")
-    g = torch.Generator().manual_seed(0)
-    a, b = torch.randn(128, 128, generator=g), torch.randn(128, 128, generator=g)
-    if (a @ b - (a.double() @ b.double())).abs().max() > 1e-3:
-        torch.set_float32_matmul_precision("highest")
+def keep_freed_memory():
+    """glibc: large tensors reuse warm pages instead of returning them, and the backward thread shares one arena."""
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):  # glibc: keep freed memory, so that large tensors reuse warm pages
+    if hasattr(libc, "mallopt"):
         libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
         libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+        libc.mallopt(-8, 1)  # M_ARENA_MAX
+
+
+def make_optimizers(model, o):
+    """AdamW, or Muon for the blocks' matrices and AdamW for the rest; weight decay on matrices only.
+
+    Each group carries its "peak" learning rate.   Loshchilov & Hutter 2019; Jordan et al. 2024 (Muon).
+    """
+    matrices = [p for p in model.h.parameters() if p.dim() == 2]
+    others = [p for name, p in model.named_parameters() if p.dim() == 2 and not name.startswith("h.")]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    decayed = others if o.optimizer == "muon" else others + matrices
+    optimizers = [torch.optim.AdamW([{"params": decayed, "weight_decay": o.weight_decay},
+                                     {"params": vectors, "weight_decay": 0.0}], lr=o.learning_rate, betas=(0.9, 0.95),
+                                    fused=True)]
+    if o.optimizer == "muon":
+        optimizers.append(torch.optim.Muon(matrices, lr=o.muon_learning_rate, weight_decay=o.weight_decay))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak"] = group["lr"]
+    return optimizers
+
+
+def set_rate(optimizers, factor):
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * factor
 
 
 def warmup_cosine(step, steps, warmup_ratio):

@@ -187,13 +187,18 @@ def test_files_of_different_pools_share_no_sentence(made, movie_block):
 
 
 def test_prompt_and_completion_are_the_sentence(made, ratings):
-    """prompt + completion is a sentence; the cut is before a blank, after 2 to 5 words that leave at least one."""
-    cut = Counter()
-    for record in load(made)["sft.train.jsonl"]:
+    """prompt + completion is a sentence; the cut is before a blank, after 2 to 5 words that leave at least one. In
+    training most prompts are empty."""
+    cut, files = Counter(), load(made)
+    empty = [r["prompt"] == "" for r in files["sft.train.jsonl"]]
+    assert 0.7 < sum(empty) / len(empty) < 0.9
+    for record in files["sft.train.jsonl"] + files["sft.val.jsonl"]:
         text = record["prompt"] + record["completion"]
         assert text in ratings
         if " " not in text:
             assert record["prompt"] == ""
+        elif record["prompt"] == "":
+            assert record in files["sft.train.jsonl"]
         else:
             assert record["completion"].startswith(" ") and len(record["completion"]) > 1
             words, total = len(record["prompt"].split(" ")), len(text.split(" "))

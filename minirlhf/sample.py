@@ -1,0 +1,103 @@
+"""Completions of one or more checkpoints side by side: `python -m minirlhf.sample CKPT [CKPT ...]`.
+
+Each prompt's n-th completion draws the same random numbers in every checkpoint, so that differences are the models'.
+"""
+import argparse
+import json
+import os
+import sys
+
+from minirlhf import checkpoint, runtime
+from minirlhf.config import fail
+from minirlhf.data import load_prompts, trim_left
+from minirlhf.generate import generate
+
+
+def positive(text):
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
+    return int(text)
+
+
+def not_negative(text):
+    if not 0 <= float(text) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text}: must be a finite number, 0 or more")
+    return float(text)
+
+
+def parse(argv=None):
+    parser = argparse.ArgumentParser(
+        prog="python -m minirlhf.sample", allow_abbrev=False, description="Completions of checkpoints, side by side. "
+        "Without --prompt and --prompts it asks for prompts until end of input.")
+    parser.add_argument("checkpoints", nargs="+", metavar="CKPT", help="ckpt.pt of train_sft.py or train_ppo.py, or its folder")
+    parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; may be given again")
+    parser.add_argument("--prompts", metavar="FILE.jsonl", help='prompts from a file of {"prompt": ...} records')
+    parser.add_argument("--n", type=positive, default=1, help="completions a prompt (default: 1)")
+    parser.add_argument("--temperature", type=not_negative, default=1.0, help="0 takes the likeliest token (default: 1)")
+    parser.add_argument("--seed", type=int, default=1337, help="the same seed gives the same completions (default: 1337)")
+    parser.add_argument("--response_length", type=positive, default=48, help="longest completion in tokens (default: 48)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
+    parser.add_argument("--output", metavar="FILE.jsonl",
+                        help="also write one object a completion: checkpoint, prompt, completion, finished (ended with eos)")
+    return parser.parse_args(argv)
+
+
+def complete(model, tokenizer, prompts, a, path, batch_size=64):
+    """Yields (prompt, completion, finished), n for each prompt in order; a long prompt is trimmed at its left, aloud."""
+    room = model.config.block_size - a.response_length
+    if room < 1:
+        fail(f"--response_length {a.response_length}: the context of {path} is {model.config.block_size} tokens")
+    rows = [(prompt, tokenizer.encode_prompt(prompt)) for prompt in prompts for _ in range(a.n)]
+    long = sum(len(ids) > room for _, ids in rows) // a.n
+    if long:
+        print(f"warning: {path}: {long} prompts longer than {room} tokens are trimmed at the left", file=sys.stderr)
+    for at in range(0, len(rows), batch_size):
+        part = rows[at:at + batch_size]
+        rollout = generate(model, [trim_left(ids, room) for _, ids in part], a.response_length, tokenizer.eos,
+                           a.temperature, runtime.generator(a.seed, at, 0, "sample"))
+        for (prompt, _), ids, finished in zip(part, rollout.responses(), rollout.finished.tolist()):
+            yield prompt, tokenizer.decode(ids), finished
+
+
+def main(argv=None):
+    a = parse(argv)
+    device = runtime.pick_device(a.device)
+    prompts = list(a.prompt) + (load_prompts(a.prompts) if a.prompts else [])
+    models = []
+    for path in a.checkpoints:
+        path = os.path.join(path, "ckpt.pt") if os.path.isdir(path) else path
+        models.append((path, *checkpoint.load(path, ["sft", "ppo"], device)[:2]))
+    try:
+        output = open(a.output, "w", encoding="utf-8") if a.output else None
+    except OSError as error:
+        fail(f"--output {a.output}: cannot be written ({error.strerror})")
+
+    def show(prompts):
+        answers = [list(complete(model, tokenizer, prompts, a, path)) for path, model, tokenizer in models]
+        width = max(len(path) for path, _, _ in models)
+        for k in range(len(prompts) * a.n):
+            if k % a.n == 0:
+                runtime.say(f"\n{answers[0][k][0]} ...")
+            for (path, _, _), rows in zip(models, answers):
+                prompt, completion, finished = rows[k]
+                runtime.say(f"  {path:<{width}} |{completion}{'' if finished else ' [cut]'}")
+                if output:
+                    output.write(json.dumps({"checkpoint": path, "prompt": prompt, "completion": completion,
+                                             "finished": finished}, ensure_ascii=False) + "\n")
+                    output.flush()
+
+    if prompts:
+        show(prompts)
+    while not prompts:
+        try:
+            line = input("prompt> ")
+        except (EOFError, KeyboardInterrupt):
+            runtime.say()
+            break
+        show([line])
+    if output:
+        output.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,341 @@
+"""Records in, batches out: every form that is accepted, every fault that is named, masks and orders by hand."""
+import json
+from collections import Counter
+
+import pytest
+import torch
+
+from minirlhf import data
+from minirlhf.data import (Demonstration, Order, Preference, Row, collate, encode_prompts, encode_row, endless_batch,
+                           load_demonstrations, load_preferences, load_prompts, trim_left)
+from minirlhf.tokenizer import EOS, Tokenizer
+
+
+@pytest.fixture
+def write(tmp_path):
+    """write(record or text or bytes, ...) -> the path of a file with one a line."""
+    def make(*lines):
+        path = tmp_path / "rows.jsonl"
+        lines = [json.dumps(line) if isinstance(line, (dict, list)) else line for line in lines]
+        path.write_bytes(b"\n".join(line if isinstance(line, bytes) else line.encode() for line in lines))
+        return str(path)
+    return make
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """Bytes alone: an id is a byte, eos is 256."""
+    return Tokenizer.train([], 257)
+
+
+def says(role, content):
+    return {"role": role, "content": content}
+
+
+TALK = [says("system", "Be kind."), says("user", "Hi"), says("assistant", "Hello"), says("user", "Bye")]
+TALK_TEXT = "Be kind.\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Bye"
+GOOD, BAD = says("assistant", "See you!"), says("assistant", "Go.")
+
+
+# Forms that are accepted
+
+
+@pytest.mark.parametrize("record, prompt, completion", [
+    ({"prompt": "A b", "completion": " c"}, "A b", " c"),
+    ({"prompt": "", "completion": ""}, "", ""),
+    ({"text": "A b c"}, "", "A b c"),
+    ({"prompt": "A", "completion": "b", "text": "ignored"}, "A", "b"),
+    ({"messages": TALK + [GOOD]}, TALK_TEXT + "\n\nAssistant:", " See you!"),
+    ({"messages": [says("user", "Hi"), says("assistant", "")]}, "\n\nHuman: Hi\n\nAssistant:", " "),
+])
+def test_demonstrations(write, record, prompt, completion):
+    """{"prompt", "completion"}, {"text"}, {"messages"}: a prompt ends with the role whose turn it is."""
+    assert load_demonstrations(write(record)) == [Demonstration(prompt, completion)]
+
+
+@pytest.mark.parametrize("record, prompt, completions", [
+    ({"prompt": "P", "chosen": " good", "rejected": " bad"}, "P", [" good", " bad"]),
+    ({"prompt": "P", "completions": [" a", " b", " c"]}, "P", [" a", " b", " c"]),
+    # without a prompt: what the texts share, up to a whole word
+    ({"chosen": "A film that is good", "rejected": "A film that gets bad"}, "A film that", [" is good", " gets bad"]),
+    ({"chosen": "A film", "rejected": "A fish"}, "A", [" film", " fish"]),
+    ({"chosen": "One", "rejected": "Two"}, "", ["One", "Two"]),
+    ({"chosen": "A film is on", "rejected": "A film"}, "A", [" film is on", " film"]),  # neither answer is empty
+    ({"completions": ["A b c", "A b d", "A b"]}, "A", [" b c", " b d", " b"]),
+    # up to the last turn that they share
+    ({"chosen": "\n\nHuman: Hi\n\nAssistant: I do", "rejected": "\n\nHuman: Hi\n\nAssistant: I did"},
+     "\n\nHuman: Hi\n\nAssistant:", [" I do", " I did"]),
+    ({"chosen": TALK + [GOOD], "rejected": TALK + [BAD]}, TALK_TEXT + "\n\nAssistant:", [" See you!", " Go."]),
+    ({"prompt": TALK, "chosen": [GOOD], "rejected": [BAD]}, TALK_TEXT + "\n\nAssistant:", [" See you!", " Go."]),
+])
+def test_preferences(write, record, prompt, completions):
+    """Pairs and rankings, texts and messages, with a prompt or with what the texts share as one."""
+    (row,) = load_preferences(write(record))
+    assert (row.prompt, row.completions, row.scores) == (prompt, completions, None)
+
+
+@pytest.mark.parametrize("record, prompt", [
+    ({"prompt": "A b"}, "A b"),
+    ({"prompt": ""}, ""),
+    ({"messages": TALK}, TALK_TEXT + "\n\nAssistant:"),
+    ({"prompt": TALK}, TALK_TEXT + "\n\nAssistant:"),
+])
+def test_prompts(write, record, prompt):
+    """{"prompt"} as text or messages, {"messages"}."""
+    assert load_prompts(write(record)) == [prompt]
+
+
+def test_other_columns_are_kept(write):
+    """What the loader does not know stays beside the row."""
+    assert load_demonstrations(write({"text": "a", "kind": "x", "n": 2}))[0].extra == {"kind": "x", "n": 2}
+    record = {"prompt": "a", "chosen": "b", "rejected": "c", "margin": 1.5}
+    assert load_preferences(write(record))[0].extra == {"margin": 1.5}
+
+
+def test_pairs_by_hand():
+    """K texts, best first, give K(K-1)/2 pairs; ties and equal texts teach nothing."""
+    assert Preference("", ["a", "b", "c"]).pairs() == [(0, 1), (0, 2), (1, 2)]
+    assert Preference("", ["a", "b", "c"], [2, 1, 1]).pairs() == [(0, 1), (0, 2)]
+    assert Preference("", ["a", "b", "a"]).pairs() == [(0, 1), (1, 2)]
+    assert Preference("", ["a", "a"]).pairs() == Preference("", ["a", "b"], [0.5, 0.5]).pairs() == []
+
+
+@pytest.mark.parametrize("content", [
+    b'\xef\xbb\xbf{"prompt": "a"}\n{"prompt": "b"}\n',  # a byte order mark
+    b'{"prompt": "a"}\r\n{"prompt": "b"}\r\n',
+    b'\n\n{"prompt": "a"}\n  \n\t{"prompt": "b"}  \n\n',
+    b'{"prompt": "a"}\n{"prompt": "b"}',  # no final newline
+])
+def test_forms_of_lines(tmp_path, content):
+    """BOM, CRLF, blank lines and a missing last newline change nothing."""
+    (tmp_path / "x.jsonl").write_bytes(content)
+    assert load_prompts(tmp_path / "x.jsonl") == ["a", "b"]
+
+
+def test_odd_characters(write, tokenizer):
+    """Emoji, NUL and line separators survive; a pair of escaped surrogates is its character, a lone one U+FFFD."""
+    path = write('{"prompt": "\U0001f600 \\u0000 \u2028 \\ud83d\\ude00 \\ud83d!"}')
+    assert load_prompts(path) == ["\U0001f600 \0 \u2028 \U0001f600 \ufffd!"]
+    assert load_demonstrations(write('{"prompt": "\\udc00", "completion": "\\ud83dx"}')) == [Demonstration("\ufffd", "\ufffdx")]
+    (row,) = load_preferences(write('{"prompt": "", "completions": ["a\\udc00", "b"]}'))
+    assert row.completions == ["a\ufffd", "b"]
+    (prompt,) = load_prompts(write({"messages": [says("user", "\ud83d")]}))
+    assert "\ufffd" in prompt and tokenizer.decode(tokenizer.encode(prompt)) == prompt
+
+
+def test_the_end_of_text_marker_is_text(write, tokenizer):
+    """A record that holds it has the one eos at its start and the one at its end."""
+    (row,) = load_demonstrations(write({"prompt": f"a{EOS}", "completion": f"{EOS}b"}))
+    ids = encode_row(tokenizer, row.prompt, row.completion, 64, "drop").ids
+    assert ids == [256, *f"a{EOS}{EOS}b".encode(), 256]
+
+
+# Faults
+
+
+@pytest.mark.parametrize("line, words", [
+    ("{'prompt': 1}", ["not JSON", "property name"]),
+    ('{"prompt": "a"', ["not JSON"]),
+    ('{"prompt": "a"} {"prompt": "b"}', ["not JSON", "Extra data"]),
+    ("[" * 100_000, ["not JSON"]),
+    ('{"n": ' + "9" * 5000 + "}", ["not JSON"]),
+    ('["a"]', ["expected an object", "list"]),
+    ('"a"', ["expected an object", "str"]),
+    ("null", ["expected an object", "NoneType"]),
+    ("3", ["expected an object", "int"]),
+    (b'{"prompt": "caf\xe9"}', ["not UTF-8", "byte 15"]),
+    (b"\xff\xfe{\x00", ["not UTF-8", "byte 0"]),
+], ids=range(11))
+def test_lines_that_are_no_record(write, refused, line, words):
+    """Exit 2 with file:line and the parser's reason; blank lines count."""
+    fine = {"prompt": "a", "completion": "b", "chosen": "c", "rejected": "d"}
+    path = write(fine, "", line, fine)
+    for load in (load_demonstrations, load_preferences, load_prompts):
+        error = refused(load, path)
+        assert f"{path}:3: " in error and all(word in error for word in words)
+
+
+@pytest.mark.parametrize("load, record, words", [
+    (load_prompts, {"text": "a", "kind": "b"}, ["'prompt' is missing", "'text', 'kind'"]),
+    (load_prompts, {}, ["'prompt' is missing", "nothing"]),
+    (load_prompts, {"prompt": None}, ["'prompt' must be a string, found NoneType"]),
+    (load_prompts, {"prompt": 3}, ["'prompt' must be a string, found int"]),
+    (load_prompts, {"prompt": []}, ["'prompt' must be a list of messages that is not empty"]),
+    (load_prompts, {"messages": "a"}, ["'messages' must be a list of messages"]),
+    (load_prompts, {"messages": ["a"]}, ["'messages'", "'role'", "'content'"]),
+    (load_prompts, {"messages": [{"role": "user"}]}, ["'messages'", "'content'"]),
+    (load_prompts, {"messages": [says("user", None)]}, ["'messages'", "'content'"]),
+    (load_prompts, {"messages": [{"content": "a"}]}, ["role", "None"]),
+    (load_prompts, {"messages": [says("robot", "a")]}, ["role", "'robot'"]),
+    (load_demonstrations, {"prompt": "a"}, ["'completion' is missing", "'prompt'"]),
+    (load_demonstrations, {"completion": "a"}, ["'prompt' is missing", "'completion'"]),
+    (load_demonstrations, {"prompt": "a", "completion": None}, ["'completion' must be a string, found NoneType"]),
+    (load_demonstrations, {"prompt": ["a"], "completion": "b"}, ["'prompt' must be a string, found list"]),
+    (load_demonstrations, {"text": 1}, ["'text' must be a string, found int"]),
+    (load_demonstrations, {"messages": TALK}, ["must end with the assistant's answer"]),
+    (load_demonstrations, {"messages": []}, ["'messages'", "not empty"]),
+    (load_preferences, {"prompt": "a", "chosen": "b"}, ["'rejected' is missing", "'prompt', 'chosen'"]),
+    (load_preferences, {"prompt": "a", "rejected": "b"}, ["'chosen' is missing"]),
+    (load_preferences, {"prompt": None, "chosen": "b", "rejected": "c"}, ["'prompt' must be a string, found NoneType"]),
+    (load_preferences, {"prompt": "a", "chosen": 1, "rejected": "c"}, ["'chosen' must be a string, found int"]),
+    (load_preferences, {"chosen": [], "rejected": []}, ["'chosen' must be a list of messages that is not empty"]),
+    (load_preferences, {"prompt": "a", "completions": ["b"]}, ["'completions'", "two or more"]),
+    (load_preferences, {"prompt": "a", "completions": ["b", None]}, ["'completions'", "strings"]),
+    (load_preferences, {"prompt": "a", "completions": "bc"}, ["'completions' must be a list"]),
+    (load_preferences, {"prompt": "a", "completions": ["b", "c"], "scores": [1]}, ["'scores'", "2 numbers"]),
+    (load_preferences, {"prompt": "a", "completions": ["b", "c"], "scores": [1, "0"]}, ["'scores'", "numbers"]),
+    (load_preferences, {"prompt": "a", "completions": ["b", "c"], "scores": [True, False]}, ["'scores'", "numbers"]),
+    (load_preferences, {"prompt": "a", "completions": ["b", "c"], "scores": [1, float("nan")]}, ["'scores'", "numbers"]),
+    (load_preferences, {"prompt": "a", "completions": ["b", "c"], "scores": [1, 2]}, ["'scores' must fall", "best first"]),
+], ids=range(31))
+def test_records_that_do_not_fit(write, refused, load, record, words):
+    """Exit 2 with file:line, the field and what is there instead."""
+    good = {"prompt": "a", "completion": "b", "chosen": "c", "rejected": "d"}
+    path = write(good, record, good)
+    error = refused(load, path)
+    assert f"{path}:2: " in error and all(word in error for word in words)
+
+
+@pytest.mark.parametrize("content", [b"", b"\n \r\n\n", b"\xef\xbb\xbf"])
+def test_files_without_records(tmp_path, refused, content):
+    """Empty, or blank lines alone: exit 2 naming the file."""
+    (tmp_path / "x.jsonl").write_bytes(content)
+    for load in (load_demonstrations, load_preferences, load_prompts):
+        assert f"{tmp_path / 'x.jsonl'}: holds no records" in refused(load, tmp_path / "x.jsonl")
+
+
+def test_files_that_are_none(tmp_path, refused):
+    """Missing, or a folder."""
+    for path in (tmp_path / "none.jsonl", tmp_path):
+        assert str(path) in refused(load_prompts, path)
+
+
+def test_repeats_are_counted():
+    """Rows twice in training, and rows both trained on and held out, are each counted; where there are none, nothing."""
+    (warning,) = data.repeats(["a", "b", "a", "a"], ["c"], "prompts")
+    assert "2 of 4 prompts" in warning
+    (warning,) = data.repeats(["a", "b", "c"], ["c", "b", "c", "d"], "prompts")
+    assert "2 prompts" in warning
+    assert len([*data.repeats(["a", "a"], ["a"], "prompts")]) == 2
+    assert not [*data.repeats(["a", "b"], ["c", "c"], "prompts")]
+
+
+def test_fingerprint_tells_files_apart(tmp_path):
+    """One byte, or the order of the files, changes it; their names and times do not."""
+    a, b, c = (tmp_path / name for name in "abc")
+    a.write_bytes(b"x" * 3000), b.write_bytes(b"x" * 2999 + b"y"), c.write_bytes(b"x" * 3000)
+    assert data.fingerprint(a, b) == data.fingerprint(c, b) != data.fingerprint(b, a)
+    assert data.fingerprint(a) != data.fingerprint(b)
+
+
+# Ids and masks
+
+
+def test_encode_row_by_hand(tokenizer):
+    """eos "ab" + "cd" eos: encoded apart and joined, the completion begins after three ids."""
+    assert encode_row(tokenizer, "ab", "cd", 6, "drop") == Row([256, 97, 98, 99, 100, 256], 3)
+    assert encode_row(tokenizer, "", "", 6, "drop") == Row([256, 256], 1)  # an empty completion trains eos alone
+
+
+def test_prompt_and_completion_are_encoded_apart():
+    """"ab" is one token, yet "a" + "b" stays two: the same ids as when the policy answers "a"."""
+    tokenizer = Tokenizer.train(["ab"] * 9, 258)
+    assert tokenizer.encode("ab") == [256]
+    assert encode_row(tokenizer, "a", "b", 9, "drop").ids == [257, 97, 98, 257]
+
+
+@pytest.mark.parametrize("block_size, ids, prompt_length", [
+    (8, [256, *b"abcde", *b"x", 256], 6),
+    (7, [256, *b"bcde", *b"x", 256], 5),  # the prompt loses its left, not its opening eos
+    (4, [256, *b"e", *b"x", 256], 2),
+    (3, [256, *b"x", 256], 1),
+    (2, [256, *b"x"], 1),  # the completion alone is too long: cut at its right, without eos
+])
+def test_long_rows_are_trimmed_at_the_left(tokenizer, block_size, ids, prompt_length):
+    """eos abcde + x eos in ever less room; with "drop" all but the first are dropped."""
+    assert encode_row(tokenizer, "abcde", "x", block_size, "trim") == Row(ids, prompt_length)
+    dropped = encode_row(tokenizer, "abcde", "x", block_size, "drop")
+    assert dropped == (Row(ids, prompt_length) if block_size == 8 else None)
+
+
+def test_trim_left_by_hand():
+    """The opening eos and the last tokens, `room` in all."""
+    assert [trim_left([9, 1, 2, 3], room) for room in (5, 4, 3, 2, 1)] == [
+        [9, 1, 2, 3], [9, 1, 2, 3], [9, 2, 3], [9, 3], [9]]
+
+
+def test_encode_prompts_counts_the_long_ones(tokenizer):
+    """Room for 3 ids: "ab" fits with its eos; "abc" and "abcd" are dropped or trimmed, and counted either way."""
+    texts = ["abc", "ab", "abcd", ""]
+    assert encode_prompts(tokenizer, texts, 3, "drop") == ([[256, 97, 98], [256]], 2)
+    assert encode_prompts(tokenizer, texts, 3, "trim") == ([[256, 98, 99], [256, 97, 98], [256, 99, 100], [256]], 2)
+
+
+def test_collate_by_hand():
+    """T tokens hold T-1 decisions; True where a decision chose a token of the completion, its eos (9) included, though
+    padding and prompts hold eos as well."""
+    tokens, mask, lengths = collate([Row([9, 1, 2, 3, 9], 2), Row([9, 9], 1), Row([9, 9, 4, 5], 3)], 9)
+    o, x = False, True
+    assert tokens.tolist() == [[9, 1, 2, 3, 9], [9, 9, 9, 9, 9], [9, 9, 4, 5, 9]]
+    assert mask.tolist() == [[o, x, x, x], [x, o, o, o], [o, o, x, o]]
+    assert mask.dtype == torch.bool and lengths.tolist() == [5, 2, 4]
+
+
+# Order
+
+
+LENGTHS = [(7 * i) % 23 + 1 for i in range(103)]
+
+
+@pytest.mark.parametrize("batch_size", [1, 8, 102, 103, 500])
+def test_an_epoch_holds_each_row_once(batch_size):
+    """103 rows: every epoch a permutation, in full batches but for one; other epochs are others."""
+    order = Order(LENGTHS, batch_size, seed=0)
+    assert order.steps_per_epoch == -(-103 // batch_size)
+    epochs = []
+    for epoch in range(3):
+        batches = [order.batch(epoch * order.steps_per_epoch + i) for i in range(order.steps_per_epoch)]
+        assert Counter(row for batch in batches for row in batch) == Counter(range(103))
+        short = [len(batch) for batch in batches if len(batch) != batch_size]
+        assert short == [103 % batch_size] * (103 % batch_size > 0)
+        epochs.append(batches)
+    if batch_size < 103:
+        assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+
+
+def test_order_is_a_function_of_seed_and_step():
+    """Asked for in any order, by a fresh object or by one in use, a step's batch is the same; another seed's is not."""
+    one = Order(LENGTHS, 8, seed=5)
+    batches = {step: one.batch(step) for step in range(40)}
+    assert all(Order(LENGTHS, 8, seed=5).batch(step) == batches[step] for step in (0, 39, 17))
+    assert [one.batch(step) for step in (30, 2, 14)] == [batches[step] for step in (30, 2, 14)]
+    assert Order(LENGTHS, 8, seed=6).batch(0) != batches[0]
+
+
+def test_rows_of_like_length_meet():
+    """Within a pool, batches hold neighbours in length, and do not come in the order of their lengths."""
+    order = Order(LENGTHS, 8, seed=0)  # one pool of 128 holds all
+    spans = [[LENGTHS[row] for row in order.batch(step)] for step in range(13)]
+    spans_in_order = sorted(spans)
+    assert all(max(a) <= min(b) for a, b in zip(spans_in_order, spans_in_order[1:]))
+    assert spans != spans_in_order
+    wide = [max(LENGTHS[r] for r in b) - min(LENGTHS[r] for r in b) for b in map(Order(LENGTHS, 8, 0, pool=1).batch, range(13))]
+    assert sum(wide) > 2 * sum(max(span) - min(span) for span in spans)
+
+
+@pytest.mark.parametrize("n, batch_size", [(10, 4), (10, 10), (3, 8), (1, 2)])
+def test_endless_batch_covers_each_row_once_an_epoch(n, batch_size):
+    """Full batches for ever, a batch over an epoch's end included; n draws in a row are a permutation."""
+    stream = [row for step in range(30) for row in endless_batch(n, batch_size, 0, step)]
+    assert len(stream) == 30 * batch_size
+    epochs = [stream[i:i + n] for i in range(0, len(stream) - n + 1, n)]
+    assert all(sorted(epoch) == list(range(n)) for epoch in epochs)
+    if n == 10:
+        assert len(set(map(tuple, epochs))) == len(epochs)
+
+
+def test_endless_batch_is_a_function_of_seed_and_step():
+    """The same again; another seed or step gives other rows."""
+    assert endless_batch(100, 8, 1, 7) == endless_batch(100, 8, 1, 7)
+    assert endless_batch(100, 8, 1, 7) != endless_batch(100, 8, 2, 7)
+    assert endless_batch(100, 8, 1, 7) != endless_batch(100, 8, 1, 8)

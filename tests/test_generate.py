@@ -1,0 +1,299 @@
+"""Sampling against the model without a cache, and against chains whose answers are known by hand."""
+import math
+
+import pytest
+import torch
+
+from minirlhf.generate import KVCache, Rollout, generate, pad, sample
+from minirlhf.model import GPTConfig
+from minirlhf.objectives import token_logprobs
+
+PROMPTS = [[1], [2, 3, 4, 5, 6, 7], [8, 0, 9], [1, 1], [0], [5, 4, 3, 2, 1], [12, 12, 12], [0, 0], [6, 2], [3]]
+EOS = 0  # some prompts hold it, and begin or end with it
+STEPS = 12
+
+
+def uniform(seed=0, rows=len(PROMPTS), steps=STEPS):
+    return torch.rand(rows, steps, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def draw(monkeypatch):
+    """draw(u): the numbers that `generate` will draw."""
+    return lambda u: monkeypatch.setattr(torch, "rand", lambda *shape, generator=None: u.reshape(shape).clone())
+
+
+class Chain(torch.nn.Module):
+    """A model whose next token depends on the last one alone: logits = table[token]. `calls` counts rows of each pass."""
+
+    def __init__(self, table, block_size=64):
+        super().__init__()
+        self.config = GPTConfig(1, 1, 2, len(table), block_size)
+        self.wte = torch.nn.Embedding(len(table), 2)
+        self.table, self.calls = table, []
+
+    def hidden(self, tokens, cache, positions):
+        self.calls.append(tuple(tokens.shape))
+        return self.table[tokens]
+
+    def logits(self, hidden):
+        return hidden
+
+
+def sure(*following):
+    """The chain in which token i is followed by following[i] for certain."""
+    return Chain(torch.full((len(following),) * 2, -torch.inf).scatter(1, torch.tensor(following)[:, None], 0.0))
+
+
+# Cache
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_cached_equals_uncached_at_every_step(make_model, dtype):
+    """Prefill of ragged prompts, then one token a row: hidden states and logits are those of a pass without a cache."""
+    model = make_model(dtype=dtype)
+    rows = [torch.randint(13, (n + 8,), generator=torch.Generator().manual_seed(n)) for n in (1, 6, 3)]
+    lengths = torch.tensor([1, 6, 3])
+    tokens, _ = pad([row[:n].tolist() for row, n in zip(rows, lengths)], 12)
+    cache = KVCache(model, 3, 14)
+    cache.k.fill_(1e4), cache.v.fill_(1e4)  # an unwritten slot that is read shows
+    cache.filled = 6
+    hidden = model.hidden(tokens, cache, torch.arange(6)[None])[torch.arange(3), lengths - 1]
+    for n in range(9):
+        for b, row in enumerate(rows):
+            alone = model.hidden(row[None, :lengths[b] + n])[0, -1]
+            torch.testing.assert_close(hidden[b], alone, rtol=1e-4, atol=1e-4 if dtype == torch.float32 else 1e-10)
+            torch.testing.assert_close(model.logits(hidden[b]), model.logits(alone), rtol=1e-4, atol=1e-4)
+        if n < 8:
+            at = lengths + n
+            cache.filled = 6 + n + 1
+            hidden = model.hidden(torch.stack([row[i] for row, i in zip(rows, at)])[:, None], cache, at[:, None])[:, 0]
+
+
+def test_a_cache_takes_several_tokens_at_once(make_model):
+    """Prefill in pieces of any size equals prefill in one."""
+    model, tokens = make_model(), torch.randint(13, (2, 9), generator=torch.Generator().manual_seed(0))
+    cache, parts = KVCache(model, 2, 9), []
+    for start, end in ((0, 4), (4, 5), (5, 9)):
+        cache.filled = end
+        parts.append(model.hidden(tokens[:, start:end], cache, torch.arange(start, end)[None]))
+    torch.testing.assert_close(torch.cat(parts, 1), model.hidden(tokens), rtol=1e-4, atol=1e-4)
+
+
+# Sampling
+
+
+def test_sample_by_hand():
+    """Probabilities 1/2, 1/4, 1/4: u below 1/2 takes token 0, below 3/4 token 1, else token 2; each with its log p."""
+    logits = torch.tensor([0.5, 0.25, 0.25]).log().expand(6, 3) + 3
+    tokens, logprobs = sample(logits, 1.0, torch.tensor([0.0, 0.49, 0.51, 0.74, 0.76, 1 - 2 ** -24]))
+    assert tokens.tolist() == [0, 0, 1, 1, 2, 2]
+    torch.testing.assert_close(logprobs, torch.tensor([0.5, 0.5, 0.25, 0.25, 0.25, 0.25]).log())
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_temperature_divides_the_logits(temperature):
+    """Weights 1, 4, 16 become 1, 4^(1/T), 16^(1/T): at T = 2 that is 1/7, 2/7, 4/7 of the draws."""
+    n, weights = 100_000, torch.tensor([1.0, 4.0, 16.0])
+    expected = weights ** (1 / temperature) / (weights ** (1 / temperature)).sum()
+    u = (torch.arange(n) + 0.5) / n  # evenly spread: shares are right to 1/n
+    tokens, logprobs = sample(weights.log().expand(n, 3), temperature, u)
+    torch.testing.assert_close(tokens.bincount(minlength=3) / n, expected, atol=2 / n, rtol=0)
+    torch.testing.assert_close(logprobs, expected.log()[tokens])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 2.0])
+@pytest.mark.parametrize("impossible", [[0], [4], [0, 1, 3, 4], [2], [1, 2, 3]])
+def test_a_token_of_probability_0_is_never_sampled(temperature, impossible):
+    """Whatever the uniform number, its extremes included, and however the sum of probabilities is rounded."""
+    logits = torch.randn(200, 5, generator=torch.Generator().manual_seed(0))
+    logits[:, impossible] = -torch.inf
+    for u in (0.0, 2 ** -24, 0.5, 1 - 2 ** -23, 1 - 2 ** -24):
+        tokens, logprobs = sample(logits, temperature, torch.full((200,), u))
+        assert not set(tokens.tolist()) & set(impossible)
+        assert logprobs.isfinite().all()
+
+
+def test_frequencies_of_generated_tokens():
+    """From token 1 the chain goes to 1, 2, 3 with .2, .3, .5, and from 2 to 0 or 3 with 1/2: so do 20,000 rollouts."""
+    table = torch.tensor([[1, 0, 0, 0], [0, 0.2, 0.3, 0.5], [0.5, 0, 0, 0.5], [1, 0, 0, 0]]).log()
+    rollout = generate(Chain(table), [[1]] * 20_000, 2, EOS, generator=torch.Generator().manual_seed(0))
+    first, second = rollout.tokens[:, 1], rollout.tokens[:, 2]
+    shares = first.bincount(minlength=4) / 20_000
+    torch.testing.assert_close(shares, torch.tensor([0, 0.2, 0.3, 0.5]), atol=0.01, rtol=0)  # 3 standard errors
+    ended = (second[first == 2] == EOS).double().mean().item()
+    assert ended == pytest.approx(0.5, abs=0.02)  # .0065 a standard error: draws of the two steps are independent
+
+
+# Whole answers
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+def test_generate_equals_a_loop_without_cache_or_batch(make_model, draw, temperature):
+    """Ragged prompts, rows ending at different steps: tokens, lengths and log-probabilities are those of each row
+    alone, run through the whole model again for each token."""
+    model, u = make_model(), uniform()
+    draw(u)
+    rollout = generate(model, PROMPTS, STEPS, EOS, temperature)
+    for b, prompt in enumerate(PROMPTS):
+        row, logprobs = list(prompt), []
+        while len(row) < len(prompt) + STEPS and (len(row) == len(prompt) or row[-1] != EOS):
+            logits = model(torch.tensor([row]))[:, -1]
+            token, logprob = sample(logits, temperature, u[b, len(row) - len(prompt)][None])
+            row.append(token.item())
+            logprobs.append(logprob)
+        assert rollout.responses()[b] == row[len(prompt):]
+        assert rollout.prompt_lengths[b] == len(prompt) and rollout.lengths[b] == len(row)
+        assert rollout.finished[b] == (row[-1] == EOS)
+        assert rollout.tokens[b].tolist() == row + [EOS] * (rollout.tokens.shape[1] - len(row))
+        seen = rollout.sampler_logprobs[b]
+        torch.testing.assert_close(seen[rollout.response_mask[b]], torch.cat(logprobs), rtol=1e-4, atol=1e-4)
+        assert not seen[~rollout.response_mask[b]].any()
+    assert rollout.tokens.shape[1] == rollout.lengths.max()  # cut to the longest row
+    if temperature == 1:  # the sample is a fair one: rows end early, late and not at all
+        assert len(set((rollout.lengths - rollout.prompt_lengths).tolist())) > 4 and not rollout.finished.all()
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_sampler_logprobs_equal_the_recomputed_ones(make_model, temperature):
+    """One training forward over the finished rows gives the log-probabilities that the sampler saw."""
+    model = make_model()
+    rollout = generate(model, PROMPTS, STEPS, EOS, temperature, torch.Generator().manual_seed(3))
+    logprobs = token_logprobs(model(rollout.tokens[:, :-1]) / temperature, rollout.tokens[:, 1:])
+    mask = rollout.response_mask
+    torch.testing.assert_close(rollout.sampler_logprobs[mask], logprobs[mask], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [[3], [9, 2, 4], [1, 7], list(range(10))[::-1]])
+def test_an_answer_does_not_depend_on_its_neighbours(make_model, draw, rows):
+    """The same prompts with the same uniform numbers in other company, or alone: the same answers."""
+    model, u = make_model(), uniform(1)
+    draw(u)
+    together = generate(model, PROMPTS, STEPS, EOS)
+    draw(u[rows])
+    apart = generate(model, [PROMPTS[r] for r in rows], STEPS, EOS)
+    assert apart.responses() == [together.responses()[r] for r in rows]
+    T = apart.tokens.shape[1]
+    torch.testing.assert_close(apart.sampler_logprobs, together.sampler_logprobs[rows, :T - 1], rtol=1e-4, atol=1e-4)
+
+
+def test_draws_come_from_the_generator_alone(make_model):
+    """The same seed gives the same answers, another seed others; torch's global generator is neither read nor moved."""
+    model, state = make_model(), torch.get_rng_state()
+
+    def answers(seed):
+        return generate(model, PROMPTS, STEPS, EOS, generator=torch.Generator().manual_seed(seed)).responses()
+
+    first = answers(1)
+    torch.manual_seed(5)
+    assert answers(1) == first != answers(2)
+    torch.set_rng_state(state)
+    answers(1)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# Ends
+
+
+def test_a_known_chain():
+    """1 -> 2 -> 3 -> 0 (eos): answers end with eos; a limit of 2 stops a row before it, and that row is not finished."""
+    rollout = generate(sure(1, 2, 3, 0), [[1], [3, 2], [3]], 5, EOS)
+    assert rollout.responses() == [[2, 3, 0], [3, 0], [0]]
+    assert rollout.tokens.tolist() == [[1, 2, 3, 0], [3, 2, 3, 0], [3, 0, 0, 0]]
+    assert rollout.lengths.tolist() == [4, 4, 2] and rollout.finished.tolist() == [True] * 3
+    short = generate(sure(1, 2, 3, 0), [[1], [3, 2], [3]], 2, EOS)
+    assert short.responses() == [[2, 3], [3, 0], [0]]
+    assert short.lengths.tolist() == [3, 4, 2] and short.finished.tolist() == [False, True, True]
+
+
+def test_the_mask_is_made_from_lengths():
+    """Prompts that hold eos, end with it, or are nothing else: the mask covers the response alone, its eos included."""
+    rollout = generate(sure(1, 2, 3, 0), [[0, 1, 0], [0], [0, 0, 3]], 4, EOS)
+    # 0 is followed by 1: eos of a prompt ends nothing
+    assert rollout.tokens.tolist() == [[0, 1, 0, 1, 2, 3, 0], [0, 1, 2, 3, 0, 0, 0], [0, 0, 3, 0, 0, 0, 0]]
+    o, x = False, True
+    assert rollout.response_mask.tolist() == [[o, o, x, x, x, x], [x, x, x, x, o, o], [o, o, x, o, o, o]]
+    assert rollout.finished.tolist() == [True] * 3
+
+
+def test_generation_ends_with_the_last_row():
+    """Allowed 40 tokens, the longest answer takes 3: a prefill and two more passes, rows that ended being dropped."""
+    chain = sure(1, 2, 3, 0)
+    generate(chain, [[1]] + [[3]] * 8 + [[2]], 40, EOS)
+    assert chain.calls == [(10, 1), (2, 1), (1, 1)]
+    chain.calls.clear()
+    generate(chain, [[3], [3, 3]], 40, EOS)
+    assert chain.calls == [(2, 2)]
+
+
+def test_no_pass_follows_the_last_token():
+    """n tokens take n passes: the prefill gives the first, and the last is not read."""
+    chain = sure(1, 1, 1)
+    assert generate(chain, [[1]], 7, EOS).responses() == [[1] * 7] and len(chain.calls) == 7
+
+
+def test_temperature_0_is_greedy():
+    """The most likely token at each step, no generator needed, log-probability 0 because the choice is certain."""
+    table = torch.tensor([[0, 0, 0, 0], [0, 0, 2, 1.9], [0, -1, -2, 0.1], [5, 4, 3, 2.0]])
+    rollouts = [generate(Chain(table), [[1], [2]], 5, EOS, 0.0, torch.Generator().manual_seed(seed)) for seed in (0, 1)]
+    for rollout in rollouts:
+        assert rollout.responses() == [[2, 3, 0], [3, 0]]
+        assert not rollout.sampler_logprobs.any()
+
+
+@pytest.mark.parametrize("prompts, response_length, words", [
+    ([[1], []], 4, ["at least one token"]),
+    ([[1], [2] * 30], 4, ["30", "4", "32"]),  # 30 + 4 > 32
+])
+def test_prompts_that_do_not_fit_are_refused(make_model, prompts, response_length, words):
+    """An empty prompt has nothing to condition on; one over the context names prompt, response and context."""
+    with pytest.raises(ValueError) as error:
+        generate(make_model(), prompts, response_length, EOS)
+    assert all(word in str(error.value) for word in words)
+
+
+def test_a_context_can_be_filled_to_its_last_slot(make_model):
+    """28 + 4 = 32: allowed."""
+    rollout = generate(make_model(), [[1] * 28], 4, eos=99, generator=torch.Generator().manual_seed(0))
+    assert rollout.tokens.shape == (1, 32) and rollout.lengths.tolist() == [32] and not rollout.finished.any()
+
+
+def test_bfloat16_rollouts(make_model):
+    """Under autocast the cache is bfloat16 too, and the sampler's log-probabilities are near the recomputed ones."""
+    model = make_model()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert KVCache(model, 1, 1).k.dtype == torch.bfloat16
+        rollout = generate(model, PROMPTS, STEPS, EOS, generator=torch.Generator().manual_seed(0))
+        logprobs = token_logprobs(model(rollout.tokens[:, :-1]), rollout.tokens[:, 1:])
+    mask = rollout.response_mask
+    assert rollout.sampler_logprobs.dtype == torch.float32
+    assert (rollout.sampler_logprobs - logprobs)[mask].abs().mean() < 0.1
+
+
+# Rollout
+
+
+def test_take_by_hand():
+    """Some rows in a given order, cut to the longest of them, every column alike."""
+    rollout = Rollout(torch.tensor([[5, 6, 0, 0], [7, 8, 9, 1], [4, 0, 0, 0]]), torch.tensor([1, 2, 1]),
+                      torch.tensor([3, 4, 2]), torch.tensor([True, False, True]),
+                      torch.tensor([[-1.0, -2, 0], [0, -3, -4], [-5, 0, 0]]))
+    some = rollout.take(torch.tensor([2, 0]))
+    assert some.tokens.tolist() == [[4, 0, 0], [5, 6, 0]]
+    assert some.prompt_lengths.tolist() == [1, 1] and some.lengths.tolist() == [2, 3]
+    assert some.finished.tolist() == [True, True] and some.responses() == [[0], [6, 0]]
+    assert some.sampler_logprobs.tolist() == [[-5, 0], [-1, -2]]
+    assert some.response_mask.tolist() == [[True, False], [True, True]]
+    assert rollout.take(torch.tensor([1])).finished.tolist() == [False]
+
+
+def test_pad_by_hand():
+    """Ragged rows, the value on the right, and their lengths."""
+    tokens, lengths = pad([[1], [2, 3, 4], []], 9)
+    assert tokens.tolist() == [[1, 9, 9], [2, 3, 4], [9, 9, 9]] and lengths.tolist() == [1, 3, 0]
+
+
+def test_generation_needs_no_gradients(make_model):
+    """A rollout holds no graph."""
+    rollout = generate(make_model(), [[1]], 3, EOS, generator=torch.Generator().manual_seed(0))
+    assert not rollout.sampler_logprobs.requires_grad and math.isfinite(rollout.sampler_logprobs.sum())

@@ -1,0 +1,261 @@
+"""The network against GPT-2's own implementation, against itself with other kernels, and against leaks."""
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from minirlhf.model import GPT, Attention, GPTConfig
+
+LENGTHS = torch.tensor([9, 3, 6, 1])
+EXACT = {torch.float32: dict(rtol=1e-5, atol=1e-5), torch.float64: dict(rtol=1e-10, atol=1e-10)}
+
+
+def ragged_tokens(vocab_size=13, seed=0):
+    """(4, 9) tokens, and True at the real ones."""
+    tokens = torch.randint(vocab_size, (4, 9), generator=torch.Generator().manual_seed(seed))
+    return tokens, torch.arange(9) < LENGTHS[:, None]
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+# Leaks
+
+
+def test_the_future_is_unseen(make_model):
+    """Another token at place t changes the logits at t and after, and not one bit before."""
+    model, (tokens, _) = make_model(), ragged_tokens()
+    logits = model(tokens)
+    for t in range(1, 9):
+        other = tokens.clone()
+        other[:, t] = (other[:, t] + 1) % 13
+        changed = (model(other) != logits).any(-1)
+        assert not changed[:, :t].any() and changed[:, t:].all()
+
+
+@pytest.mark.parametrize("head", ["lm", "scalar"])
+def test_padding_on_the_right_changes_nothing(make_model, head):
+    """Whatever stands in the padding, real tokens' outputs and all gradients are the same; a row is as if alone."""
+    model, (tokens, real) = make_model(head), ragged_tokens()
+    seen = []
+    for filler in (0, 5, 12):
+        model.zero_grad()
+        out = model(tokens.masked_fill(~real, filler))[real]
+        out.pow(2).sum().backward()
+        seen.append((out.detach(), gradients(model)))
+    for out, grads in seen[1:]:
+        torch.testing.assert_close(out, seen[0][0])
+        torch.testing.assert_close(grads, seen[0][1], rtol=1e-4, atol=1e-3)  # gradients here are of size 100
+    alone = torch.cat([model(row[None, :n])[0] for row, n in zip(tokens, LENGTHS)])
+    torch.testing.assert_close(seen[0][0], alone, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("masked", ["causal", "slots"])
+def test_explicit_attention_equals_the_fused_kernel(masked):
+    """Values and gradients of the products written out are those of F.scaled_dot_product_attention."""
+    torch.manual_seed(0)
+    attention = Attention(GPTConfig(1, 2, 16, 13, 32))
+    x = 3 * torch.randn(3, 7, 16)
+    if masked == "causal":  # rows of T slots; without a mask the fused kernel is asked for causal attention
+        unseen, extend = torch.ones(7, 7, dtype=torch.bool).triu(1)[None, None], None
+    else:  # each row has its own visible slots, in a cache of 11
+        slots, at = torch.arange(11), torch.tensor([0, 4, 2])[:, None] + torch.arange(7)
+        unseen, extra = slots > at[:, None, :, None], torch.randn(3, 2, 4, 8)
+        extend = lambda k, v: (torch.cat([extra, k], 2), torch.cat([v, extra], 2))  # noqa: E731
+    mask = torch.zeros(unseen.shape).masked_fill(unseen, -torch.inf)
+    ours = attention(x, mask, extend)
+    ours.pow(2).sum().backward()
+    grads = gradients(attention)
+    attention.zero_grad()
+    if masked == "causal":
+        fused = attention(x, None)
+    else:
+        q, k, v = attention.c_attn(x).view(3, 7, 3, 2, 8).permute(2, 0, 3, 1, 4)
+        k, v = extend(k, v)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=~unseen)
+        fused = attention.c_proj(y.transpose(1, 2).reshape(3, 7, 16))
+    fused.pow(2).sum().backward()
+    torch.testing.assert_close(ours, fused)
+    torch.testing.assert_close(grads, gradients(attention), rtol=1e-4, atol=1e-4)
+
+
+# Parity with GPT-2 as others implement it
+
+
+def hugging_face(model, name, **options):
+    """transformers' model of the same weights: its Conv1D weights are (in, out), ours (out, in)."""
+    transformers = pytest.importorskip("transformers")
+    c = model.config
+    theirs = getattr(transformers, name)(transformers.GPT2Config(
+        vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
+        resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, bos_token_id=0, eos_token_id=0, **options)).eval()
+    state = {"score.weight" if k == "score_head.weight" else f"transformer.{k}": v.T if is_conv(k) else v
+             for k, v in model.state_dict().items() if k not in ("score_head.bias", "gain", "bias")}
+    missing, unexpected = theirs.load_state_dict(state, strict=False)
+    assert not unexpected and set(missing) <= {"lm_head.weight"}
+    theirs.tie_weights()
+    return theirs.to(model.wte.weight.dtype)
+
+
+def is_conv(name):
+    return name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight"))
+
+
+def compare_gradients(model, theirs, dtype):
+    theirs = {name.removeprefix("transformer."): p.grad for name, p in theirs.named_parameters()}
+    for name, grad in gradients(model).items():
+        other = theirs["score.weight" if name == "score_head.weight" else name]
+        other = other.T if is_conv(name) else other
+        assert (grad - other).norm() <= EXACT[dtype]["rtol"] * other.norm(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_language_model_equals_gpt2(make_model, dtype):
+    """transformers' GPT2LMHeadModel, same weights, ragged rows: the same logits and the same gradients."""
+    model, (tokens, real) = make_model(dtype=dtype), ragged_tokens()
+    theirs = hugging_face(model, "GPT2LMHeadModel")
+    expected = theirs(tokens, attention_mask=real.long()).logits[real]
+    logits = model.hidden(tokens)[real] @ model.wte.weight.T
+    torch.testing.assert_close(logits, expected, **EXACT[dtype])
+    torch.testing.assert_close(model(tokens)[real], expected.float(), **EXACT[torch.float32])
+    weights = torch.randn(expected.shape, dtype=dtype, generator=torch.Generator().manual_seed(1))
+    for out in (logits, expected):
+        (out * weights).sum().backward()
+    compare_gradients(model, theirs, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_scalar_head_equals_gpt2_for_sequence_classification(make_model, dtype):
+    """transformers' scalar head reads the last real token too: same scores and gradients, bias and scale aside."""
+    model, (tokens, real) = make_model("scalar", dtype=dtype, vocab_size=14), ragged_tokens()
+    theirs = hugging_face(model, "GPT2ForSequenceClassification", num_labels=1, pad_token_id=13)
+    expected = theirs(tokens.masked_fill(~real, 13), attention_mask=real.long()).logits.squeeze(1)
+    scores = model.hidden(tokens)[torch.arange(4), LENGTHS - 1] @ model.score_head.weight[0]
+    torch.testing.assert_close(scores, expected, **EXACT[dtype])
+    ours = model.score(tokens, LENGTHS) - model.score_head.bias
+    torch.testing.assert_close(ours, expected.to(ours.dtype), rtol=1e-5, atol=1e-5)
+    for out in (scores, expected):
+        out.pow(2).sum().backward()
+    compare_gradients(model, theirs, dtype)
+
+
+# Heads
+
+
+def test_score_is_the_scalar_at_the_last_real_token(make_model):
+    """score(tokens, lengths)[b] = forward(tokens)[b, lengths[b] - 1], and what follows that token is not read."""
+    model, (tokens, real) = make_model("scalar"), ragged_tokens()
+    scores = model.score(tokens, LENGTHS)
+    torch.testing.assert_close(scores, torch.stack([row[n - 1] for row, n in zip(model(tokens), LENGTHS)]))
+    torch.testing.assert_close(model.score(tokens.masked_fill(~real, 7), LENGTHS), scores)
+    assert len(set(scores.tolist())) == 4
+
+
+def test_gain_and_bias_set_the_scale(make_model):
+    """scalar = (hidden @ w + b) * gain + bias: with the gain 2 and the bias -3 a raw 1.5 becomes 0."""
+    model = make_model("scalar")
+    torch.nn.init.zeros_(model.score_head.weight)
+    torch.nn.init.constant_(model.score_head.bias, 1.5)
+    assert model.scalar(torch.randn(2, 16)).tolist() == [1.5, 1.5]
+    model.gain.fill_(2.0), model.bias.fill_(-3.0)
+    assert model.scalar(torch.randn(2, 16)).tolist() == [0.0, 0.0]
+
+
+def test_with_head_carries_what_fits(make_model):
+    """lm -> scalar: the trunk and a zero head. scalar -> scalar: head and scale too. Nothing is shared with the source."""
+    tokens, _ = ragged_tokens()
+    model = make_model("lm")
+    value = model.with_head("scalar")
+    torch.testing.assert_close(value.hidden(tokens), model.hidden(tokens))
+    assert not value(tokens).any()
+    reward = make_model("scalar")
+    reward.gain.fill_(2.0), reward.bias.fill_(-3.0)
+    copy = reward.with_head("scalar")
+    torch.testing.assert_close(copy(tokens), reward(tokens), rtol=0, atol=0)
+    before = reward(tokens)
+    for p in [*copy.parameters(), copy.gain]:
+        p.data.add_(1)
+    assert torch.equal(reward(tokens), before) and not torch.equal(copy(tokens), before)
+
+
+def test_dropout_is_off_unless_training(make_model):
+    """In eval mode the same input gives the same output; in training mode another; with_head's default is none at all."""
+    model, (tokens, _) = make_model(dropout=0.5), ragged_tokens()
+    assert torch.equal(model(tokens), model(tokens))
+    model.train()
+    assert not torch.equal(model(tokens), model(tokens))
+    copy = model.with_head("lm").train()
+    assert torch.equal(copy(tokens), copy(tokens)) and torch.equal(copy(tokens), model.eval()(tokens))
+    assert model.with_head("lm", dropout=0.3).config.dropout == 0.3 and model.config.dropout == 0.5
+
+
+def test_dropout_reaches_every_part(make_model):
+    """GPT-2's places: embeddings, attention weights, and what attention and MLP add to the stream."""
+    model, (tokens, _) = make_model(n_layer=1).train(), ragged_tokens()
+    attention, mlp, x = model.h[0].attn, model.h[0].mlp, torch.randn(1, 4, 16)
+    causal = torch.zeros(1, 1, 4, 4).masked_fill(torch.ones(4, 4).triu(1).bool(), -torch.inf)
+    model.config.dropout = 1.0  # no token and no place is left: all look the same
+    torch.testing.assert_close(model(tokens), model(tokens)[:1, :1].expand(4, 9, 13))
+    attention.dropout = mlp.dropout = 1.0
+    assert not attention(x, causal).any() and not attention(x, None).any() and not mlp(x).any()
+    attention.dropout = 0.5  # with all values 1, what is kept of the weights shows: without their dropout it is 0 or 2
+    torch.nn.init.zeros_(attention.c_attn.weight), torch.nn.init.ones_(attention.c_attn.bias)
+    torch.nn.init.eye_(attention.c_proj.weight), torch.nn.init.zeros_(attention.c_proj.bias)
+    torch.manual_seed(0)
+    for mask in (causal, None):
+        assert set(attention(x, mask).flatten().tolist()) - {0.0, 2.0}
+
+
+# Initial weights
+
+
+@pytest.mark.parametrize("n_layer", [2, 8])
+def test_initial_scales(n_layer):
+    """N(0, 0.02); what adds to the residual stream is divided by sqrt(2 n_layer); biases 0, LayerNorms 1."""
+    model = GPT(GPTConfig(n_layer, 2, 64, 500, 64), "scalar").init_weights(torch.Generator().manual_seed(0))
+    for name, p in model.named_parameters():
+        if name.endswith("bias"):
+            assert not p.any(), name
+        elif p.dim() == 1:
+            assert (p == 1).all(), name
+        elif name == "score_head.weight":
+            assert p.std().item() == pytest.approx(1 / math.sqrt(65), rel=0.3)  # 64 draws
+        else:
+            std = 0.02 / math.sqrt(2 * n_layer) if name.endswith("c_proj.weight") else 0.02
+            assert p.std().item() == pytest.approx(std, rel=0.05), name
+            assert abs(p.mean().item()) < 0.1 * std, name
+
+
+def test_reward_head_scale():
+    """Standard deviation 1/sqrt(d+1), which is not 1/(d+1): hidden states of unit size give scores of about 1."""
+    model = GPT(GPTConfig(1, 2, 512, 3, 2), "scalar").init_score(torch.Generator().manual_seed(0))
+    assert model.score_head.weight.std().item() == pytest.approx(1 / math.sqrt(513), rel=0.1)
+    assert model.score_head.bias.item() == 0
+
+
+def test_initial_weights_are_the_generator_s():
+    """The same seed gives the same weights, whatever torch's global generator is at; another seed gives others."""
+    def weights(seed):
+        torch.rand(seed)
+        return GPT(GPTConfig(1, 2, 16, 13, 8)).init_weights(torch.Generator().manual_seed(seed % 2)).state_dict()
+
+    a, b, c = weights(1), weights(3), weights(2)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert not torch.equal(a["wte.weight"], c["wte.weight"]) and not torch.equal(a["wpe.weight"], c["wpe.weight"])
+
+
+def test_output_is_tied_to_the_embedding(make_model):
+    """One matrix reads and writes tokens: the language model has no head of its own, and logits are hidden @ wte.T."""
+    model, (tokens, _) = make_model(), ragged_tokens()
+    assert not [name for name in model.state_dict() if "head" in name]
+    hidden = model.hidden(tokens)
+    torch.testing.assert_close(model.logits(hidden), hidden @ model.wte.weight.T)
+
+
+def test_log_probabilities_stay_float32_under_autocast(make_model):
+    """With bfloat16 products, logits and scalars still come out as float32."""
+    tokens, _ = ragged_tokens()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert make_model()(tokens).dtype == make_model("scalar")(tokens).dtype == torch.float32

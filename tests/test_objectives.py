@@ -1,0 +1,398 @@
+"""Every formula against numbers worked out by hand, an independent oracle, or its own gradient."""
+import math
+
+import pytest
+import torch
+
+from minirlhf import objectives as O
+from minirlhf.generate import sample
+
+LOUD = (1e9, -1e9, math.nan)
+
+
+def tensor(*rows, grad=False):
+    return torch.tensor(rows, dtype=torch.double, requires_grad=grad)
+
+
+def close(a, b, **tolerance):
+    torch.testing.assert_close(a, torch.as_tensor(b, dtype=a.dtype), **tolerance)
+
+
+def some(*shape, seed=0, grad=False):
+    return torch.randn(*shape, dtype=torch.double, generator=torch.Generator().manual_seed(seed)).requires_grad_(grad)
+
+
+# Log-probabilities
+
+
+def test_token_logprobs_by_hand():
+    """logits (0, log 3) are probabilities 1/4 and 3/4, whatever constant is added to the logits."""
+    logits = torch.tensor([[0.0, math.log(3)], [1e4, 1e4 + math.log(3)]], dtype=torch.double).expand(3, 2, 2)
+    tokens = torch.tensor([[0, 0], [1, 1], [0, 1]])
+    quarter, rest = math.log(1 / 4), math.log(3 / 4)
+    close(O.token_logprobs(logits, tokens), [[quarter, quarter], [rest, rest], [quarter, rest]])
+
+
+def test_sft_loss_is_the_surprise():
+    """-log p of the token: log V for uniform logits, and its gradient is p - onehot."""
+    logits = torch.zeros(1, 4, dtype=torch.double, requires_grad=True)
+    loss = O.sft_loss(logits, torch.tensor([2]))
+    close(loss, [math.log(4)])
+    loss.sum().backward()
+    close(logits.grad, [[0.25, 0.25, -0.75, 0.25]])
+
+
+@pytest.mark.parametrize("probabilities, expected", [
+    ([1 / 4] * 4, math.log(4)),
+    ([1 / 2, 1 / 4, 1 / 4], 1.5 * math.log(2)),  # 1/2 log 2 + 2 * 1/4 log 4
+    ([0.0, 1.0, 0.0], 0.0),  # impossible tokens add nothing: p log p -> 0
+    ([0.0, 1 / 2, 1 / 2], math.log(2)),
+])
+def test_entropy_by_hand(probabilities, expected):
+    """-sum p log p, tokens of probability 0 (logit -inf) included."""
+    close(O.entropy(tensor(*probabilities).log() + 7), expected)
+
+
+# Stages 1 and 2
+
+
+def test_bradley_terry_by_hand():
+    """Equal scores cost log 2; log 3 ahead costs log 4/3; gradients of the two scores are opposite, -(1 - p) and 1 - p."""
+    chosen, rejected = tensor(0.5, 2 + math.log(3), 0.0, grad=True), tensor(0.5, 2.0, 1e4, grad=True)
+    loss = O.bradley_terry_loss(chosen, rejected)
+    close(loss, [math.log(2), math.log(4 / 3), 1e4])  # far behind: linear, not inf
+    loss.sum().backward()
+    close(chosen.grad, [-1 / 2, -1 / 4, -1.0])
+    close(rejected.grad, -chosen.grad)
+
+
+def test_expected_calibration_error_by_hand():
+    """Bin .9-1: four at .95 of which 3 happened, gap .2; bin .1-.2: one at .15 that did not; 4/5 .2 + 1/5 .15 = .19."""
+    p, happened = torch.tensor([0.95, 0.95, 0.15, 0.95, 0.95]), torch.tensor([True, True, False, True, False])
+    assert O.expected_calibration_error(p, happened) == pytest.approx(0.19, abs=1e-6)
+    # in one single bin: mean p .79, 3 of 5 happened
+    assert O.expected_calibration_error(p, happened, bins=1) == pytest.approx(0.19, abs=1e-6)
+    # two errors that would cancel in one bin do not in two: 1/2 .9 + 1/2 .9
+    p, happened = torch.tensor([0.1, 0.9]), torch.tensor([True, False])
+    assert O.expected_calibration_error(p, happened) == pytest.approx(0.9, abs=1e-6)
+    assert O.expected_calibration_error(p, happened, bins=1) == pytest.approx(0.0, abs=1e-6)
+    assert O.expected_calibration_error(torch.tensor([1.0, 0.0]), torch.tensor([True, False])) == 0  # the edges
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 50.0])
+def test_fit_temperature_by_hand(scale):
+    """Three pairs a gap `scale` ahead and one as far behind: sigmoid(scale/T) = 3/4, so T = scale / log 3."""
+    d = scale * torch.tensor([1.0, 1, 1, -1])
+    assert O.fit_temperature(d) == pytest.approx(scale / math.log(3), rel=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_fit_temperature_is_the_minimum(seed):
+    """At the fitted T the loss is lower than anywhere around it, heavy tails included."""
+    d = some(200, seed=seed) ** 3
+    d = d - d.mean() + 0.3  # more right than wrong: otherwise no T is best
+    T = O.fit_temperature(d)
+
+    def loss(T):
+        return float(O.bradley_terry_loss(d / T, torch.zeros_like(d)).mean())
+
+    assert all(loss(T) < loss(T * factor) for factor in (0.3, 0.9, 0.999, 1.001, 1.1, 3.0))
+
+
+def test_fit_temperature_stays_finite_without_an_optimum():
+    """All pairs right: T far below their gaps; all wrong: far above; all tied: any finite T."""
+    assert 0 < O.fit_temperature(torch.tensor([1.0, 3.0])) < 0.1
+    assert 100 < O.fit_temperature(torch.tensor([-1.0, -3.0])) < math.inf
+    assert 0 < O.fit_temperature(torch.zeros(3)) < math.inf
+
+
+# KL estimators
+
+
+def test_kl_estimators_by_hand():
+    """log p - log q = log 2: k1 = log 2, k2 = (log 2)^2 / 2, k3 = 1/2 - 1 + log 2."""
+    p, q = tensor(math.log(1 / 2)), tensor(math.log(1 / 4))
+    close(O.k1(p, q), [math.log(2)])
+    close(O.k2(p, q), [math.log(2) ** 2 / 2])
+    close(O.k3(p, q), [1 / 2 - 1 + math.log(2)])
+    close(O.k3(q, p), [2 - 1 - math.log(2)])
+
+
+def test_k1_and_k3_are_unbiased():
+    """Over samples of p both average to KL(p || q), exactly: sum_x p(x) k(x); k3 is never negative."""
+    p, q = tensor(0.7, 0.2, 0.1), tensor(0.2, 0.5, 0.3)
+    kl = (p * (p / q).log()).sum()
+    for k in (O.k1, O.k3):
+        close((p * k(p.log(), q.log())).sum(), kl)
+    assert (O.k3(p.log(), q.log()) >= 0).all() and (O.k1(p.log(), q.log()) < 0).any()
+
+
+def test_k3_keeps_its_digits_near_zero():
+    """In float32, a log-ratio of 1e-3 gives 5e-7 to four digits, where exp(x) - 1 - x would lose most of them."""
+    assert float(O.k3(torch.tensor(-1.0), torch.tensor(-1.001))) == pytest.approx(0.001 ** 2 / 2, rel=1e-3)
+
+
+@pytest.mark.parametrize("n", [1, 2, 4, 32])
+def test_best_of_n_kl_is_an_upper_bound(n):
+    """Best of n over two equally likely answers takes the better one with 1 - 2^-n; its KL stays below the formula."""
+    better = 1 - 0.5 ** n
+    kl = better * math.log(2 * better) + (1 - better) * math.log(2 * (1 - better))
+    assert kl <= O.best_of_n_kl(n) == math.log(n) - (n - 1) / n
+
+
+@pytest.mark.parametrize("kl, factor", [
+    (5.0, 1.0),
+    (5.5, 1.01),  # 10 % over: 1 + .1 * 100/1000
+    (50.0, 1.02),  # the error is clipped to .2
+    (4.5, 0.99),
+    (0.0, 0.98),
+])
+def test_adaptive_kl_coef_by_hand(kl, factor):
+    """Target 5 nats a response, 100 responses, horizon 1000."""
+    assert O.adaptive_kl_coef(0.05, kl, 5.0, n=100, horizon=1000) == pytest.approx(0.05 * factor)
+
+
+# Reward and credit
+
+
+def test_masked_mean_by_hand():
+    """(1 + 2 + 6) / 3; what is not counted is not read."""
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    for loud in LOUD:
+        x = torch.tensor([[1, 2, loud], [6, loud, loud]], requires_grad=True)
+        mean = O.masked_mean(x, mask)
+        close(mean, 3.0)
+        mean.backward()
+        close(x.grad, mask / 3)
+
+
+MASK = torch.tensor([[False, True, True, True], [True, True, False, False]])  # decisions of two responses
+
+
+def test_shape_rewards_by_hand():
+    """-beta KL at each decision of the response, and the score at its last: beta .5."""
+    for loud in LOUD:
+        kl = torch.tensor([[loud, 1, 2, 4], [6, -8, loud, loud]])
+        rewards = O.shape_rewards(torch.tensor([10.0, -1.0]), kl, MASK, kl_coef=0.5)
+        close(rewards, [[0, -0.5, -1, 10 - 2], [-3, 4 - 1, 0, 0]])
+
+
+def test_gae_by_hand():
+    """gamma .9, lambda .8 on three decisions, with V = 0 after the end."""
+    rewards, values = tensor([1.0, 2.0, 3.0]), tensor([0.5, 0.4, 0.3])
+    # deltas: 1 + .9*.4 - .5 = .86;  2 + .9*.3 - .4 = 1.87;  3 - .3 = 2.7
+    # A_2 = 2.7;  A_1 = 1.87 + .72*2.7 = 3.814;  A_0 = .86 + .72*3.814 = 3.60608
+    advantages, returns = O.gae(rewards, values, torch.ones(1, 3, dtype=torch.bool), 0.9, 0.8)
+    close(advantages, [[3.60608, 3.814, 2.7]])
+    close(returns, [[4.10608, 4.214, 3.0]])
+
+
+def gae_oracle(rewards, values, mask, gamma, lam):
+    """The definition with Python's floats: one row, one decision and one term of the sum at a time."""
+    advantages = torch.zeros(mask.shape, dtype=torch.double)
+    for b in range(len(mask)):
+        steps = [t for t in range(mask.shape[1]) if mask[b, t]]
+        r, V = [float(rewards[b, t]) for t in steps], [float(values[b, t]) for t in steps] + [0.0]
+        deltas = [r[i] + gamma * V[i + 1] - V[i] for i in range(len(r))]
+        for i, t in enumerate(steps):
+            advantages[b, t] = sum((gamma * lam) ** (j - i) * deltas[j] for j in range(i, len(r)))
+    return advantages
+
+
+def ragged(seed):
+    """rewards, values (8, 12), and a mask of contiguous responses of every kind of place and length."""
+    generator = torch.Generator().manual_seed(seed)
+    start, length = (torch.randint(*span, (8, 1), generator=generator) for span in ((0, 6), (1, 7)))
+    t = torch.arange(12)
+    return some(8, 12, seed=seed), some(8, 12, seed=seed + 1), (t >= start) & (t < start + length)
+
+
+@pytest.mark.parametrize("loud", LOUD)
+@pytest.mark.parametrize("gamma, lam", [(1.0, 0.95), (0.9, 0.7), (1.0, 0.0), (1.0, 1.0), (0.0, 0.5)])
+def test_gae_equals_the_scalar_oracle(gamma, lam, loud):
+    """Ragged responses, loud garbage outside them: equal to the sum of the definition, and 0 outside."""
+    rewards, values, mask = ragged(1)
+    expected = gae_oracle(rewards, values, mask, gamma, lam)
+    advantages, returns = O.gae(rewards.masked_fill(~mask, loud), values.masked_fill(~mask, loud), mask, gamma, lam)
+    close(advantages, expected)
+    close(returns, (expected + values).masked_fill(~mask, 0))
+
+
+def test_gae_limits():
+    """lambda 1: Monte Carlo return minus V. lambda 0: the TD error. A perfect critic: 0."""
+    rewards, values, mask = ragged(2)
+    rewards, values = rewards.masked_fill(~mask, 0), values.masked_fill(~mask, 0)
+    to_go = rewards.flip(1).cumsum(1).flip(1).masked_fill(~mask, 0)
+    advantages, returns = O.gae(rewards, values, mask, 1.0, 1.0)
+    close(advantages, to_go - values)
+    close(returns, to_go)
+    following = torch.cat([values[:, 1:], torch.zeros(8, 1)], 1)
+    close(O.gae(rewards, values, mask, 0.9, 0.0)[0], (rewards + 0.9 * following - values).masked_fill(~mask, 0))
+    for lam in (0.0, 0.5, 1.0):
+        close(O.gae(rewards, to_go, mask, 1.0, lam)[0], torch.zeros(8, 12))
+
+
+def test_gae_leaves_its_inputs_alone():
+    """Pure: rewards and values are as before."""
+    rewards, values, mask = ragged(3)
+    copies = rewards.clone(), values.clone()
+    O.gae(rewards, values, mask, 1.0, 0.95)
+    assert torch.equal(rewards, copies[0]) and torch.equal(values, copies[1])
+
+
+GRID = [[1.2, 1.3, 1.4], [1.5, 1.6, 1.7], [1.8, 1.9, 2.0]]
+
+
+def test_whiten_golden_numbers():
+    """Mean 1.6, biased variance .6/9, deviation .2582: (1.2 - 1.6)/.2582 + 1.6 = .0508."""
+    x, mask = torch.tensor(GRID), torch.ones(3, 3, dtype=torch.bool)
+    kept = O.whiten(x, mask, keep_mean=True)
+    close(kept, [[0.0508, 0.4381, 0.8254], [1.2127, 1.6, 1.9873], [2.3746, 2.7619, 3.1492]], atol=5e-5, rtol=0)
+    close(O.whiten(x, mask), kept - 1.6, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("loud", LOUD)
+@pytest.mark.parametrize("keep_mean", [False, True])
+def test_whiten_counts_only_the_mask(loud, keep_mean):
+    """With garbage around it, the counted part is whitened as if alone; the rest is 0."""
+    mask = torch.ones(4, 5, dtype=torch.bool)
+    mask[3], mask[:, :2] = False, False
+    x = torch.full((4, 5), loud)
+    x[:3, 2:] = torch.tensor(GRID)
+    white = O.whiten(x, mask, keep_mean)
+    close(white[:3, 2:], O.whiten(torch.tensor(GRID), mask[:3, 2:], keep_mean))
+    assert not white[~mask].any()
+
+
+def test_whiten_over_ranks_is_whitening_the_whole_batch():
+    """Two ranks whose sums are added up get the rows that one rank with all rows gets."""
+    x, (_, _, mask) = some(8, 12) + 3, ragged(4)
+    shares, asked = [slice(0, 8, 2), slice(1, 8, 2)], []
+    for share in shares:
+        asked.append([])
+        O.whiten(x[share], mask[share], total=lambda t: asked[-1].append(t) or t)
+    first = asked[0][0] + asked[1][0]  # counts and sums; the second sum needs the mean of the whole batch
+    mean = first[1] / first[0]
+    squares = ((x - mean) ** 2)[mask].sum()
+    for share in shares:
+        sums = iter([first, squares])
+        close(O.whiten(x[share], mask[share], total=lambda t: next(sums)), O.whiten(x, mask)[share])
+
+
+def test_whiten_survives_equal_numbers():
+    """All rewards equal: 0, not NaN; the mean stays if asked for."""
+    x, mask = torch.full((2, 3), 5.0), torch.ones(2, 3, dtype=torch.bool)
+    close(O.whiten(x, mask), torch.zeros(2, 3))
+    close(O.whiten(x, mask, keep_mean=True), x)
+
+
+# PPO's losses
+
+
+@pytest.mark.parametrize("ratio, A, loss, gradient, clipped", [
+    (1.0, 2.0, -2.0, -2.0, False),
+    (1.1, 2.0, -2.2, -2.2, False),
+    (1.5, 2.0, -2.4, 0.0, True),  # far enough in the right direction: 1.2 * 2, no gradient
+    (1.5, -2.0, 3.0, 3.0, False),  # in the wrong direction: the whole way back
+    (0.5, 2.0, -1.0, -1.0, False),
+    (0.5, -2.0, 1.6, 0.0, True),  # .8 * 2
+])
+def test_policy_loss_by_hand(ratio, A, loss, gradient, clipped):
+    """-min(rho A, clip(rho, .8, 1.2) A); d rho / d log pi = rho, so an unclipped gradient is -rho A."""
+    new, old, A = tensor(math.log(ratio) - 3, grad=True), tensor(-3.0), tensor(A)
+    out = O.policy_loss(new, old, A, 0.2)
+    close(out, [loss])
+    out.sum().backward()
+    close(new.grad, [gradient])
+    assert O.policy_clipped(new, old, A, 0.2).tolist() == [clipped]
+
+
+def test_log_ratio_is_bounded():
+    """A token that became e^100 times likelier gives a finite loss: the log-ratio ends at 20 on either side."""
+    close(O.log_ratio(tensor(0.0, -100.0, -1.0), tensor(-100.0, 0.0, -1.5)), [20, -20, 0.5])
+    close(O.policy_loss(tensor(0.0), tensor(-1000.0), tensor(-1.0), 0.2), [math.exp(20)])
+
+
+@pytest.mark.parametrize("V, R, loss, gradient, clipped", [
+    (1.1, 2.0, 0.405, -0.9, False),  # within the range: .5 * .9^2
+    (1.5, 2.0, 0.32, 0.0, True),  # V counts as 1.2: .5 * .8^2 > .5 * .5^2
+    (1.5, 1.0, 0.125, 0.5, False),  # .5 * .5^2 > .5 * .2^2
+    (0.5, 0.0, 0.32, 0.0, True),  # V counts as .8
+    (0.5, 1.0, 0.125, -0.5, False),
+])
+def test_value_loss_by_hand(V, R, loss, gradient, clipped):
+    """.5 max((V - R)^2, (clip(V, .8, 1.2) - R)^2) with V_old = 1."""
+    V, V_old, R = tensor(V, grad=True), tensor(1.0), tensor(R)
+    out = O.value_loss(V, V_old, R, 0.2)
+    close(out, [loss])
+    out.sum().backward()
+    close(V.grad, [gradient])
+    assert O.value_clipped(V, V_old, R, 0.2).tolist() == [clipped]
+
+
+TOKENS = torch.tensor([[0, 3, 1], [2, 2, 4]])
+
+
+@pytest.mark.parametrize("name, function, inputs", [
+    ("sft_loss", lambda x: O.sft_loss(x, TOKENS), [some(2, 3, 5, grad=True)]),
+    ("entropy", O.entropy, [some(2, 3, 5, grad=True)]),
+    ("bradley_terry_loss", O.bradley_terry_loss, [some(6, grad=True), some(6, seed=1, grad=True)]),
+    ("k2", O.k2, [some(6, grad=True), some(6, seed=1, grad=True)]),
+    ("k3", O.k3, [some(6, grad=True), some(6, seed=1, grad=True)]),
+    ("policy_loss", lambda x: O.policy_loss(x, some(20, seed=1), some(20, seed=2), 0.2), [some(20, grad=True)]),
+    ("value_loss", lambda x: O.value_loss(x, some(20, seed=1), some(20, seed=2), 0.2), [some(20, grad=True)]),
+    ("whiten", lambda x: O.whiten(x, MASK), [some(2, 4, grad=True)]),
+    ("gae", lambda r, v: O.gae(r, v, MASK, 0.9, 0.8), [some(2, 4, grad=True), some(2, 4, seed=1, grad=True)]),
+    ("masked_mean", lambda x: O.masked_mean(x, MASK), [some(2, 4, grad=True)]),
+])
+def test_gradients_are_the_difference_quotients(name, function, inputs):
+    """Autograd's gradient is the slope of the function, in float64."""
+    assert torch.autograd.gradcheck(function, inputs)
+
+
+def test_a_one_token_policy_reaches_its_known_optimum():
+    """PPO against a fixed table of rewards with KL price beta ends at pi_ref exp(r / beta) / Z.   Ziegler et al. 2019."""
+    ref, rewards, beta, n = tensor(0.1, 0.2, 0.3, 0.4).log(), tensor(1.0, 0.5, -0.5, 0.0), 0.5, 2000
+    u = (torch.arange(n, dtype=torch.double) + 0.5) / n  # evenly spread: sampling without noise
+    logits, mask = ref.clone().requires_grad_(), torch.ones(n, 1, dtype=torch.bool)
+    optimizer = torch.optim.Adam([logits])
+    for step in range(120):
+        optimizer.param_groups[0]["lr"] = 0.05 * (1 - step / 120)
+        with torch.no_grad():
+            tokens, old = sample(logits.expand(n, 4), 1.0, u)
+            shaped = O.shape_rewards(rewards[tokens], O.k1(old, ref[tokens])[:, None], mask, beta)
+            advantages, _ = O.gae(shaped, shaped.mean().expand(n, 1), mask, 1.0, 0.95)
+        for _ in range(4):
+            new = O.token_logprobs(logits.expand(n, 4), tokens)
+            optimizer.zero_grad()
+            O.policy_loss(new, old, advantages[:, 0], 0.2).mean().backward()
+            optimizer.step()
+    close(logits.detach().softmax(-1), (ref + rewards / beta).softmax(-1), atol=5e-3, rtol=0)
+
+
+# Figures
+
+
+def test_explained_variance_by_hand():
+    """Returns 1, 2, 3 vary by 2/3: errors 0, 0, 1 by 2/9, so 2/3 is explained; a constant explains nothing."""
+    mask = torch.tensor([[True, True, True, False]])
+    for loud in LOUD:
+        returns = torch.tensor([[1, 2, 3, loud]])
+
+        def explained(*values):
+            return O.explained_variance(torch.tensor([[*values, loud]]), returns, mask)
+
+        close(explained(1.0, 2.0, 2.0), 1 - (2 / 9) / (2 / 3))
+        close(explained(11.0, 12.0, 13.0), 1.0)  # an offset alone is no variance
+        close(explained(7.0, 7.0, 7.0), 0.0)
+        close(explained(3.0, 2.0, 1.0), -3.0)  # errors -2, 0, 2 vary by 8/3
+    assert O.explained_variance(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 3.0]), torch.tensor([True, True])).isnan()
+
+
+def test_intervals_by_hand():
+    """Wilson for 8 of 10: .49 to .94; for 0 of 10 it starts at 0. A mean of 1, 2, 3: 2 +- 1.96 * 1 / sqrt(3)."""
+    assert O.wilson_interval(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+    # 0 of 10: (0 + z2/20 -+ sqrt(z2/400) z) / (1 + z2/10), that is 0 and (z2/10) / (1 + z2/10)
+    assert O.wilson_interval(0, 10) == pytest.approx((0.0, 0.38416 / 1.38416), abs=1e-9)
+    assert O.mean_interval(torch.tensor([1.0, 2.0, 3.0])) == pytest.approx((2.0, 1.96 / math.sqrt(3)))
+    assert O.mean_interval(torch.tensor([4.0])) == (4.0, math.inf)

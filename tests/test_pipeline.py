@@ -1,0 +1,184 @@
+"""The three scripts as a user runs them: real processes, on a small data set written here."""
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+GOOD, BAD = ["kind", "bright", "warm", "calm"], ["cruel", "dull", "cold", "rude"]
+NOUNS = ["cat", "dog", "sun", "sea", "king", "tree", "boat", "town"]
+SMALL = ["--device", "cpu", "--n_layer", "2", "--n_head", "2", "--n_embd", "32", "--vocab_size", "320", "--block_size", "48"]
+SFT = [*SMALL, "--num_train_epochs", "3", "--batch_size", "32", "--learning_rate", "1e-2", "--eval_interval", "20"]
+RM = ["--device", "cpu", "--batch_size", "16", "--learning_rate", "2e-3", "--num_scale_samples", "128", "--response_length", "16",
+      "--dropout", "0"]
+PPO = ["--device", "cpu", "--total_episodes", "640", "--batch_size", "32", "--learning_rate", "1e-3", "--response_length", "16",
+       "--eval_interval", "10", "--num_eval_prompts", "16", "--num_final_prompts", "64", "--num_ppo_epochs", "2"]
+
+
+def run(*command, cwd, code=0, timeout=170):
+    env = {**os.environ, "PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *map(str, command)], cwd=cwd, env=env, capture_output=True, text=True,
+                          timeout=timeout)
+    assert done.returncode == code, f"{command}: exit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done.stdout if code == 0 else done.stderr
+
+
+def script(stage):
+    return os.path.join(ROOT, f"train_{stage}.py")
+
+
+def write(path, records):
+    path.write_text("".join(json.dumps(r) + "\n" for r in records))
+
+
+def sentence(rng, words=3):
+    return [rng.choice(GOOD + BAD) for _ in range(words)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A world where people prefer the sentence with more good words."""
+    folder, rng = tmp_path_factory.mktemp("pipeline"), random.Random(0)
+    (folder / "data").mkdir()
+    texts = {" ".join(["the", noun, "is", *sentence(rng)]) + "." for noun in NOUNS * 200}
+    texts = sorted(texts)
+    rng.shuffle(texts)
+    for split, part in (("train", texts[:1200]), ("val", texts[1200:1300])):
+        rows = [(" ".join(t.split()[:2]), t) for t in part]
+        write(folder / "data" / f"sft.{split}.jsonl", [{"prompt": p, "completion": t[len(p):]} for p, t in rows])
+        pairs = []
+        for a, b in zip(part, part[1:]):
+            a_good, b_good = (sum(w.strip(".") in GOOD for w in t.split()) for t in (a, b))
+            if a_good != b_good:
+                pairs.append({"prompt": "", "chosen": a if a_good > b_good else b, "rejected": b if a_good > b_good else a,
+                              "margin": abs(a_good - b_good)})
+        write(folder / "data" / f"preferences.{split}.jsonl", pairs)
+    write(folder / "data" / "prompts.train.jsonl", [{"prompt": f"the {noun}"} for noun in NOUNS])
+    write(folder / "data" / "prompts.val.jsonl", [{"prompt": f"the {noun} is"} for noun in NOUNS] * 2)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stages(folder):
+    """All three stages run once; their output by name."""
+    data = ["--data_dir", "data"]
+    return {"sft": run(script("sft"), *data, *SFT, cwd=folder), "rm": run(script("rm"), *data, *RM, cwd=folder),
+            "ppo": run(script("ppo"), *data, *PPO, cwd=folder)}
+
+
+def metrics(folder, stage):
+    return [json.loads(line) for line in (folder / "out" / stage / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_each_stage_names_the_next_and_leaves_its_files(folder, stages):
+    """A person can follow the printed commands from stage to stage, and finds what each stage promises."""
+    assert "python train_rm.py" in stages["sft"] and "python train_ppo.py" in stages["rm"]
+    assert "python -m minirlhf.sample" in stages["ppo"]
+    for stage in ("sft", "rm", "ppo"):
+        for name in ("ckpt.pt", "config.json", "metrics.jsonl"):
+            assert (folder / "out" / stage / name).stat().st_size > 0
+    assert not list(folder.glob("out/*/lock")) and not list(folder.glob("out/*/*.tmp"))
+
+
+def test_sft_learns_the_manner(folder, stages):
+    """A completion is " is", 3 of 8 adjectives, "." and eos: 6 decisions, of which 3 hold log 8 nats and 3 hold none."""
+    evals = [m["eval"]["all"] for m in metrics(folder, "sft") if "eval" in m]
+    assert evals[-1]["nats_per_token"] == pytest.approx(3 * math.log(8) / 6, abs=0.03)
+    assert evals[-1]["nats_per_token"] < evals[0]["nats_per_token"]
+
+
+def test_reward_model_beats_chance_and_length(folder, stages):
+    """Which sentence holds more good words is fully learnable."""
+    final = metrics(folder, "rm")[-1]["final"]
+    assert final["figures"]["all"]["low"] > max(0.75, final["figures"]["all"]["length_only"])
+    assert "Good enough" in stages["rm"]
+
+
+def test_policy_scores_higher_and_says_other_things(folder, stages):
+    """After PPO held-out answers score higher, are preferred to the SFT model's, and greedy answers differ."""
+    last = [m["eval"] for m in metrics(folder, "ppo") if "eval" in m][-1]
+    assert last["score"][0] > 0.5 and last["win_rate"][0] > 0.6 and 0 < last["kl"][0] < 40
+    out = run("-m", "minirlhf.sample", "out/sft", "out/ppo", "--prompts", "data/prompts.val.jsonl", "--temperature", "0",
+              "--response_length", "16", "--output", "greedy.jsonl", cwd=folder)
+    assert "the cat is" in out
+    rows = [json.loads(line) for line in (folder / "greedy.jsonl").read_text().splitlines()]
+    assert set(rows[0]) == {"checkpoint", "prompt", "completion", "finished"}
+    texts = {stage: [r["completion"] for r in rows if stage in r["checkpoint"]] for stage in ("sft", "ppo")}
+    assert len(texts["sft"]) == len(texts["ppo"]) == 2 * len(NOUNS) and texts["sft"] != texts["ppo"]
+
+
+def test_first_update_starts_from_a_ratio_of_one(folder, stages):
+    """Before anything is learned the policy is the SFT model: KL of the first batch is 0, and the sampler's
+    log-probabilities are the trainer's."""
+    first = metrics(folder, "ppo")[0]
+    assert abs(first["objective/kl"]) < 1e-3 and first["objective/kl_k3"] < 1e-4 and first["val/sampler_gap"] < 1e-4
+
+
+def test_custom_reward(folder, stages):
+    """--reward file.py:function takes the reward model's place, and what it prefers is what the policy learns."""
+    (folder / "short.py").write_text("def fewer_letters(prompts, completions):\n"
+                                     "    return [-len(c) / 10 for c in completions]\n")
+    run(script("ppo"), "--data_dir", "data", *PPO, "--reward", "short.py:fewer_letters", "--out_dir", "out/short", cwd=folder)
+    evals = [m["eval"] for m in metrics(folder, "short") if "eval" in m]
+    assert evals[-1]["mean_length"] < 9 and evals[-1]["win_rate"][0] > 0.7
+
+
+@pytest.mark.parametrize("body, expected", [
+    ("raise ValueError('boom')", "raised ValueError: boom"),
+    ("return [0.0]", "returned 1 scores for"),
+    ("return [float('nan')] * len(prompts)", "row 0: nan"),
+    ("return ['x'] * len(prompts)", "row 0: expected a number"),
+])
+def test_bad_custom_reward(folder, stages, body, expected):
+    """A reward function that raises, or returns too few, non-finite or non-numbers ends the run with its name and row."""
+    (folder / "bad.py").write_text(f"def f(prompts, completions):\n    {body}\n")
+    error = run(script("ppo"), "--data_dir", "data", *PPO, "--reward", "bad.py:f", "--out_dir", "out/bad", "--overwrite",
+                cwd=folder, code=2)
+    assert expected in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("stage, arguments, expected", [
+    ("sft", ["--data_dir", "data"], "holds a run"),
+    ("sft", ["--data_dir", "nowhere", "--out_dir", "out/x"], "sft.train.jsonl: no such file"),
+    ("rm", ["--data_dir", "data", "--out_dir", "out/x", "--init_from", "out/rm/ckpt.pt"], "holds a reward model, expected"),
+    ("ppo", ["--data_dir", "data", "--out_dir", "out/x", "--init_from", "nowhere.pt"], "run train_sft.py first"),
+    ("ppo", ["--data_dir", "data", "--out_dir", "out/x", "--num_mini_batches", "5"], "--num_mini_batches 5"),
+    ("ppo", ["--data_dir", "data", "--out_dir", "out/x", "--batch_size", "0"], "--batch_size 0: must be at least 1"),
+    ("sft", ["--data_dir", "data", "--out_dir", "out/x", "--learning_rat", "1"], "unrecognized arguments"),
+])
+def test_errors_of_use(folder, stages, stage, arguments, expected):
+    """What a user gets wrong costs them one line that names it, and exit status 2."""
+    assert expected in run(script(stage), *arguments, cwd=folder, code=2)
+
+
+@pytest.mark.parametrize("stage, options", [("sft", SFT), ("rm", RM), ("ppo", PPO)])
+def test_resume_is_exact(folder, stages, stage, options):
+    """Stopped by SIGTERM midway and resumed, each stage ends with the weights and metrics of the uninterrupted run."""
+    import torch
+
+    options = [*options, "--data_dir", "data", "--out_dir", f"out/{stage}_again", "--eval_interval", "5"]
+    straight = [*options[:-4], "--out_dir", f"out/{stage}_straight", "--eval_interval", "5"]
+    run(script(stage), *straight, cwd=folder)
+    process = subprocess.Popen([sys.executable, script(stage), *options], cwd=folder, text=True, stdout=subprocess.PIPE,
+                               env={**os.environ, "PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1"})
+    log = folder / "out" / f"{stage}_again" / "metrics.jsonl"
+    while process.poll() is None and not (log.exists() and len(log.read_text().splitlines()) >= 3):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    run(script(stage), *options, "--resume", cwd=folder)
+    a, b = (torch.load(folder / "out" / f"{stage}_{kind}" / "ckpt.pt", weights_only=True)["model"]
+            for kind in ("straight", "again"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    clock = ("tokens_per_second", "eps", "seconds", "rollout_seconds", "eval")  # evaluations fall where the signal came
+    rows = [[{k: v for k, v in m.items() if k not in clock} for m in metrics(folder, f"{stage}_{kind}")]
+            for kind in ("straight", "again")]
+    assert rows[0] == rows[1]
+    assert "finished" in run(script(stage), *options, "--resume", cwd=folder)

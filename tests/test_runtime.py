@@ -1,0 +1,349 @@
+"""Seeds, devices, the output folder and its lock, signals, log files and the learning rate's course."""
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from minirlhf import runtime
+from minirlhf.config import RunOptions
+from minirlhf.runtime import Run, warmup_cosine
+
+
+@dataclass
+class Options(RunOptions):
+    out_dir: str = ""
+    device: str = "cpu"
+
+
+@pytest.fixture
+def start(tmp_path):
+    """start(**options) -> a Run in tmp_path/out; signal handlers are put back afterwards."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    runs = []
+
+    def make(**options):
+        runs.append(Run(Options(**{"out_dir": str(tmp_path / "out")} | options), "sft"))
+        return runs[-1]
+
+    yield make
+    for run in runs:
+        run.release()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def numbers(*arguments):
+    return torch.rand(4, generator=runtime.generator(*arguments)).tolist()
+
+
+# Seeds
+
+
+def test_generators_depend_on_each_of_four_things():
+    """(seed, step, rank, purpose): the same four give the same numbers, a change of any one gives others."""
+    torch.manual_seed(1)
+    first = numbers(1, 2, 3, "rollout")
+    torch.manual_seed(2)
+    assert numbers(1, 2, 3, "rollout") == first
+    others = [numbers(*a) for a in ((0, 2, 3, "rollout"), (1, 0, 3, "rollout"), (1, 2, 0, "rollout"), (1, 2, 3, "order"),
+                                    (12, 3, 3, "rollout"), (1, 23, 3, "rollout"), (2, 1, 3, "rollout"))]
+    assert len({tuple(o) for o in [first, *others]}) == 8
+
+
+def test_seeds_are_the_same_everywhere():
+    """Not Python's hash, which changes with every process: a known value, in 63 bits."""
+    import hashlib
+    expected = int(hashlib.blake2b(b"1 2 3 rollout", digest_size=8).hexdigest(), 16) // 2
+    assert runtime.seed_of(1, 2, 3, "rollout") == expected < 2 ** 63
+
+
+def test_a_run_s_generators(start):
+    """Run.generator takes the run's seed and rank; seed_dropout sets the global generator by step."""
+    run = start(seed=5)
+    run.rank = 2
+    assert torch.rand(4, generator=run.generator(7, "rollout")).tolist() == numbers(5, 7, 2, "rollout")
+    draws = []
+    for step in (1, 2, 1):
+        run.seed_dropout(step)
+        draws.append(torch.rand(4).tolist())
+    assert draws[0] == draws[2] != draws[1]
+
+
+# Devices
+
+
+@pytest.mark.parametrize("name", ["cuda", "cuda:1"])
+def test_cuda_without_cuda_is_refused(monkeypatch, refused, name):
+    """Exit 2: no such device, use --device cpu."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    error = refused(runtime.pick_device, name)
+    assert f"--device {name}" in error and "--device cpu" in error
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch, refused):
+    """cuda:3 of two."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert runtime.pick_device("cuda:1") == torch.device("cuda:1")
+    assert "--device cuda:3" in refused(runtime.pick_device, "cuda:3")
+
+
+@pytest.mark.parametrize("name", ["gpu", "", "meta", "cpu:x"])
+def test_an_unknown_device_is_refused(refused, name):
+    """The value and the choices."""
+    error = refused(runtime.pick_device, name)
+    assert f"--device {name}" in error and "auto" in error
+
+
+def test_auto_takes_what_there_is(monkeypatch):
+    """The CPU without a GPU, CUDA with one."""
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert runtime.pick_device("auto") == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert runtime.pick_device("auto") == torch.device("cuda")
+
+
+def test_dtype_is_autocast_s(start):
+    """bfloat16 products under autocast, none for float32."""
+    x = torch.ones(2, 2)
+    with start(overwrite=True).autocast():
+        assert (x @ x).dtype == torch.float32
+    with start(overwrite=True, dtype="bfloat16").autocast():
+        assert (x @ x).dtype == torch.bfloat16
+
+
+# The output folder
+
+
+@pytest.fixture
+def held(tmp_path):
+    """tmp_path/out as a run left it."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    for name in ("ckpt.pt", "config.json", "metrics.jsonl", "samples.jsonl", "notes.txt"):
+        (folder / name).write_text("old")
+    return folder
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_new_folder_is_made(start, tmp_path):
+    """Parents included; nothing but the lock is in it, and that goes with the run."""
+    run = start(out_dir=str(tmp_path / "a" / "b"))
+    assert names(tmp_path / "a" / "b") == ["lock"] and run.path("ckpt.pt") == str(tmp_path / "a" / "b" / "ckpt.pt")
+    with run:
+        pass
+    assert names(tmp_path / "a" / "b") == []
+
+
+@pytest.mark.parametrize("kept", ["ckpt.pt", "metrics.jsonl"])
+def test_a_folder_that_holds_a_run_is_refused(start, held, refused, kept):
+    """Unless --resume or --overwrite; nothing is touched, no lock stays."""
+    other = {"ckpt.pt": "metrics.jsonl", "metrics.jsonl": "ckpt.pt"}[kept]
+    (held / other).unlink()
+    before = names(held)
+    error = refused(start)
+    assert str(held) in error and kept in error and "--resume" in error and "--overwrite" in error
+    assert names(held) == before and (held / kept).read_text() == "old"
+
+
+def test_overwrite_removes_the_run_and_nothing_else(start, held):
+    """The run's four files go, other files stay."""
+    start(overwrite=True)
+    assert names(held) == ["lock", "notes.txt"]
+
+
+def test_resume_keeps_everything(start, held):
+    """The checkpoint is there; without one there is nothing to resume."""
+    start(resume=True)
+    assert names(held) == sorted(["ckpt.pt", "config.json", "lock", "metrics.jsonl", "notes.txt", "samples.jsonl"])
+
+
+def test_resume_without_a_checkpoint_is_refused(start, held, refused):
+    """The path is named, the lock released."""
+    (held / "ckpt.pt").unlink()
+    assert str(held / "ckpt.pt") in refused(start, resume=True)
+    assert "lock" not in names(held)
+
+
+def test_resume_and_overwrite_exclude_each_other(start, held, refused):
+    """Both: neither."""
+    error = refused(start, resume=True, overwrite=True)
+    assert "--resume" in error and "--overwrite" in error and (held / "ckpt.pt").read_text() == "old"
+
+
+def test_a_lock_of_a_live_run_is_refused_and_a_dead_one_taken_over(start, tmp_path, refused):
+    """The second run names the first's pid, even with --overwrite, and leaves its lock and files; once that process has
+    ended, its lock is ours."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text("the first run's")
+    first = subprocess.Popen(["sleep", "60"])
+    try:
+        (folder / "lock").write_text(str(first.pid))
+        for options in ({}, {"overwrite": True}):
+            error = refused(start, **options)
+            assert str(first.pid) in error and str(folder) in error
+        assert (folder / "lock").read_text() == str(first.pid) and (folder / "metrics.jsonl").read_text()
+    finally:
+        first.kill()
+        first.wait()
+    run = start(overwrite=True)
+    assert (folder / "lock").read_text() == str(os.getpid())
+    run.release()
+    assert not (folder / "lock").exists()
+
+
+@pytest.mark.parametrize("content", ["", "not a pid"])
+def test_a_torn_lock_is_taken_over(start, tmp_path, content):
+    """A lock that names no process holds nothing."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "lock").write_text(content)
+    start()
+    assert (tmp_path / "out" / "lock").read_text() == str(os.getpid())
+
+
+def test_a_lock_is_released_by_its_owner_alone(start, tmp_path):
+    """Another process's lock stays."""
+    run = start()
+    (tmp_path / "out" / "lock").write_text("1")
+    run.release()
+    assert (tmp_path / "out" / "lock").read_text() == "1"
+
+
+def test_a_folder_that_cannot_be_written(start, tmp_path, refused, monkeypatch):
+    """A file in its place, or in a parent's, or one without permission: refused before training."""
+    (tmp_path / "file").write_text("x")
+    for path in (tmp_path / "file", tmp_path / "file" / "out"):
+        error = refused(start, out_dir=str(path))
+        assert f"--out_dir {path}" in error
+    assert (tmp_path / "file").read_text() == "x"
+    monkeypatch.setattr("builtins.open", lambda *a, **k: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+    assert "Permission denied" in refused(start)
+
+
+# Logs
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def test_logs_are_cut_to_the_checkpoint(start, tmp_path):
+    """On resume at step 2, later rows and a torn last line go; steps that follow are written once."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "ckpt.pt").write_text("")
+    (folder / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": 4, "lo')
+    (folder / "samples.jsonl").write_text('{"step": 2, "completion": "a"}\n{"step": 3, "completion": "b"}\n')
+    run = start(resume=True)
+    run.start_logs(2)
+    run.write("metrics.jsonl", {"step": 3, "loss": 0.5})
+    assert lines(folder / "metrics.jsonl") == [{"step": 1}, {"step": 2}, {"step": 3, "loss": 0.5}]
+    assert lines(folder / "samples.jsonl") == [{"step": 2, "completion": "a"}]
+    assert json.loads((folder / "config.json").read_text())["stage"] == "sft"
+
+
+@pytest.mark.parametrize("torn", [
+    '{"step": 2, "completion": "caf\u00e9'.encode()[:-1],  # within a character
+    b'{"step": 2}',  # the record is whole, its newline is not there
+], ids=["character", "newline"])
+def test_a_line_torn_anywhere_is_repaired(start, tmp_path, torn):
+    """Whichever byte was the last one written, the file holds one object a line afterwards."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "ckpt.pt").write_text("")
+    (folder / "samples.jsonl").write_bytes('{"step": 1, "completion": "\u00e9"}\n'.encode() + torn)
+    run = start(resume=True)
+    run.start_logs(2)
+    run.write("samples.jsonl", {"step": 3})
+    rows = lines(folder / "samples.jsonl")
+    assert rows[0] == {"step": 1, "completion": "\u00e9"} and rows[-1] == {"step": 3}
+
+
+def test_records_hold_any_text(start, tmp_path):
+    """Emoji and newlines in a sample: still one line, readable as UTF-8."""
+    run = start()
+    run.start_logs(0)
+    run.write("samples.jsonl", {"step": 1, "completion": "\U0001f600\n\u2028\0"})
+    assert (tmp_path / "out" / "samples.jsonl").read_bytes().count(b"\n") == 1
+    assert "\U0001f600".encode() in (tmp_path / "out" / "samples.jsonl").read_bytes()
+
+
+def test_a_reader_that_went_away_does_not_stop_the_run(monkeypatch):
+    """Standard output closed, as by `| head`: what is said afterwards goes nowhere, quietly."""
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        for _ in range(3):
+            runtime.say("a line")
+
+
+def test_progress_by_hand(start, monkeypatch):
+    """Step 37 of 200 after 74 seconds, begun at step 0: 2 seconds each, so 326 are left; resumed at 27: 7.4 each."""
+    run = start()
+    monkeypatch.setattr(runtime.time, "perf_counter", lambda: run.started + 74.0)
+    assert run.progress(37, 200) == " 37/200  18% 1:14<5:26"
+    assert run.progress(37, 200, since=27) == " 37/200  18% 1:14<20:06"
+    assert [runtime.clock(s) for s in (0, 59.4, 59.6, 3599.5, 36_061)] == ["0:00", "0:59", "1:00", "1:00:00", "10:01:01"]
+
+
+# Signals and ranks
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_run_after_its_step(start, tmp_path, capsys, number, status):
+    """The handler takes note and says so; the loop asks, saves, and exits 128 + the signal's number, lock released."""
+    run = start()
+    run.exit_if_stopped()
+    assert not run.should_stop()
+    os.kill(os.getpid(), number)
+    assert run.should_stop() and "finishing this step" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        run.exit_if_stopped()
+    assert stop.value.code == status and not (tmp_path / "out" / "lock").exists()
+    assert "--resume" in capsys.readouterr().out
+
+
+def test_ranks_share_a_batch(start):
+    """Of seven rows three ranks take every third; together they have each once. One process has all, and its own sum."""
+    run = start()
+    assert run.share([*range(7)]) == [*range(7)] and run.total(torch.tensor(3.0)) == 3
+    run.world, shares = 3, []
+    for run.rank in range(3):
+        shares.append(run.share([*range(7)]))
+    run.world, run.rank = 1, 0
+    assert shares == [[0, 3, 6], [1, 4], [2, 5]]
+
+
+# Learning rate
+
+
+def test_warmup_cosine_by_hand():
+    """Ten steps, a fifth of them warm-up: 1/2, 1, then (1 + cos(pi k/8)) / 2 for k = 0, 1, ...; 0 after the last."""
+    rates = [warmup_cosine(step, 10, 0.2) for step in range(11)]
+    expected = [0.5, 1.0, 1.0, 0.96194, 0.853553, 0.691342, 0.5, 0.308658, 0.146447, 0.03806, 0.0]
+    assert rates == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("steps, ratio", [(1, 0.0), (1, 1.0), (2, 0.5), (5, 0.0), (5, 1.0), (1000, 0.05)])
+def test_warmup_cosine_stays_between_0_and_1(steps, ratio):
+    """Never 0 in a step that is taken, never above the peak, which is reached; extremes included."""
+    rates = [warmup_cosine(step, steps, ratio) for step in range(steps)]
+    assert all(0 < rate <= 1 for rate in rates) and max(rates) == 1
+
+
+def test_count_parameters(make_model):
+    """A tied matrix counts once: 13 x 16 embeddings, 32 x 16 places, two blocks, the last LayerNorm."""
+    block = 16 * 48 + 48 + 16 * 16 + 16 + 16 * 64 + 64 + 64 * 16 + 16 + 4 * 16
+    assert runtime.count_parameters(make_model()) == 13 * 16 + 32 * 16 + 2 * block + 2 * 16

@@ -1,0 +1,210 @@
+"""Byte-level BPE: learned as the definition says, round trips on any text, and never a special token from text."""
+import io
+import random
+from collections import Counter
+
+import pytest
+import regex
+import tiktoken
+import torch
+
+from minirlhf.tokenizer import EOS, PATTERN, Tokenizer
+
+TEXTS = ["the cat sat on the mat, the cat sat.", "A thin thing thinks; there, then, that's all!", "don't we'll they're 1234",
+         "  two  spaces\n\nand lines\t", "na\u00efve caf\u00e9 \u00fcber", "aaaa aaaa aaaaaaa", ""] * 2
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.train(TEXTS, 320)
+
+
+@pytest.mark.parametrize("text", [
+    "", " ", "the cat", "the cat sat on the moon", "\U0001f600 emoji \U0001f468\u200d\U0001f469\u200d\U0001f467", "NUL \0 in it",
+    "\u4f60\u597d \u0645\u0631\u062d\u0628\u0627", "tabs\t\r\n   ends with blanks   ", "\ufeffBOM", "e\u0301 is not \u00e9", "a" * 5000,
+], ids=range(11))
+def test_round_trip(tokenizer, text):
+    """decode(encode(text)) is the text, with prompts' and completions' eos left out."""
+    for encode in (tokenizer.encode, tokenizer.encode_prompt, tokenizer.encode_completion):
+        assert tokenizer.decode(encode(text)) == text
+
+
+def test_random_unicode_round_trips(tokenizer):
+    """Any code points but surrogates."""
+    rng = random.Random(0)
+    for _ in range(200):
+        text = "".join(chr(rng.choice([rng.randrange(0xD800), rng.randrange(0xE000, 0x110000)])) for _ in range(12))
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_a_lone_surrogate_becomes_the_replacement_character(tokenizer):
+    """Half of a pair is no text: U+FFFD, no crash, in encoding as in training."""
+    assert tokenizer.decode(tokenizer.encode("a\ud83db")) == "a\ufffdb"
+    Tokenizer.train(["a\ud83db", "a\udc00"], 300)
+
+
+def test_half_a_character_decodes_to_the_replacement_character(tokenizer):
+    """A sampled sequence may stop within a character's bytes."""
+    assert tokenizer.decode([0xC3]) == "\ufffd"
+    assert tokenizer.decode([ord("a"), 0xE2, 0x82]) == "a\ufffd"
+
+
+def test_the_end_of_text_marker_in_a_text_is_plain_text(tokenizer):
+    """No text can produce eos; it round-trips as the thirteen characters that it is."""
+    ids = tokenizer.encode(f"one {EOS} two")
+    assert tokenizer.eos not in ids and tokenizer.decode(ids) == f"one {EOS} two"
+    assert tokenizer.eos not in Tokenizer.train([EOS] * 20, 300).encode(EOS)
+
+
+def test_prompts_begin_and_completions_end_with_eos(tokenizer):
+    """eos is the last id; an empty prompt and an empty completion are eos alone."""
+    assert tokenizer.eos == tokenizer.vocab_size - 1 == len(tokenizer.ranks)
+    ids = tokenizer.encode("the cat")
+    assert tokenizer.encode_prompt("the cat") == [tokenizer.eos] + ids
+    assert tokenizer.encode_completion("the cat") == ids + [tokenizer.eos]
+    assert tokenizer.encode_prompt("") == tokenizer.encode_completion("") == [tokenizer.eos]
+
+
+# Training
+
+
+def test_merges_by_hand():
+    """"abab ab" holds a-b three times and b-a once: first "ab" (256); then "ab"+"ab" and " "+"ab" are there once each,
+    too rare to merge."""
+    tokenizer = Tokenizer.train(["abab ab"], 300)
+    assert [token for token, rank in tokenizer.ranks.items() if rank >= 256] == [b"ab"]
+    assert tokenizer.encode("abab ab") == [256, 256, ord(" "), 256]
+    assert tokenizer.eos == 257 and tokenizer.vocab_size == 258
+
+
+def test_ties_go_to_the_smaller_bytes():
+    """"xy" and "ab" twice each: "ab" comes first, whatever the order of the texts; then "xy"."""
+    for texts in (["xy ab", "xy\nab"], ["ab xy", "ab\nxy"]):
+        tokens = [t for t in Tokenizer.train(texts, 258 + 1).ranks if len(t) > 1]
+        assert tokens == sorted(tokens) and len(tokens) == 2
+
+
+def test_overlapping_pairs():
+    """"aaa" merges from the left: aa + a."""
+    tokenizer = Tokenizer.train(["aaa"] * 3, 258)
+    assert list(tokenizer.ranks)[256:] == [b"aa"] and tokenizer.encode("aaa") == [256, ord("a")]
+
+
+def naive_bpe(texts, vocab_size):
+    """The definition: count all pairs anew, merge the most frequent one everywhere, until done."""
+    words = Counter(word for text in texts for word in regex.findall(PATTERN, text))
+    pieces = {word: [bytes([b]) for b in word.encode()] for word in words}
+    ranks = {bytes([b]): b for b in range(256)}
+    while len(ranks) < vocab_size - 1:
+        pairs = Counter()
+        for word, piece in pieces.items():
+            for pair in zip(piece, piece[1:]):
+                pairs[pair] += words[word]
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair), default=None)
+        if best is None or pairs[best] < 2:
+            break
+        ranks.setdefault(best[0] + best[1], len(ranks))
+        for word, piece in pieces.items():
+            i = 0
+            while i < len(piece) - 1:
+                if (piece[i], piece[i + 1]) == best:
+                    piece[i:i + 2] = [best[0] + best[1]]
+                i += 1
+    return ranks
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_training_equals_the_definition(seed):
+    """The heap and its counts, kept up to date merge by merge, choose the pairs that a fresh count would."""
+    rng = random.Random(seed)
+    words = ["".join(rng.choices("aab\u00e9", k=rng.randint(1, 9))) for _ in range(60)]
+    texts = [" ".join(rng.choices(words, k=8)) for _ in range(40)]
+    assert list(Tokenizer.train(texts, 400).ranks.items()) == list(naive_bpe(texts, 400).items())
+    assert list(Tokenizer.train(TEXTS, 320).ranks.items()) == list(naive_bpe(TEXTS, 320).items())
+
+
+def test_training_is_a_function_of_the_texts(tokenizer):
+    """Again, and with the texts in another order: the same ranks."""
+    assert Tokenizer.train(TEXTS, 320).ranks == Tokenizer.train(TEXTS[::-1], 320).ranks == tokenizer.ranks
+
+
+def test_tokens_do_not_cross_words(tokenizer):
+    """GPT-2's split: a blank may open a token, never stand within or end one that holds letters."""
+    learned = [token.decode("utf-8", "replace") for token in tokenizer.ranks if len(token) > 1]
+    assert " the" in learned and not [t for t in learned if t.strip() and " " in t[1:]]
+    assert regex.findall(PATTERN, "I'll go,  now") == ["I", "'ll", " go", ",", " ", " now"]
+
+
+def test_vocabulary_size(tokenizer, refused):
+    """vocab_size counts bytes, merges and eos; 257 is the least, below it the flag and the value are named."""
+    assert tokenizer.vocab_size == 320
+    assert Tokenizer.train(TEXTS, 257).encode("the") == list(b"the")
+    assert "--vocab_size 256" in refused(Tokenizer.train, TEXTS, 256)
+
+
+# Storage
+
+
+def test_state_round_trip(tokenizer):
+    """Through torch.save and weights_only=True: the same ranks in the same order, the same ids, the same name."""
+    file = io.BytesIO()
+    torch.save(tokenizer.state(), file)
+    file.seek(0)
+    other = Tokenizer.from_state(torch.load(file, weights_only=True))
+    assert list(other.ranks.items()) == list(tokenizer.ranks.items())
+    assert (other.name, other.eos, other.vocab_size) == (tokenizer.name, tokenizer.eos, tokenizer.vocab_size)
+    assert other.encode("the cat \U0001f600") == tokenizer.encode("the cat \U0001f600")
+
+
+# Other implementations
+
+
+def test_equals_hugging_face_tokenizers(tokenizer):
+    """The `tokenizers` package with the same merges and GPT-2's byte-level split gives the same ids."""
+    tokenizers = pytest.importorskip("tokenizers")
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2 writes bytes as characters, these as they are
+    letter = dict(zip(printable + [b for b in range(256) if b not in printable],
+                      map(chr, printable + list(range(256, 256 + 68)))))
+
+    def written(token):
+        return "".join(letter[b] for b in token)
+
+    ranks = tokenizer.ranks
+    merges = [(written(t[:i]), written(t[i:])) for t in ranks if len(t) > 1 for i in range(1, len(t))
+              if t[:i] in ranks and t[i:] in ranks]
+    theirs = tokenizers.Tokenizer(tokenizers.models.BPE({written(t): rank for t, rank in ranks.items()}, merges))
+    theirs.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    for text in [*TEXTS, EOS, "\U0001f600 the then\u00e9  x", "that thin cat's there\n\n\nall 12 at"]:
+        assert theirs.encode(text).ids == tokenizer.encode(text)
+
+
+def test_gpt2_ranks_become_a_tokenizer(monkeypatch, tokenizer):
+    """Ranks that tiktoken holds in any order get their ids back; the name says which they are."""
+    shuffled = dict(random.Random(0).sample(list(tokenizer.ranks.items()), len(tokenizer.ranks)))
+    encoding = tiktoken.Encoding("gpt2", pat_str=PATTERN, mergeable_ranks=shuffled, special_tokens={EOS: len(shuffled)})
+    monkeypatch.setattr(tiktoken, "get_encoding", {"gpt2": encoding}.__getitem__)
+    gpt2 = Tokenizer.gpt2()
+    assert gpt2.name == "gpt2" and gpt2.encode("the cat") == tokenizer.encode("the cat")
+    assert Tokenizer.from_state(gpt2.state()).ranks == tokenizer.ranks  # a state lists tokens in the order of their ids
+
+
+def test_gpt2_ranks_missing_and_no_network(monkeypatch, tmp_path, refused):
+    """An empty cache and a dead proxy: exit 2 with the folder looked at and two ways out."""
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("no_proxy", "NO_PROXY", "DATA_GYM_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})  # whatever was loaded before
+    error = refused(Tokenizer.gpt2)
+    assert str(tmp_path) in error and "TIKTOKEN_CACHE_DIR" in error and "--tokenizer bpe" in error
+
+
+@pytest.mark.parametrize("error", [ValueError("first line\nsecond line"), KeyError("x"), OSError(), AssertionError("\n")])
+def test_a_broken_cache_of_gpt2_ranks_is_refused_too(monkeypatch, refused, error):
+    """Whatever tiktoken raises, an error without a message included, ends in one line."""
+    def get_encoding(name):
+        raise error
+
+    monkeypatch.setattr(tiktoken, "get_encoding", get_encoding)
+    assert "TIKTOKEN_CACHE_DIR" in refused(Tokenizer.gpt2)
