@@ -16,7 +16,7 @@ from minirlhf import checkpoint, prepare, runtime
 from minirlhf.config import RunOptions, fail, parse
 from minirlhf.data import encode_prompts, endless_batch, fingerprint, load_prompts, repeats
 from minirlhf.generate import generate
-from minirlhf.objectives import (adaptive_kl_coef, entropy, explained_variance, gae, k1, k2, k3, log_ratio, masked_mean,
+from minirlhf.objectives import (adaptive_kl_coef, best_of_n_kl, entropy, explained_variance, gae, k1, k2, k3, log_ratio, masked_mean,
                                  mean_interval, policy_clipped, policy_loss, shape_rewards, token_logprobs, value_clipped,
                                  value_loss, whiten, wilson_interval)
 
@@ -59,6 +59,7 @@ class Options(RunOptions):
     num_eval_prompts: int = 128  # held-out prompts at each look [1..]
     num_final_prompts: int = 512  # held-out prompts for the closing comparison [1..]
     num_samples: int = 4  # answers shown at each look [0..]
+    best_of_n: int = 4  # in the closing report, for comparison: the best of this many SFT answers; 0 = leave it out [0..]
 
 
 # ---- what judges an answer
@@ -130,13 +131,13 @@ def on_grid(counted, mask):
 # ---- looking at held-out prompts
 
 @torch.no_grad()
-def answer(policy, ref, judges, run, tokenizer, prompts, o, batch_size=128):
-    """The policy's answers to held-out prompts with fixed seeds -> list of dicts, one a prompt."""
+def answer(policy, ref, judges, run, tokenizer, prompts, o, draw=0, batch_size=128):
+    """The policy's answers to held-out prompts with fixed seeds, another set for each `draw` -> list of dicts."""
     rows = []
     for at in range(0, len(prompts), batch_size):
         with run.autocast():
             rollout = generate(policy, prompts[at:at + batch_size], o.response_length, tokenizer.eos, o.temperature,
-                               runtime.generator(o.seed, at, 0, "held-out"))
+                               runtime.generator(o.seed, at, 0, f"held-out {draw}"))
             mask = rollout.response_mask
             logprobs, ref_logprobs = (on_grid(decision_logprobs(m, rollout.tokens, mask, o.temperature), mask)
                                       for m in (policy, ref))
@@ -305,18 +306,18 @@ def main():
             advantages = whiten(advantages, response_mask, total=run.total)
 
             # ---- UPDATE: epochs x minibatches x microbatches of the clipped losses
-            totals, counted, ratio_means, stopped_early = torch.zeros(8, device=run.device), 0, [], False
+            totals, counted, ratio_means, stopped_early = torch.zeros(7, device=run.device), 0, [], False
             for epoch in range(o.num_ppo_epochs):
                 shuffled = torch.randperm(len(batch), generator=run.generator(step, f"epoch {epoch}")).to(run.device)
                 for minibatch in shuffled.tensor_split(o.num_mini_batches):
                     count = run.total(response_mask[minibatch].sum())  # over all microbatches and ranks: divide once
-                    stats = torch.zeros(8, device=run.device)
+                    stats = torch.zeros(7, device=run.device)
                     for part in minibatch.split(o.micro_batch_size):
                         rows_of = rollout.take(part)
                         tokens, mask = rows_of.tokens, rows_of.response_mask
                         old, A, R, V_old = (x[part, :mask.shape[1]][mask] for x in (old_logprobs, advantages, returns, values))
                         with run.autocast():
-                            new, H = decision_logprobs(policy, tokens, mask, o.temperature, policy_hidden, True)
+                            new = decision_logprobs(policy, tokens, mask, o.temperature, policy_hidden)
                             V = value_model.scalar(value_hidden(tokens[:, :-1])[mask])
                         pg_loss = policy_loss(new, old, A, o.cliprange)
                         vf_loss = value_loss(V, V_old, R, o.cliprange_value)
@@ -325,10 +326,10 @@ def main():
                             d = log_ratio(new, old)
                             stats += torch.stack([x.sum() for x in (
                                 pg_loss, vf_loss, 0.5 * d ** 2, policy_clipped(new, old, A, o.cliprange),
-                                value_clipped(V, V_old, R, o.cliprange_value), H, d.exp(), k3(old, new))])
+                                value_clipped(V, V_old, R, o.cliprange_value), d.exp(), k3(old, new))])
                     run.sum_gradients([*policy.parameters(), *value_model.parameters()])
                     stats = run.total(stats)
-                    if o.target_kl and float(stats[7] / count) > o.target_kl:
+                    if o.target_kl and float(stats[6] / count) > o.target_kl:
                         optimizer.zero_grad(set_to_none=True)
                         stopped_early = True
                         break
@@ -341,7 +342,7 @@ def main():
                     optimizer.step()
                     optimizer.zero_grad(set_to_none=True)
                     totals, counted = totals + stats, counted + count
-                    ratio_means.append(stats[6] / count)
+                    ratio_means.append(stats[5] / count)
                 if stopped_early:
                     break
 
@@ -349,10 +350,12 @@ def main():
             B = len(batch)
             n = run.total(torch.tensor([float(B)], device=run.device))
             means = run.total(torch.stack([x.float().sum() for x in (
-                kl, kl_k3, -old_logprobs, scores, penalised, kl_coef * kl, response_mask, rollout.finished, scores ** 2)])) / n
-            mean_kl, mean_k3, neg_logprob, score, paid, priced_kl, length, eos_rate, square = means.tolist()
+                kl, kl_k3, -old_logprobs, scores, penalised, kl_coef * kl, response_mask, rollout.finished, scores ** 2,
+                entropies)])) / n
+            mean_kl, mean_k3, neg_logprob, score, paid, priced_kl, length, eos_rate, square, H = means.tolist()
+            H /= length  # nats a decision, over all decisions of all ranks
             gap = masked_mean((old_logprobs - rollout.sampler_logprobs).abs(), response_mask)
-            policy_avg, value_avg, approxkl, clipfrac, value_clipfrac, H, _, _ = (totals / max(1, counted)).tolist()
+            policy_avg, value_avg, approxkl, clipfrac, value_clipfrac, _, _ = (totals / max(1, counted)).tolist()
             ratio_means = torch.stack(ratio_means) if ratio_means else torch.ones(1)
             seconds = time.perf_counter() - began
             done, stopping = step + 1, run.should_stop()
@@ -411,6 +414,13 @@ def main():
         run.write("metrics.jsonl", {"step": max(first, steps), "final": final})
         run.say()
         report(run, **final)
+        if o.best_of_n:
+            some = final_prompts[:look]
+            draws = [before[:look], *(answer(ref, ref, judges, run, tokenizer, some, o, draw)
+                                      for draw in range(1, o.best_of_n))]
+            best = summary([max(rows, key=lambda row: row["score"]) for rows in zip(*draws)], before[:look])
+            run.say(f"for comparison, the best of {o.best_of_n} SFT answers to {len(some)} of them: mean score "
+                    f"{best['score'][0]:.3f}, KL <= {best_of_n_kl(o.best_of_n):.2f}")
         for old_row, row in list(zip(before, after))[:8]:
             run.say(f"\n  {row['prompt']} ...\n    SFT {old_row['score']:+.2f} |{old_row['completion']}\n"
                     f"    PPO {row['score']:+.2f} |{row['completion']}")

@@ -34,7 +34,7 @@ INNER = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
 DOMAINS = {"amazon": "amazonReviewSnippets", "movie": "movieReviewSnippets", "nyt": "nytEditorialSnippets",
            "tweets": "tweets"}
 
-SHARES = {"main.train": 0.70, "main.val": 0.06, "judge.train": 0.12, "judge.val": 0.03, "prompts.train": 0.06,
+SHARES = {"main.train": 0.74, "main.val": 0.05, "judge.train": 0.12, "judge.val": 0.02, "prompts.train": 0.04,
           "prompts.val": 0.03}  # of each domain's sentences
 BLOCK = 30  # consecutive film reviews that the same people rated, each of them in a column of their own
 FEW_WORDS = (2, 5)  # fewest and most words of a prompt
@@ -42,7 +42,7 @@ WHOLE = 0.8  # share of demonstrations for training with an empty prompt, which 
 MIN_REST = 3  # words that the original sentence had left after a prompt of the prompts files
 K = 8  # most sentences in a ranking
 MIN_GAP = 0.2  # between any two mean ratings in a ranking
-ROUNDS = 4  # times that each sentence is ranked by its mean
+ROUNDS = {"preferences": 4, "judge": 12}  # times that each sentence is ranked by its mean
 PERSON_ROUNDS = 1  # times that each film review is ranked by one person
 PAIRS_PER_BLOCK = 8  # single choices of one person in the training files
 VAL_PAIRS = {"preferences": {"mean": 4000, "person": 2000}, "judge": {"mean": 1000, "person": 500}}
@@ -238,7 +238,7 @@ def make_records(pools, seed):
     for name, pool in (("preferences", "main"), ("judge", "judge")):
         rng = random.Random(f"{seed} {name}")
         train, val, number = pools[f"{pool}.train"], pools[f"{pool}.val"], VAL_PAIRS[name]
-        rankings = mean_rankings(train, rng) + person_rankings(train, rng)
+        rankings = mean_rankings(train, ROUNDS[name], rng) + person_rankings(train, rng)
         files[f"{name}.train.jsonl"] = rankings + [
             person_pair(c, "pair") for block in blocks(train) for c in draw(choices(block), PAIRS_PER_BLOCK, rng)]
         every = [choice for block in blocks(val) for choice in choices(block)]
@@ -281,11 +281,11 @@ def blocks(sentences):
     return list(found.values())
 
 
-def mean_rankings(sentences, rng):
+def mean_rankings(sentences, rounds, rng):
     """Rankings by the mean of all raters. Each round deals every sentence to the first ranking with room that holds no
     mean nearer than MIN_GAP: nearer means are mostly noise (20 raters with sd 0.8 give a standard error of 0.18)."""
     records = []
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         full, growing = [], []
         for sentence in rng.sample(sentences, len(sentences)):
             group = next((g for g in growing if all(abs(sentence.mean - s.mean) > MIN_GAP - 1e-9 for s in g)), None)

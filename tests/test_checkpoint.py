@@ -32,11 +32,12 @@ def save(tmp_path, make_model):
 def rewrite(path, change):
     """The checkpoint with its payload changed in place."""
     payload = torch.load(path, weights_only=True)
-    torch.save(change(payload) or payload, path)
+    change(payload)
+    torch.save(payload, path)
 
 
 def test_round_trip_is_bit_equal(save):
-    """Weights, buffers, optimizer state, tokenizer, options, info and head: all as they were; the model in eval mode."""
+    """Weights, buffers, optimizer state, tokenizer, options, info, head: all as they were; in eval mode."""
     w = torch.nn.Parameter(torch.randn(5))
     optimizer = torch.optim.AdamW([w])
     w.square().sum().backward(), optimizer.step()
@@ -82,12 +83,12 @@ class Payload:
 
 
 def test_code_in_a_checkpoint_never_runs(save, tmp_path, refused):
-    """A pickle that would make a folder is refused, in torch's format and as a bare one, and the folder is not there."""
+    """A pickle that would make a folder is refused, in torch's format and bare, and the folder is not there."""
     path, mark = str(tmp_path / "evil.pt"), str(tmp_path / "mark")
-    torch.save({"format": 1, "stage": "sft", "model": Payload(mark)}, path)
-    assert path in refused(checkpoint.read, path, ["sft"])
     with open(path, "wb") as f:
         pickle.dump(Payload(mark), f)
+    assert path in refused(checkpoint.read, path, ["sft"])
+    torch.save({"format": 1, "stage": "sft", "model": Payload(mark)}, path)
     assert path in refused(checkpoint.read, path, ["sft"])
     assert not os.path.exists(mark)
     torch.load(path, weights_only=False)
@@ -167,7 +168,7 @@ def test_a_newer_format_is_refused(save, refused):
 def test_weights_that_do_not_fit_are_refused(save, refused, change, words):
     """Keys missing or extra, other shapes, numbers that are none: the file and the parameter."""
     path, _ = save()
-    rewrite(path, lambda payload: change(payload["model"]) and None)
+    rewrite(path, lambda payload: change(payload["model"]))
     error = refused(checkpoint.load, path, ["sft"], "cpu")
     assert path in error and all(word in error for word in words)
 
@@ -175,7 +176,7 @@ def test_weights_that_do_not_fit_are_refused(save, refused, change, words):
 def test_a_scalar_head_s_nan_scale_is_refused(save, refused):
     """Buffers count as weights."""
     path, _ = save("rm")
-    rewrite(path, lambda payload: payload["model"]["gain"].fill_(torch.nan) and None)
+    rewrite(path, lambda payload: payload["model"]["gain"].fill_(torch.nan))
     assert "gain" in refused(checkpoint.load, path, ["rm"], "cpu")
 
 

@@ -21,6 +21,12 @@ class Options(RunOptions):
     shuffle: bool = True  # on unless turned off
 
 
+@dataclass
+class Stage(RunOptions):
+    """Another."""
+    seed: int = 7  # of this stage [5..8]
+
+
 def bad(capsys, *argv):
     """What is said on standard error; the exit status is 2, nothing is printed on standard output."""
     with pytest.raises(SystemExit) as stop:
@@ -35,7 +41,8 @@ def test_defaults_are_the_dataclass_s():
     assert parse(Options, []) == Options()
 
 
-@pytest.mark.parametrize("argv", [["--batch_size=3", "--out_dir=a b", "--dropout=0"], ["--batch_size", "3", "--out_dir", "a b", "--dropout", "0"]])
+@pytest.mark.parametrize("argv", [["--batch_size=3", "--out_dir=a b", "--dropout=0"],
+                                  ["--batch_size", "3", "--out_dir", "a b", "--dropout", "0"]])
 def test_both_forms_of_a_value(argv):
     """--name=value and --name value, converted to the field's type."""
     options = parse(Options, argv)
@@ -91,13 +98,14 @@ def test_what_is_refused(capsys, argv, word):
 
 
 def test_presets(tmp_path, capsys):
-    """@file reads `name = value`, `--name=value` and `flag` lines, comments and blank ones aside; what follows it on the
-    command line wins."""
+    """@file reads `name = value`, `--name=value` and `flag` lines, comments and blank ones aside; what comes later
+    on the command line wins."""
     preset = tmp_path / "small.txt"
     preset.write_text("# small and quick\n\nbatch_size = 2\n  out_dir=out/small # beside the others\n--dropout=0.5\n"
                       "whiten_rewards\nshuffle = false\n   # done\nmargin=-1.5")
     options = parse(Options, [f"@{preset}"])
-    assert options == Options(batch_size=2, out_dir="out/small", dropout=0.5, whiten_rewards=True, shuffle=False, margin=-1.5)
+    assert options == Options(batch_size=2, out_dir="out/small", dropout=0.5, whiten_rewards=True, shuffle=False,
+                              margin=-1.5)
     assert parse(Options, [f"@{preset}", "--batch_size=5"]).batch_size == 5
     assert parse(Options, ["--batch_size=5", f"@{preset}"]).batch_size == 2
     preset.write_text("batch_size = 0")
@@ -113,19 +121,16 @@ def test_comments_are_the_help(capsys):
         parse(Options, ["--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert stop.value.code == 0 and "A made-up stage." in text
-    for words in ("--batch_size INT rows a step [1..] (default: 8)", "--optimizer {muon,adamw} which one (default: muon)",
-                  "any finite number; 50% is a lot", "--whiten_rewards [BOOL] divide rewards by their deviation",
+    for words in ("--batch_size INT rows a step [1..] (default: 8)",
+                  "--optimizer {muon,adamw} which one (default: muon)", "any finite number; 50% is a lot",
+                  "--whiten_rewards [BOOL] divide rewards by their deviation",
                   "--seed INT every random choice is a function of"):
         assert words in text
 
 
-def test_an_inherited_option_can_be_given_another_default():
-    """A field that a stage repeats takes the stage's default, comment and range."""
-    @dataclass
-    class Stage(RunOptions):
-        """Another."""
-        seed: int = 7  # of this stage [5..6]
-
-    with pytest.raises(SystemExit):
-        parse(Stage, [])
-    assert parse(Stage, ["--seed=5"]).seed == 5
+def test_a_stage_may_give_an_inherited_option_its_own_line():
+    """Its default, comment and range are what counts."""
+    assert parse(Stage, []).seed == 7
+    for seed in (4, 9):
+        with pytest.raises(SystemExit):
+            parse(Stage, [f"--seed={seed}"])

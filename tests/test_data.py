@@ -1,5 +1,6 @@
 """Records in, batches out: every form that is accepted, every fault that is named, masks and orders by hand."""
 import json
+import math
 from collections import Counter
 
 import pytest
@@ -85,6 +86,12 @@ def test_prompts(write, record, prompt):
     assert load_prompts(write(record)) == [prompt]
 
 
+def test_scores_of_a_ranking(write):
+    """They fall or stay, and say who is tied; whole numbers and fractions."""
+    (row,) = load_preferences(write({"prompt": "P", "completions": ["a", "b", "c"], "scores": [2, 0.5, 0.5]}))
+    assert row.scores == [2, 0.5, 0.5] and row.pairs() == [(0, 1), (0, 2)]
+
+
 def test_other_columns_are_kept(write):
     """What the loader does not know stays beside the row."""
     assert load_demonstrations(write({"text": "a", "kind": "x", "n": 2}))[0].extra == {"kind": "x", "n": 2}
@@ -116,7 +123,8 @@ def test_odd_characters(write, tokenizer):
     """Emoji, NUL and line separators survive; a pair of escaped surrogates is its character, a lone one U+FFFD."""
     path = write('{"prompt": "\U0001f600 \\u0000 \u2028 \\ud83d\\ude00 \\ud83d!"}')
     assert load_prompts(path) == ["\U0001f600 \0 \u2028 \U0001f600 \ufffd!"]
-    assert load_demonstrations(write('{"prompt": "\\udc00", "completion": "\\ud83dx"}')) == [Demonstration("\ufffd", "\ufffdx")]
+    path = write('{"prompt": "\\udc00", "completion": "\\ud83dx"}')
+    assert load_demonstrations(path) == [Demonstration("\ufffd", "\ufffdx")]
     (row,) = load_preferences(write('{"prompt": "", "completions": ["a\\udc00", "b"]}'))
     assert row.completions == ["a\ufffd", "b"]
     (prompt,) = load_prompts(write({"messages": [says("user", "\ud83d")]}))
@@ -185,8 +193,8 @@ def test_lines_that_are_no_record(write, refused, line, words):
     (load_preferences, {"prompt": "a", "completions": ["b", "c"], "scores": [1]}, ["'scores'", "2 numbers"]),
     (load_preferences, {"prompt": "a", "completions": ["b", "c"], "scores": [1, "0"]}, ["'scores'", "numbers"]),
     (load_preferences, {"prompt": "a", "completions": ["b", "c"], "scores": [True, False]}, ["'scores'", "numbers"]),
-    (load_preferences, {"prompt": "a", "completions": ["b", "c"], "scores": [1, float("nan")]}, ["'scores'", "numbers"]),
-    (load_preferences, {"prompt": "a", "completions": ["b", "c"], "scores": [1, 2]}, ["'scores' must fall", "best first"]),
+    (load_preferences, {"prompt": "a", "completions": ["b", "c"], "scores": [1, math.nan]}, ["'scores'", "numbers"]),
+    (load_preferences, {"prompt": "a", "completions": ["b", "c"], "scores": [1, 2]}, ["'scores' must fall", "best"]),
 ], ids=range(31))
 def test_records_that_do_not_fit(write, refused, load, record, words):
     """Exit 2 with file:line, the field and what is there instead."""
@@ -211,7 +219,7 @@ def test_files_that_are_none(tmp_path, refused):
 
 
 def test_repeats_are_counted():
-    """Rows twice in training, and rows both trained on and held out, are each counted; where there are none, nothing."""
+    """Rows twice in training, and rows both trained on and held out, are each counted; none, nothing said."""
     (warning,) = data.repeats(["a", "b", "a", "a"], ["c"], "prompts")
     assert "2 of 4 prompts" in warning
     (warning,) = data.repeats(["a", "b", "c"], ["c", "b", "c", "d"], "prompts")
@@ -319,8 +327,9 @@ def test_rows_of_like_length_meet():
     spans_in_order = sorted(spans)
     assert all(max(a) <= min(b) for a, b in zip(spans_in_order, spans_in_order[1:]))
     assert spans != spans_in_order
-    wide = [max(LENGTHS[r] for r in b) - min(LENGTHS[r] for r in b) for b in map(Order(LENGTHS, 8, 0, pool=1).batch, range(13))]
-    assert sum(wide) > 2 * sum(max(span) - min(span) for span in spans)
+    unpooled = Order(LENGTHS, 8, seed=0, pool=1)
+    loose = [[LENGTHS[row] for row in unpooled.batch(step)] for step in range(13)]
+    assert sum(max(span) - min(span) for span in loose) > 2 * sum(max(span) - min(span) for span in spans)
 
 
 @pytest.mark.parametrize("n, batch_size", [(10, 4), (10, 10), (3, 8), (1, 2)])

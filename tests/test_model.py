@@ -164,7 +164,7 @@ def test_gain_and_bias_set_the_scale(make_model):
 
 
 def test_with_head_carries_what_fits(make_model):
-    """lm -> scalar: the trunk and a zero head. scalar -> scalar: head and scale too. Nothing is shared with the source."""
+    """lm -> scalar: the trunk and a zero head. scalar -> scalar: head and scale too. Nothing is shared."""
     tokens, _ = ragged_tokens()
     model = make_model("lm")
     value = model.with_head("scalar")
@@ -181,7 +181,7 @@ def test_with_head_carries_what_fits(make_model):
 
 
 def test_dropout_is_off_unless_training(make_model):
-    """In eval mode the same input gives the same output; in training mode another; with_head's default is none at all."""
+    """In eval mode the same input gives the same output; in training mode another; with_head's is none at all."""
     model, (tokens, _) = make_model(dropout=0.5), ragged_tokens()
     assert torch.equal(model(tokens), model(tokens))
     model.train()

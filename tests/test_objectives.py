@@ -57,7 +57,7 @@ def test_entropy_by_hand(probabilities, expected):
 
 
 def test_bradley_terry_by_hand():
-    """Equal scores cost log 2; log 3 ahead costs log 4/3; gradients of the two scores are opposite, -(1 - p) and 1 - p."""
+    """Equal scores cost log 2; log 3 ahead costs log 4/3; the scores' gradients are -(1 - p) and 1 - p."""
     chosen, rejected = tensor(0.5, 2 + math.log(3), 0.0, grad=True), tensor(0.5, 2.0, 1e4, grad=True)
     loss = O.bradley_terry_loss(chosen, rejected)
     close(loss, [math.log(2), math.log(4 / 3), 1e4])  # far behind: linear, not inf
@@ -351,7 +351,7 @@ def test_gradients_are_the_difference_quotients(name, function, inputs):
 
 
 def test_a_one_token_policy_reaches_its_known_optimum():
-    """PPO against a fixed table of rewards with KL price beta ends at pi_ref exp(r / beta) / Z.   Ziegler et al. 2019."""
+    """PPO against a fixed table of rewards, beta a nat, ends at pi_ref exp(r / beta) / Z.   Ziegler et al. 2019."""
     ref, rewards, beta, n = tensor(0.1, 0.2, 0.3, 0.4).log(), tensor(1.0, 0.5, -0.5, 0.0), 0.5, 2000
     u = (torch.arange(n, dtype=torch.double) + 0.5) / n  # evenly spread: sampling without noise
     logits, mask = ref.clone().requires_grad_(), torch.ones(n, 1, dtype=torch.bool)
