@@ -62,10 +62,13 @@ def read(path, stages):
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         fail(f"{path}: not a checkpoint, or damaged ({reason})")
-    if not isinstance(payload, dict) or "format" not in payload:
+    if not isinstance(payload, dict) or not isinstance(payload.get("format"), int):
         fail(f"{path}: not a minirlhf checkpoint")
     if payload["format"] > FORMAT:
         fail(f"{path}: format {payload['format']}, this program reads up to {FORMAT}")
+    missing = {"stage", "config", "head", "tokenizer", "model", "options", "info", "training"} - payload.keys()
+    if missing:
+        fail(f"{path}: lacks {', '.join(sorted(missing))}")
     if payload["stage"] not in stages:
         expected = " or ".join(STAGES[s] for s in stages)
         fail(f"{path}: holds {STAGES.get(payload['stage'], payload['stage'])}, expected {expected}")

@@ -104,12 +104,6 @@ def join_messages(where, name, messages):
     return "".join(parts)
 
 
-def split_last_answer(text):
-    """Text of messages -> (prompt up to and including the last "Assistant:", the answer)."""
-    at = text.rfind(ASSISTANT)
-    return ("", text) if at < 0 else (text[:at + len(ASSISTANT)], text[at + len(ASSISTANT):])
-
-
 def load_demonstrations(path) -> list[Demonstration]:
     rows = []
     for where, record in read_records(path):
@@ -118,7 +112,8 @@ def load_demonstrations(path) -> list[Demonstration]:
             text = join_messages(where, "messages", messages)
             if messages[-1]["role"] != "assistant":
                 fail(f"{where}: 'messages' must end with the assistant's answer")
-            prompt, completion = split_last_answer(text)
+            completion = " " + clean(messages[-1]["content"])
+            prompt = text.removesuffix(completion)
         elif "text" in record and "completion" not in record:
             prompt, completion = "", take_text(where, record, "text")
         else:

@@ -55,8 +55,8 @@ def expected_calibration_error(probability, correct, bins=10):
 def fit_temperature(differences, steps=50):
     """The T > 0 that minimises mean -log sigmoid(d / T) over pairs.   Guo et al. 2017, section 4.2.
 
-    differences (N,): r_chosen - r_rejected. The loss is convex in 1/T; Newton's method in 1/T, kept positive. Where every
-    pair is ordered rightly no finite optimum exists: T ends at its lower bound.
+    differences (N,): r_chosen - r_rejected. The loss is convex in 1/T: Newton's method in 1/T, kept positive. Where every
+    pair is ordered rightly there is no optimum; T then stays finite and small.
     """
     d = differences.double()
     b = torch.tensor(1.0 / max(float(d.abs().mean()), 1e-6), dtype=torch.double)
@@ -64,8 +64,7 @@ def fit_temperature(differences, steps=50):
     for _ in range(steps):
         p = torch.sigmoid(-b * d)
         gradient, curvature = -(p * d).mean(), (p * (1 - p) * d * d).mean()
-        step = gradient / curvature.clamp_min(1e-12)
-        b = torch.clamp(b - step.clamp(-b / 2, b), low, high)
+        b = torch.clamp(b - gradient / curvature.clamp_min(1e-12), low, high)
     return 1 / float(b)
 
 

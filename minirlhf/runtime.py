@@ -6,6 +6,7 @@ Ranks: under `torchrun` each process takes its share of every batch; `Run.total`
 """
 import contextlib
 import ctypes
+import fcntl
 import hashlib
 import json
 import math
@@ -38,7 +39,7 @@ class Run:
     """
 
     def __init__(self, options, stage: str):
-        self.options, self.stage, self.stop = options, stage, 0
+        self.options, self.stage, self.stop, self.lock = options, stage, 0, None
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.device = pick_device(options.device)
         if self.world > 1:
@@ -67,18 +68,17 @@ class Run:
             fail("--resume and --overwrite exclude each other")
         try:
             os.makedirs(self.out_dir, exist_ok=True)
-            with open(self.path(".writable"), "w"):
-                pass
-            os.remove(self.path(".writable"))
+            self.lock = open(self.path("lock"), "a+")
         except OSError as error:
             fail(f"--out_dir {self.out_dir}: cannot be written ({error.strerror})")
-        owner = None
-        with contextlib.suppress(OSError, ValueError):
-            owner = int(open(self.path("lock")).read())
-        if owner and owner != os.getpid() and alive(owner):
-            fail(f"--out_dir {self.out_dir}: a run with pid {owner} is writing there; wait for it or choose another folder")
-        with open(self.path("lock"), "w") as f:
-            f.write(str(os.getpid()))
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a dead process holds no lock, whoever has its pid now
+        except OSError:
+            self.lock.seek(0)
+            fail(f"--out_dir {self.out_dir}: a run with pid {self.lock.read()} is writing there; wait for it or choose "
+                 "another folder")
+        self.lock.truncate(0)
+        print(os.getpid(), end="", file=self.lock, flush=True)
         held = [name for name in ("ckpt.pt", "metrics.jsonl") if os.path.exists(self.path(name))]
         if o.resume and not os.path.exists(self.path("ckpt.pt")):
             self.release()
@@ -99,12 +99,12 @@ class Run:
             json.dump({"stage": self.stage, **asdict(self.options)}, f, indent=2)
         for name in ("metrics.jsonl", "samples.jsonl"):
             kept = []
-            with contextlib.suppress(FileNotFoundError), open(self.path(name)) as f:
+            with contextlib.suppress(FileNotFoundError), open(self.path(name), "rb") as f:
                 for line in f:
                     with contextlib.suppress(ValueError):  # a torn last line
                         if json.loads(line)["step"] <= step:
-                            kept.append(line)
-            with open(self.path(name), "w") as f:
+                            kept.append(line.rstrip(b"\n") + b"\n")
+            with open(self.path(name), "wb") as f:
                 f.writelines(kept)
 
     def write(self, name, record):
@@ -114,9 +114,11 @@ class Run:
                 f.write(json.dumps(record, ensure_ascii=False) + "\n")
 
     def release(self):
-        with contextlib.suppress(OSError):
-            if self.main and open(self.path("lock")).read() == str(os.getpid()):
+        if self.lock is not None:
+            with contextlib.suppress(OSError):
                 os.remove(self.path("lock"))
+            self.lock.close()
+            self.lock = None
 
     def __enter__(self):
         return self
@@ -203,16 +205,6 @@ def clock(seconds):
     minutes, seconds = divmod(int(seconds + 0.5), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-
-
-def alive(pid):
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def pick_device(name):

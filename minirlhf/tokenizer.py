@@ -58,7 +58,7 @@ class Tokenizer:
         except Exception as error:  # requests' many errors, or a broken file in the cache
             cache = os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR") or os.path.join(
                 tempfile.gettempdir(), "data-gym-cache")
-            reason = str(error).splitlines()[0][:200]
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
             fail(f"GPT-2's ranks are not in {cache} and could not be fetched ({reason}); run once with a network, copy "
                  "that folder here and name it in TIKTOKEN_CACHE_DIR, or train a tokenizer with --tokenizer bpe")
         ranks = encoding._mergeable_ranks
