@@ -16,9 +16,10 @@ from minirlhf import checkpoint, prepare, runtime
 from minirlhf.config import RunOptions, fail, parse
 from minirlhf.data import encode_prompts, endless_batch, fingerprint, load_prompts, repeats
 from minirlhf.generate import generate
-from minirlhf.objectives import (adaptive_kl_coef, best_of_n_kl, entropy, explained_variance, gae, k1, k2, k3, log_ratio, masked_mean,
-                                 mean_interval, policy_clipped, policy_loss, shape_rewards, token_logprobs, value_clipped,
-                                 value_loss, whiten, wilson_interval)
+from minirlhf.objectives import (adaptive_kl_coef, best_of_n_kl, entropy, explained_variance, gae, k1, k3, log_ratio,
+                                 masked_mean, mean_interval, policy_clipped, policy_loss, shape_rewards,
+                                 token_logprobs, value_clipped, value_loss, whiten, wilson_interval)
+
 
 DEFAULT_DATA = "data/sentiment"
 
@@ -31,8 +32,8 @@ class Options(RunOptions):
     init_from: str = "out/sft/ckpt.pt"  # the SFT model: the policy starts from it, and it is the reference of the KL
     reward_model: str = "out/rm/ckpt.pt"  # the reward model
     reward: str = ""  # module.py:function instead of it: fn(prompts: list[str], completions: list[str]) -> list[float]
-    value_init: Literal["rm", "sft"] = "rm"  # the value network starts from the reward model, head and scale included, or from the SFT trunk with a zero head
-    judge: str = ""  # a second reward model that only looks: how often it prefers the policy's answer is reported at the end
+    value_init: Literal["rm", "sft"] = "rm"  # the value network's start: the reward model, or the SFT trunk, zero head
+    judge: str = ""  # a second reward model that only looks on: whether it prefers the policy's answers is reported
     total_episodes: int = 10240  # answers to sample in all; an epoch over the prompts is not needed [1..]
     batch_size: int = 128  # prompts a step, over all ranks [1..]
     num_ppo_epochs: int = 4  # passes over each batch [1..]
@@ -50,16 +51,18 @@ class Options(RunOptions):
     cliprange: float = 0.2  # of the policy's ratio (0..]
     cliprange_value: float = 0.2  # of the value's change (0..]
     vf_coef: float = 0.1  # weight of the value loss [0..]
+    ent_coef: float = 0.0  # weight of an entropy bonus (Schulman et al. 2017, eq. 9), which keeps answers diverse [0..]
+    value_warmup: int = 5  # first steps in which only the value network learns [0..]
     missing_eos_penalty: float = 1.0  # subtracted from the score of an answer that did not end; 0 = off [0..]
     whiten_rewards: bool = False  # divide rewards by their deviation, their mean kept
     target_kl: float = 0.0  # k3 between new and old policy above which a batch's epochs end; 0 = never [0..]
-    max_kl: float = 60.0  # nats a response from the SFT model; three batches in a row above it end the run; 0 = never [0..]
-    long_prompts: Literal["drop", "trim"] = "drop"  # prompts that leave no room for response_length: drop, or trim at the left
+    max_kl: float = 60.0  # nats a response; three batches in a row with more end the run; 0 = never [0..]
+    long_prompts: Literal["drop", "trim"] = "drop"  # prompts too long for the context: drop, or trim at the left
     eval_interval: int = 20  # steps between looks at held-out prompts and checkpoints; the last step always does [1..]
     num_eval_prompts: int = 128  # held-out prompts at each look [1..]
     num_final_prompts: int = 512  # held-out prompts for the closing comparison [1..]
     num_samples: int = 4  # answers shown at each look [0..]
-    best_of_n: int = 4  # in the closing report, for comparison: the best of this many SFT answers; 0 = leave it out [0..]
+    best_of_n: int = 4  # the closing report compares with the best of n SFT answers; 0 = leave it out [0..]
 
 
 # ---- what judges an answer
@@ -113,14 +116,12 @@ def load_function(spec):
 
 # ---- forward passes on the grid
 
-def decision_logprobs(model, tokens, mask, temperature, hidden=None, with_entropy=False):
-    """Log-probabilities (counted,) of the masked decisions at the sampling temperature, and entropies if asked for.
-
-    The head runs on counted decisions only: hidden[mask] @ W.
+def decisions(model, tokens, mask, temperature, hidden=None):
+    """Logits (counted, V) of the masked decisions at the sampling temperature, and the log-probabilities (counted,) of
+    what was chosen. The head runs on counted decisions only: hidden[mask] @ W.
     """
-    logits = model.logits((hidden or model.hidden)(tokens[:, :-1])[mask]) / temperature  # (counted, V)
-    logprobs = token_logprobs(logits, tokens[:, 1:][mask])
-    return (logprobs, entropy(logits.detach())) if with_entropy else logprobs
+    logits = model.logits((hidden or model.hidden)(tokens[:, :-1])[mask]) / temperature
+    return logits, token_logprobs(logits, tokens[:, 1:][mask])
 
 
 def on_grid(counted, mask):
@@ -139,15 +140,16 @@ def answer(policy, ref, judges, run, tokenizer, prompts, o, draw=0, batch_size=1
             rollout = generate(policy, prompts[at:at + batch_size], o.response_length, tokenizer.eos, o.temperature,
                                runtime.generator(o.seed, at, 0, f"held-out {draw}"))
             mask = rollout.response_mask
-            logprobs, ref_logprobs = (on_grid(decision_logprobs(m, rollout.tokens, mask, o.temperature), mask)
+            logprobs, ref_logprobs = (on_grid(decisions(m, rollout.tokens, mask, o.temperature)[1], mask)
                                       for m in (policy, ref))
         scores = [judge(rollout) for judge in judges]
-        columns = (k1(logprobs, ref_logprobs).sum(1), k3(logprobs, ref_logprobs).sum(1), ref_logprobs.sum(1), mask.sum(1),
-                   rollout.finished, *scores)
-        for prompt, response, values in zip(prompts[at:at + batch_size], rollout.responses(),
-                                            zip(*(c.tolist() for c in columns))):
-            rows.append({"prompt": tokenizer.decode(prompt), "completion": tokenizer.decode(response), "ids": response[:values[3] - values[4]],
-                         **dict(zip(("k1", "k3", "ref_logprob", "length", "finished", "score", "judge"), values))})
+        columns = {"k1": k1(logprobs, ref_logprobs).sum(1), "k3": k3(logprobs, ref_logprobs).sum(1),
+                   "ref_logprob": ref_logprobs.sum(1), "length": mask.sum(1), "finished": rollout.finished,
+                   **dict(zip(("score", "judge"), scores))}
+        for i, (prompt, response) in enumerate(zip(prompts[at:at + batch_size], rollout.responses())):
+            row = {name: column[i].item() for name, column in columns.items()}
+            rows.append({"prompt": tokenizer.decode(prompt), "completion": tokenizer.decode(response),
+                         "ids": [token for token in response if token != tokenizer.eos], **row})
     return rows
 
 
@@ -171,9 +173,11 @@ def summary(rows, base):
     return out
 
 
-FIGURES = (("score", "mean score", "{:.3f} +- {:.3f}"), ("win_rate", "preferred to the SFT answer", "{:.1%} ({:.1%}-{:.1%})"),
+FIGURES = (("score", "mean score", "{:.3f} +- {:.3f}"),
+           ("win_rate", "preferred to the SFT answer", "{:.1%} ({:.1%}-{:.1%})"),
            ("judge_win_rate", "the same, by the judge", "{:.1%} ({:.1%}-{:.1%})"),
-           ("kl", "KL from SFT, nats a response (k1)", "{:.2f} +- {:.2f}"), ("kl_k3", "the same by k3", "{:.2f} +- {:.2f}"),
+           ("kl", "KL from SFT, nats a response (k1)", "{:.2f} +- {:.2f}"),
+           ("kl_k3", "the same by k3", "{:.2f} +- {:.2f}"),
            ("eos_rate", "answers that end", "{:.1%}"), ("mean_length", "mean length, tokens", "{:.1f}"),
            ("distinct_2", "distinct bigrams", "{:.3f}"), ("repeated", "repeated answers", "{:.1%}"),
            ("ref_logprob_per_token", "log-probability a token under SFT", "{:.3f}"))
@@ -217,17 +221,17 @@ def main():
         context = min(m.config.block_size for m in (policy, value_model, reward_model or policy))
         room = context - o.response_length
         if room < 2:
-            fail(f"--response_length {o.response_length}: leaves no room for a prompt in the context of {context} tokens")
+            fail(f"--response_length {o.response_length}: leaves no room for a prompt in a context of {context} tokens")
         (prompts, long_train), (val_prompts, long_val) = (encode_prompts(tokenizer, texts, room, o.long_prompts)
                                                           for texts in (train, val))
         for path, kept in zip(paths, (prompts, val_prompts)):
             if not kept:
-                fail(f"{path}: no prompt fits {room} tokens (context {context} less --response_length {o.response_length}); "
-                     "use --long_prompts trim or a shorter --response_length")
+                fail(f"{path}: no prompt fits {room} tokens (context {context} less --response_length "
+                     f"{o.response_length}); use --long_prompts trim or a shorter --response_length")
         final_prompts, look = val_prompts[:o.num_final_prompts], min(o.num_eval_prompts, len(val_prompts))
         steps = math.ceil(o.total_episodes / o.batch_size)
-        optimizer = torch.optim.AdamW([*policy.parameters(), *value_model.parameters()], lr=o.learning_rate, eps=o.adam_eps,
-                                      weight_decay=0.0, fused=True)
+        optimizer = torch.optim.AdamW([*policy.parameters(), *value_model.parameters()], lr=o.learning_rate,
+                                      eps=o.adam_eps, weight_decay=0.0, fused=True)
         first, kl_coef, high, prints = 0, o.kl_coef, 0, fingerprint(*paths)
         if o.resume:
             start = checkpoint.read(run.path("ckpt.pt"), ["ppo"])
@@ -270,8 +274,9 @@ def main():
             part = rollout.take(rows)  # cut to the longest: padding costs time and changes nothing
             tokens, mask = part.tokens, part.response_mask
             with run.autocast():
-                logprobs, entropies = decision_logprobs(policy, tokens, mask, o.temperature, policy_hidden, True)
-                ref_logprobs = decision_logprobs(ref, tokens, mask, o.temperature)
+                logits, logprobs = decisions(policy, tokens, mask, o.temperature, policy_hidden)
+                entropies = entropy(logits)
+                _, ref_logprobs = decisions(ref, tokens, mask, o.temperature)
                 values = value_model.scalar(value_hidden(tokens[:, :-1])[mask])
             return logprobs, ref_logprobs, values, entropies
 
@@ -292,7 +297,8 @@ def main():
             # ---- JUDGEMENT: old and reference log-probabilities, values, scores; no gradients
             with torch.no_grad():
                 parts = [forward_all(part) for part in rows.split(o.micro_batch_size)]
-                old_logprobs, ref_logprobs, values, entropies = (on_grid(torch.cat(x), response_mask) for x in zip(*parts))
+                old_logprobs, ref_logprobs, values, entropies = (
+                    on_grid(torch.cat(x), response_mask) for x in zip(*parts))
                 scores = torch.cat([judges[0](rollout.take(part)) for part in rows.split(o.micro_batch_size)])
             kl = k1(old_logprobs, ref_logprobs)  # (B, T-1), 0 outside the response
             kl_k3 = k3(old_logprobs, ref_logprobs)
@@ -306,6 +312,7 @@ def main():
             advantages = whiten(advantages, response_mask, total=run.total)
 
             # ---- UPDATE: epochs x minibatches x microbatches of the clipped losses
+            warming_up = step < o.value_warmup  # then the policy has no gradient, and AdamW passes it over
             totals, counted, ratio_means, stopped_early = torch.zeros(7, device=run.device), 0, [], False
             for epoch in range(o.num_ppo_epochs):
                 shuffled = torch.randperm(len(batch), generator=run.generator(step, f"epoch {epoch}")).to(run.device)
@@ -315,13 +322,18 @@ def main():
                     for part in minibatch.split(o.micro_batch_size):
                         rows_of = rollout.take(part)
                         tokens, mask = rows_of.tokens, rows_of.response_mask
-                        old, A, R, V_old = (x[part, :mask.shape[1]][mask] for x in (old_logprobs, advantages, returns, values))
+                        old, A, R, V_old = (x[part, :mask.shape[1]][mask]
+                                            for x in (old_logprobs, advantages, returns, values))
                         with run.autocast():
-                            new = decision_logprobs(policy, tokens, mask, o.temperature, policy_hidden)
+                            if warming_up:
+                                new, bonus = old, 0.0
+                            else:
+                                logits, new = decisions(policy, tokens, mask, o.temperature, policy_hidden)
+                                bonus = o.ent_coef * entropy(logits) if o.ent_coef else 0.0
                             V = value_model.scalar(value_hidden(tokens[:, :-1])[mask])
                         pg_loss = policy_loss(new, old, A, o.cliprange)
                         vf_loss = value_loss(V, V_old, R, o.cliprange_value)
-                        ((pg_loss + o.vf_coef * vf_loss).sum() / count).backward()
+                        ((pg_loss - bonus + o.vf_coef * vf_loss).sum() / count).backward()
                         with torch.no_grad():
                             d = log_ratio(new, old)
                             stats += torch.stack([x.sum() for x in (
@@ -337,8 +349,9 @@ def main():
                              for m in (policy, value_model)]
                     if not torch.stack([stats.sum(), *norms]).isfinite().all():
                         fail(f"step {step + 1}, epoch {epoch + 1}: a loss or gradient is not finite (policy loss "
-                             f"{float(stats[0] / count)}, value loss {float(stats[1] / count)}): stopped before the update; a "
-                             f"checkpoint, if any, is in {o.out_dir}; try a --learning_rate below {o.learning_rate}")
+                             f"{float(stats[0] / count)}, value loss {float(stats[1] / count)}): stopped before the "
+                             f"update; a checkpoint, if any, is in {o.out_dir}; try a --learning_rate below "
+                             f"{o.learning_rate:g}")
                     optimizer.step()
                     optimizer.zero_grad(set_to_none=True)
                     totals, counted = totals + stats, counted + count
@@ -350,8 +363,8 @@ def main():
             B = len(batch)
             n = run.total(torch.tensor([float(B)], device=run.device))
             means = run.total(torch.stack([x.float().sum() for x in (
-                kl, kl_k3, -old_logprobs, scores, penalised, kl_coef * kl, response_mask, rollout.finished, scores ** 2,
-                entropies)])) / n
+                kl, kl_k3, -old_logprobs, scores, penalised, kl_coef * kl, response_mask, rollout.finished,
+                scores ** 2, entropies)])) / n
             mean_kl, mean_k3, neg_logprob, score, paid, priced_kl, length, eos_rate, square, H = means.tolist()
             H /= length  # nats a decision, over all decisions of all ranks
             gap = masked_mean((old_logprobs - rollout.sampler_logprobs).abs(), response_mask)
@@ -361,23 +374,27 @@ def main():
             done, stopping = step + 1, run.should_stop()
             record = {
                 "step": done, "episode": done * o.batch_size, "lr": lr, "eps": float(n) / seconds,
-                "tokens_per_second": float(n) * length / seconds, "rollout_seconds": sampled - began, "seconds": seconds,
+                "tokens_per_second": float(n) * length / seconds, "rollout_seconds": sampled - began,
+                "seconds": seconds,
                 "objective/kl": mean_kl, "objective/kl_k3": mean_k3, "objective/entropy": neg_logprob,
-                "objective/scores": score, "objective/non_score_reward": -priced_kl, "objective/rlhf_reward": paid - priced_kl,
-                "objective/kl_coef": kl_coef, "policy/approxkl_avg": approxkl, "policy/clipfrac_avg": clipfrac,
-                "policy/entropy_avg": H, "loss/policy_avg": policy_avg, "loss/value_avg": value_avg,
+                "objective/scores": score, "objective/non_score_reward": -priced_kl,
+                "objective/rlhf_reward": paid - priced_kl, "objective/kl_coef": kl_coef,
+                "policy/approxkl_avg": approxkl, "policy/clipfrac_avg": clipfrac, "policy/entropy_avg": H,
+                "loss/policy_avg": policy_avg, "loss/value_avg": value_avg,
                 "val/clipfrac_avg": value_clipfrac, "val/ratio": float(ratio_means.mean()),
                 "val/ratio_var": float(ratio_means.var(correction=0)), "val/sampler_gap": float(gap),
                 "val/explained_variance": float(explained_variance(values, returns, response_mask)),
-                "completions/mean_length": length, "completions/eos_rate": eos_rate, "epochs_ended_by_target_kl": stopped_early}
-            run.say(f"{run.progress(done, steps, first)}  score {score:+.3f}  kl {mean_kl:.2f} (k3 {mean_k3:.2f})  entropy "
-                    f"{H:.2f}  clip {clipfrac:.3f}  value ev {record['val/explained_variance']:+.2f}  length {length:.1f}  eos "
-                    f"{eos_rate:.2f}  {record['tokens_per_second']:,.0f} tokens/s")
+                "completions/mean_length": length, "completions/eos_rate": eos_rate,
+                "epochs_ended_by_target_kl": stopped_early}
+            run.say(f"{run.progress(done, steps, first)}  score {score:+.3f}  kl {mean_kl:.2f} (k3 {mean_k3:.2f})  "
+                    f"entropy {H:.2f}  clip {clipfrac:.3f}  value ev {record['val/explained_variance']:+.2f}  length "
+                    f"{length:.1f}  eos {eos_rate:.2f}  {record['tokens_per_second']:,.0f} tokens/s"
+                    + ("  (value warm-up)" if warming_up else ""))
             if square - score ** 2 < 1e-12:
                 warn("variance", f"all scores of step {done} are {score:.4f}: there is nothing to learn from")
             if eos_rate == 0:
-                warn("eos", f"no answer of step {done} ended within {o.response_length} tokens; raise --response_length or "
-                     f"--missing_eos_penalty (now {o.missing_eos_penalty})")
+                warn("eos", f"no answer of step {done} ended within {o.response_length} tokens; raise "
+                     f"--response_length or --missing_eos_penalty (now {o.missing_eos_penalty})")
             if o.kl_target:
                 kl_coef = adaptive_kl_coef(kl_coef, mean_kl, o.kl_target, o.batch_size)
             high = high + 1 if o.max_kl and mean_kl > o.max_kl else 0
@@ -392,17 +409,19 @@ def main():
             if high == 3:
                 run.write("metrics.jsonl", record)
                 raise SystemExit(
-                    f"error: step {done}: the KL from the SFT model has been above --max_kl {o.max_kl:g} for three batches (now "
-                    f"{mean_kl:.1f} nats a response): the policy is leaving the language it knows. Raise --kl_coef above "
-                    f"{o.kl_coef:g}, lower --learning_rate below {o.learning_rate:g}, or set --kl_target. "
-                    + (f"{run.path('ckpt.pt')} holds the last good policy." if os.path.exists(run.path("ckpt.pt")) else ""))
+                    f"error: step {done}: the KL from the SFT model has been above --max_kl {o.max_kl:g} for three "
+                    f"batches (now {mean_kl:.1f} nats a response): the policy is leaving the language it knows. Raise "
+                    f"--kl_coef above {o.kl_coef:g}, lower --learning_rate below {o.learning_rate:g}, or set --kl_target. "
+                    f"A checkpoint of an earlier policy, if any, is in {o.out_dir}.")
             if done % o.eval_interval == 0 or done == steps or stopping:
                 now = answer(policy, ref, judges, run, tokenizer, val_prompts[:look], o)
                 record["eval"] = summary(now, before[:look])
-                run.say(f"  held out: score {record['eval']['score'][0]:+.3f}, kl {record['eval']['kl'][0]:.2f}, preferred to "
-                        f"the SFT answer {record['eval']['win_rate'][0]:.1%}, eos {record['eval']['eos_rate']:.2f}")
+                run.say(f"  held out: score {record['eval']['score'][0]:+.3f}, kl {record['eval']['kl'][0]:.2f}, "
+                        f"preferred to the SFT answer {record['eval']['win_rate'][0]:.1%}, eos "
+                        f"{record['eval']['eos_rate']:.2f}")
                 for old_row, row in list(zip(before, now))[:o.num_samples]:
-                    run.say(f"    {row['prompt']} |{row['completion']}  ({old_row['score']:+.2f} -> {row['score']:+.2f})")
+                    run.say(f"    {row['prompt']} |{row['completion']}  ({old_row['score']:+.2f} -> "
+                            f"{row['score']:+.2f})")
                     run.write("samples.jsonl", {"step": done, **{k: row[k] for k in ("prompt", "completion", "score")}})
                 save()
             run.write("metrics.jsonl", record)
@@ -429,8 +448,9 @@ def main():
                 run.write("samples.jsonl", {"step": steps, "prompt": row["prompt"], "completion": row["completion"],
                                             "score": row["score"], "sft_completion": old_row["completion"],
                                             "sft_score": old_row["score"]})
-        run.say(f"\nsaved {run.path('ckpt.pt')} after {runtime.clock(time.perf_counter() - run.started)}; next: python -m "
-                f"minirlhf.sample {o.init_from} {run.path('ckpt.pt')} --prompt \"{tokenizer.decode(val_prompts[0])}\"")
+        run.say(f"\nsaved {run.path('ckpt.pt')} after {runtime.clock(time.perf_counter() - run.started)}; next: python "
+                f"-m minirlhf.sample {o.init_from} {run.path('ckpt.pt')} --prompt "
+                f"\"{tokenizer.decode(val_prompts[0])}\"")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,10 @@ BINS = (0, 0.5, 1, 2, 4, math.inf)  # of `margin`, for the accuracy by how clear
 
 @dataclass
 class Options(RunOptions):
-    """Stage 2, the reward model: people's preferences -> reward model. Reads {preferences}.{train,val}.jsonl of --data_dir."""
+    """Stage 2, the reward model: people's preferences -> reward model.
+
+    Reads preferences.{train,val}.jsonl of --data_dir (another stem with --preferences).
+    """
     data_dir: str = DEFAULT_DATA  # folder of the preferences; the default is prepared when it is missing
     preferences: str = "preferences"  # stem of the two files: "judge" trains a judge on sentences this model never sees
     out_dir: str = "out/rm"  # where ckpt.pt, config.json and metrics.jsonl go
@@ -109,7 +112,8 @@ def evaluate(model, run, records, eos, prefer_longer):
         accuracy, low, high = accuracy_with_interval(better[k], worse[k], [texts[i] for i in keep])
         by_length = ((length[k, 0] > length[k, 1]).double() + 0.5 * (length[k, 0] == length[k, 1])).mean()
         out = {"pairs": len(keep), "accuracy": accuracy, "low": low, "high": high, "length_only": float(by_length)}
-        others = [pairs[i][2]["others_margin"] for i in keep if isinstance(pairs[i][2].get("others_margin"), (int, float))]
+        others = [pairs[i][2].get("others_margin") for i in keep]
+        others = [m for m in others if isinstance(m, (int, float))]
         if others:
             out["ceiling"] = sum((m > 0) + 0.5 * (m == 0) for m in others) / len(others)
         return out
@@ -144,14 +148,17 @@ def verdict(figures, calibrated):
     a = figures["all"]
     span = f"held-out accuracy {a['accuracy']:.3f} (95% {a['low']:.3f}-{a['high']:.3f})"
     if a["low"] <= 0.5:
-        return f"Not good enough to optimise against: {span} cannot be told from chance; it needs more or clearer preferences."
+        return (f"Not good enough to optimise against: {span} cannot be told from chance; it needs more or clearer "
+                "preferences.")
     if a["low"] <= a["length_only"]:
-        return (f"Not good enough to optimise against: {span} does not beat preferring one length ({a['length_only']:.3f}); "
-                "a policy would learn length.")
+        return (f"Not good enough to optimise against: {span} does not beat preferring one length "
+                f"({a['length_only']:.3f}); a policy would learn length.")
     if a["accuracy"] < 0.65:
-        return f"Weak: {span} beats chance, but a policy would find its errors soon; keep the KL small (a high --kl_coef)."
+        return (f"Weak: {span} beats chance, but a policy would find its errors soon; keep the KL small (a high "
+                "--kl_coef).")
     return (f"Good enough to optimise against, under a KL penalty: {span}, length alone {a['length_only']:.3f}, "
-            f"calibration error {calibrated['ece_with_temperature']:.3f} at temperature {calibrated['temperature']:.2f}.")
+            f"calibration error {calibrated['ece_with_temperature']:.3f} at temperature "
+            f"{calibrated['temperature']:.2f}.")
 
 
 def set_scale(model, sft, run, tokenizer, prompts, o):
@@ -160,7 +167,8 @@ def set_scale(model, sft, run, tokenizer, prompts, o):
     for at in range(0, len(prompts), 128):
         part = [tokenizer.encode_prompt(p) for p in prompts[at:at + 128]]
         with run.autocast():
-            rollout = generate(sft, part, o.response_length, tokenizer.eos, generator=runtime.generator(o.seed, at, 0, "scale"))
+            rollout = generate(sft, part, o.response_length, tokenizer.eos,
+                               generator=runtime.generator(o.seed, at, 0, "scale"))
         rows += [Row(p + r, len(p)) for p, r in zip(part, rollout.responses())]
     model.eval()
     scores = score_all(model, run, rows, tokenizer.eos).double()
@@ -194,15 +202,15 @@ def main():
             encode_preferences(tokenizer, part, block_size, o.long_prompts) for part in (train, val))
         for path, kept in ((train_path, train_set), (val_path, val_set)):
             if not kept:
-                fail(f"{path}: no record is left: each is longer than the context of {block_size} tokens, or its texts are "
-                     "the same or tied")
+                fail(f"{path}: no record is left: each is longer than the context of {block_size} tokens, or its texts "
+                     "are the same or tied")
         order = Order([max(len(row.ids) for row in rows) for rows, _, _ in train_set], o.batch_size, o.seed)
         steps = max(1, round(o.num_train_epochs * order.steps_per_epoch))
         optimizers = runtime.make_optimizers(model, o)
         first, prints = 0, fingerprint(train_path, val_path)
         if start:
             if start["training"]["data"] != prints:
-                fail(f"--resume: the files {o.preferences}.*.jsonl of {o.data_dir} are not those that this run began with")
+                fail(f"--resume: the files {o.preferences}.*.jsonl of {o.data_dir} are not those this run began with")
             for optimizer, saved in zip(optimizers, start["training"]["optimizers"]):
                 optimizer.load_state_dict(saved)
             first = start["training"]["step"]
@@ -255,7 +263,7 @@ def main():
                     rows += record_rows
                 tokens, _, lengths = collate(rows, tokenizer.eos, run.device)
                 with run.autocast():
-                    scores = model.score(tokens, lengths, forward)  # (texts,) each text once, however many pairs it is in
+                    scores = model.score(tokens, lengths, forward)  # (texts,) once each, in however many pairs
                 loss = bradley_terry_loss(scores[better], scores[worse]).sum() / count
                 loss.backward()
                 sums += torch.stack([loss.detach(), (scores[better] > scores[worse]).sum()])
@@ -275,8 +283,9 @@ def main():
             record = {"step": done, "epoch": done / order.steps_per_epoch, "loss": loss, "accuracy": correct / count,
                       "lr": o.learning_rate * factor, "grad_norm": norm, "tokens_per_second": seen / seen_seconds}
             if done % o.log_interval == 0 or done == steps:
-                run.say(f"{run.progress(done, steps, first)}  loss {loss:.3f} nats/pair  accuracy {right / judged:.3f}  "
-                        f"lr {o.learning_rate * factor:.1e}  grad {norm:.2f}  {seen / seen_seconds:,.0f} tokens/s")
+                run.say(f"{run.progress(done, steps, first)}  loss {loss:.3f} nats/pair  accuracy "
+                        f"{right / judged:.3f}  lr {o.learning_rate * factor:.1e}  grad {norm:.2f}  "
+                        f"{seen / seen_seconds:,.0f} tokens/s")
                 seen, seen_seconds, right, judged = 0, 0.0, 0, 0
 
             # ---- now and then: held-out accuracy, a checkpoint
@@ -299,14 +308,14 @@ def main():
         info = {"figures": figures, "calibration": calibrated, "verdict": verdict(figures, calibrated)}
         save(steps, info, finished=True)
         run.write("metrics.jsonl", {"step": steps, "final": info})
-        run.say(f"\nscale: scores of {o.num_scale_samples} SFT samples had mean {mean:.3f} and deviation {std:.3f}; gain and "
-                "bias make them 0 and 1")
+        run.say(f"\nscale: scores of {o.num_scale_samples} SFT samples had mean {mean:.3f} and deviation {std:.3f}; "
+                "gain and bias make them 0 and 1")
         run.say(f"{'held out':<28}{'pairs':>7}  accuracy (95% interval)   length only   ceiling")
         for name, f in figures.items():
             run.say(f"{name:<28}{f['pairs']:>7}  {f['accuracy']:.3f}  ({f['low']:.3f}-{f['high']:.3f})"
                     f"{f['length_only']:>15.3f}" + (f"{f['ceiling']:>10.3f}" if "ceiling" in f else ""))
-        run.say(f"calibration: ECE {calibrated['ece']:.3f}; {calibrated['ece_with_temperature']:.3f} after dividing score "
-                f"differences by a temperature of {calibrated['temperature']:.2f}")
+        run.say(f"calibration: ECE {calibrated['ece']:.3f}; {calibrated['ece_with_temperature']:.3f} after dividing "
+                f"score differences by a temperature of {calibrated['temperature']:.2f}")
         run.say(info["verdict"])
         run.say(f"saved {run.path('ckpt.pt')} after {runtime.clock(time.perf_counter() - run.started)}; next: "
                 f"python train_ppo.py --reward_model {run.path('ckpt.pt')}")

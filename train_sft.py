@@ -26,10 +26,10 @@ DEFAULT_DATA = "data/sentiment"
 @dataclass
 class Options(RunOptions):
     """Stage 1, supervised fine-tuning: demonstrations -> SFT model. Reads sft.{train,val}.jsonl of --data_dir."""
-    data_dir: str = DEFAULT_DATA  # folder of sft.train.jsonl and sft.val.jsonl; the default is prepared when it is missing
+    data_dir: str = DEFAULT_DATA  # folder of sft.{train,val}.jsonl; the default is prepared when it is missing
     out_dir: str = "out/sft"  # where ckpt.pt, config.json, metrics.jsonl and samples.jsonl go
     init_from: str = "scratch"  # scratch, or a checkpoint of this stage whose weights and tokenizer to start from
-    tokenizer: Literal["bpe", "gpt2"] = "bpe"  # bpe learns byte-level BPE ranks from the training text; gpt2 takes GPT-2's
+    tokenizer: Literal["bpe", "gpt2"] = "bpe"  # bpe learns byte-level ranks from the training text; gpt2 takes GPT-2's
     vocab_size: int = 4096  # size of a learned vocabulary, end of text included [257..]
     n_layer: int = 4  # blocks [1..]
     n_head: int = 4  # attention heads; must divide n_embd [1..]
@@ -110,7 +110,8 @@ def main():
         start = checkpoint.read(run.path("ckpt.pt") if o.resume else o.init_from, ["sft"]) if (
             o.resume or o.init_from != "scratch") else None
         if start:
-            model, tokenizer = checkpoint.build(start, run.path("ckpt.pt") if o.resume else o.init_from, run.device, o.dropout)
+            path = run.path("ckpt.pt") if o.resume else o.init_from
+            model, tokenizer = checkpoint.build(start, path, run.device, o.dropout)
         else:
             tokenizer = Tokenizer.gpt2() if o.tokenizer == "gpt2" else Tokenizer.train(
                 [d.prompt + d.completion for d in train], o.vocab_size)
@@ -150,10 +151,10 @@ def main():
         run.say(f"SFT: {len(train_rows):,} rows for training, {len(val_rows):,} held out, from {o.data_dir}")
         if any(dropped):
             run.say(f"     dropped as longer than {block_size} tokens: {dropped[0]} and {dropped[1]}")
-        for warning in repeats([(d.prompt, d.completion) for d in train], [(d.prompt, d.completion) for d in val], "demonstrations"):
+        for warning in repeats(*([(d.prompt, d.completion) for d in part] for part in (train, val)), "demonstrations"):
             run.say(warning)
-        run.say(f"     {tokens_per_epoch:,} tokens an epoch, {counted:,} of them count; vocabulary {tokenizer.vocab_size:,} "
-                f"({tokenizer.name})")
+        run.say(f"     {tokens_per_epoch:,} tokens an epoch, {counted:,} of them count; vocabulary "
+                f"{tokenizer.vocab_size:,} ({tokenizer.name})")
         run.say(f"     model: {model.config.n_layer} layers x {model.config.n_embd}, {model.config.n_head} heads, "
                 f"{runtime.count_parameters(model):,} parameters, from {o.init_from}")
         run.say(f"     {run.device} x {run.world}, {o.dtype}; {steps} steps of {o.batch_size} rows, about "
@@ -188,8 +189,8 @@ def main():
             loss = float(run.total(loss_sum))
             norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), o.max_grad_norm or math.inf))
             if not math.isfinite(loss) or not math.isfinite(norm):
-                fail(f"step {step + 1}: loss {loss}, gradient norm {norm}: stopped before the update; {run.path('ckpt.pt')} "
-                     "holds the last good weights; try a lower --learning_rate")
+                fail(f"step {step + 1}: loss {loss}, gradient norm {norm}: stopped before the update; a checkpoint, if "
+                     f"any, is in {o.out_dir}; try a --learning_rate below {o.learning_rate:g}")
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
@@ -199,8 +200,8 @@ def main():
             record = {"step": done, "epoch": done / order.steps_per_epoch, "loss": loss, "lr": o.learning_rate * factor,
                       "grad_norm": norm, "tokens_per_second": seen / seen_seconds}
             if done % o.log_interval == 0 or done == steps:
-                run.say(f"{run.progress(done, steps, first)}  loss {loss:.3f} nats/token  lr {o.learning_rate * factor:.1e}  "
-                        f"grad {norm:.2f}  {seen / seen_seconds:,.0f} tokens/s")
+                run.say(f"{run.progress(done, steps, first)}  loss {loss:.3f} nats/token  lr "
+                        f"{o.learning_rate * factor:.1e}  grad {norm:.2f}  {seen / seen_seconds:,.0f} tokens/s")
                 seen, seen_seconds = 0, 0.0
 
             # ---- now and then: held-out loss, samples, a checkpoint
@@ -213,10 +214,11 @@ def main():
                 if now < best:
                     best, best_state, best_figures = now, {k: v.clone() for k, v in state.items()}, held_out
                 if run.main:
-                    checkpoint.save(run.path("ckpt.pt"), stage="sft", model=model, weights=best_state, tokenizer=tokenizer,
-                                    options=o, info={"nats_per_token": best, "held_out": best_figures}, training={
-                                        "step": done, "model": state, "data": prints,
-                                        "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
+                    checkpoint.save(
+                        run.path("ckpt.pt"), stage="sft", model=model, weights=best_state, tokenizer=tokenizer,
+                        options=o, info={"nats_per_token": best, "held_out": best_figures},
+                        training={"step": done, "model": state, "data": prints,
+                                  "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
             run.write("metrics.jsonl", record)
             run.exit_if_stopped()
         run.say(f"\nbest held-out loss: {describe(best_figures)}")

@@ -2,8 +2,8 @@
 
     {"format", "stage", "config", "head", "tokenizer", "model", "options", "info", "training"}
 
-"model" is what other programs use (the best, or the last); "training" holds the last weights, the optimizers' state, the
-step and the data's fingerprint.
+"model" is what other programs use (the best, or the last); "training" holds the last weights, the optimizers' state,
+the step and the data's fingerprint.
 
 Invariant: written to a temporary file in the same folder, synced, then renamed, so that the name always holds a whole
 file; read with weights_only=True, so that no code in it can run.
@@ -24,10 +24,13 @@ MADE_BY = {"sft": "train_sft.py", "rm": "train_rm.py", "ppo": "train_ppo.py"}
 
 
 def save(path, *, stage, model, tokenizer, options, info, training, weights=None):
-    """Write atomically. weights: what others shall use where it is not the model's last (the best, say). Exits 1 naming path and size when the disk is full or the folder is gone."""
+    """Write atomically. weights: what others shall use where that is not the model's last (the best, say).
+
+    Exits 1 naming path and size when the disk is full or the folder is gone; the file that was there stays.
+    """
     payload = {"format": FORMAT, "stage": stage, "config": asdict(model.config), "head": model.head,
-               "tokenizer": tokenizer.state(), "model": weights or model.state_dict(), "options": asdict(options), "info": info,
-               "training": training}
+               "tokenizer": tokenizer.state(), "model": weights or model.state_dict(), "options": asdict(options),
+               "info": info, "training": training}
     temporary = f"{path}.tmp"
     try:
         with open(temporary, "wb") as f:
@@ -42,8 +45,8 @@ def save(path, *, stage, model, tokenizer, options, info, training, weights=None
         size = os.path.getsize(temporary) if os.path.exists(temporary) else 0
         if os.path.exists(temporary):
             os.remove(temporary)
-        raise SystemExit(f"error: {path}: could not be written ({error}) after {size:,} bytes; what was there before is "
-                         "untouched")
+        raise SystemExit(f"error: {path}: could not be written ({error}) after {size:,} bytes; what was there before "
+                         "is untouched")
 
 
 def read(path, stages):
@@ -76,7 +79,7 @@ def read(path, stages):
 
 
 def build(payload, path, device, dropout=0.0):
-    """-> (model, tokenizer) of a payload, strictly: exits 2 on missing or extra keys, other shapes, or values not finite."""
+    """-> (model, tokenizer) of a payload, strictly: exits 2 on missing or extra keys, other shapes, or NaN."""
     model = GPT(GPTConfig(**{**payload["config"], "dropout": dropout}), payload["head"])
     load_weights(model, payload["model"], path)
     return model.to(device), Tokenizer.from_state(payload["tokenizer"])

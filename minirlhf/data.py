@@ -4,8 +4,8 @@ Invariant: prompt and completion are encoded apart and joined as ids, here and e
 lengths, never from token ids (D2).
 
 Records: {"prompt", "completion"}, {"text"}, {"prompt"}, {"prompt", "chosen", "rejected"}, {"prompt", "completions"
-[, "scores"]} (best first), {"messages": [{"role", "content"}, ...]}; chosen and rejected may be message lists too. Where
-a preference has no prompt, what the texts share is the prompt. Other columns are kept in `extra`.
+[, "scores"]} (best first), {"messages": [{"role", "content"}, ...]}; chosen and rejected may be message lists too.
+Where a preference has no prompt, what the texts share is the prompt. Other columns are kept in `extra`.
 
 Left out: streaming and memory mapping. Human feedback fits in memory.
 """
@@ -49,7 +49,7 @@ class Preference:
 # ---- reading
 
 def read_records(path):
-    """Yields ("file:line", object) for each line that is not blank. Exits 2 on what is not UTF-8, JSON, or an object."""
+    """Yields ("file:line", object) for each line that is not blank. Exits 2 on what is not UTF-8, JSON or an object."""
     if not os.path.isfile(path):
         fail(f"{path}: no such file")
     count = 0
@@ -211,8 +211,8 @@ class Row:
 def encode_row(tokenizer, prompt, completion, block_size, long_prompts):
     """-> Row, or None when it is too long and dropped.
 
-    A prompt that leaves no room is trimmed at its left ("trim") or the row is dropped ("drop"); a completion that is too
-    long by itself is cut at its right, and then has no eos.
+    A prompt that leaves no room is trimmed at its left ("trim") or the row is dropped ("drop"); a completion that is
+    too long by itself is cut at its right, and then has no eos.
     """
     p, c = tokenizer.encode_prompt(prompt), tokenizer.encode_completion(completion)
     if len(p) + len(c) > block_size:

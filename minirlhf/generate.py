@@ -14,8 +14,8 @@ class KVCache:
     """Keys and values of all layers: (L, B, H, S, D), S = slots; `filled` slots are in use."""
 
     def __init__(self, model, rows, slots):
-        c, weight = model.config, model.wte.weight
-        dtype = torch.get_autocast_dtype(weight.device.type) if torch.is_autocast_enabled(weight.device.type) else weight.dtype
+        c, weight, kind = model.config, model.wte.weight, model.wte.weight.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
         # zeros, not empty: a masked weight of 0 times an unwritten slot must be 0, and 0 * NaN is not
         self.k = torch.zeros(c.n_layer, rows, c.n_head, slots, c.n_embd // c.n_head, device=weight.device, dtype=dtype)
         self.v = torch.zeros_like(self.k)
@@ -106,7 +106,8 @@ def generate(model, prompts: list[list[int]], response_length: int, eos: int, te
     cache.filled = P
     hidden = model.hidden(tokens[:, :P], cache, torch.arange(P, device=device)[None])
     last = hidden[torch.arange(B, device=device), prompt_lengths - 1]  # (B, C)
-    rows, live = torch.arange(B, device=device), torch.ones(B, dtype=torch.bool, device=device)  # cache row -> batch row
+    rows = torch.arange(B, device=device)  # cache row -> batch row
+    live = torch.ones(B, dtype=torch.bool, device=device)
     for n in range(response_length):
         new, logprob = sample(model.logits(last), temperature, u[rows, n])
         at = prompt_lengths[rows] + n  # the slot of the new token

@@ -1,7 +1,7 @@
 """GPT-2's architecture, with a language-model head or a scalar head on one trunk.
 
-Invariant: padding lies on the right, so a causal mask alone keeps every real token from seeing it. With a cache, query t
-of row b sits in slot positions[b, t] and sees slots <= that: prefill and decode are one code path.
+Invariant: padding lies on the right, so a causal mask alone keeps every real token from seeing it. With a cache, query
+t of row b sits in slot positions[b, t] and sees slots <= that: prefill and decode are one code path.
 
 Left out: attention masks, position shifts, and vocabularies padded to a round size (their extra tokens would have to be
 masked in every softmax).
@@ -114,8 +114,8 @@ class GPT(nn.Module):
         return self
 
     def with_head(self, head: str, dropout: float = 0.0) -> "GPT":
-        """A copy of this model under `head`. From a language model, a scalar head is left at zero; from a scalar one, it
-        is copied, its scale included."""
+        """A copy of this model under `head`. From a language model, a scalar head is left at zero; from a scalar one,
+        it is copied, its scale included."""
         other = GPT(replace(self.config, dropout=dropout), head).to(self.wte.weight.device)
         if head == "scalar":
             nn.init.zeros_(other.score_head.weight)

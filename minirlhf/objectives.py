@@ -55,8 +55,8 @@ def expected_calibration_error(probability, correct, bins=10):
 def fit_temperature(differences, steps=50):
     """The T > 0 that minimises mean -log sigmoid(d / T) over pairs.   Guo et al. 2017, section 4.2.
 
-    differences (N,): r_chosen - r_rejected. The loss is convex in 1/T: Newton's method in 1/T, kept positive. Where every
-    pair is ordered rightly there is no optimum; T then stays finite and small.
+    differences (N,): r_chosen - r_rejected. The loss is convex in 1/T: Newton's method in 1/T, kept positive. Where
+    every pair is ordered rightly there is no optimum; T then stays finite and small.
     """
     d = differences.double()
     b = torch.tensor(1.0 / max(float(d.abs().mean()), 1e-6), dtype=torch.double)
@@ -92,7 +92,7 @@ def best_of_n_kl(n):
 
 
 def adaptive_kl_coef(kl_coef, kl, kl_target, n, horizon=10_000):
-    """beta (1 + clip(KL/target - 1, -0.2, 0.2) n/horizon); KL in nats a response.   Ziegler et al. 2019, section 2.2."""
+    """beta (1 + clip(KL/target - 1, -0.2, 0.2) n/horizon); KL in nats a response.   Ziegler et al. 2019, sec. 2.2."""
     return kl_coef * (1 + min(max(kl / kl_target - 1, -0.2), 0.2) * n / horizon)
 
 
@@ -128,8 +128,8 @@ def gae(rewards, values, response_mask, gamma, lam):
 def whiten(x, mask, keep_mean=False, total=lambda t: t):
     """(x - mean) / sqrt(var + 1e-8) over counted entries, biased variance; 0 outside the mask.
 
-    keep_mean leaves the mean where it was (for rewards, whose sign means something). total: sums a tensor over all ranks,
-    so that the statistics are those of the whole batch.
+    keep_mean leaves the mean where it was (for rewards, whose sign means something). total: sums a tensor over all
+    ranks, so that the statistics are those of the whole batch.
     """
     x = x.masked_fill(~mask, 0)
     n, sum_x = total(torch.stack([mask.sum().to(x.dtype), x.sum()]))

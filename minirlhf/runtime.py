@@ -2,7 +2,8 @@
 
 Invariant: a random choice is a function of (seed, step, rank, purpose), so a resumed run needs no generator state.
 
-Ranks: under `torchrun` each process takes its share of every batch; `Run.total` sums over them. One process is rank 0 of 1.
+Ranks: under `torchrun` each process takes its share of every batch; `Run.total` sums over them. A process by itself is
+rank 0 of 1.
 """
 import contextlib
 import ctypes
@@ -72,7 +73,7 @@ class Run:
         except OSError as error:
             fail(f"--out_dir {self.out_dir}: cannot be written ({error.strerror})")
         try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a dead process holds no lock, whoever has its pid now
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a dead process holds none, whoever has its pid
         except OSError:
             self.lock.seek(0)
             fail(f"--out_dir {self.out_dir}: a run with pid {self.lock.read()} is writing there; wait for it or choose "
@@ -86,13 +87,14 @@ class Run:
         if held and not o.resume:
             if not o.overwrite:
                 self.release()
-                fail(f"--out_dir {self.out_dir} holds a run ({', '.join(held)}); use --resume, --overwrite or another folder")
+                fail(f"--out_dir {self.out_dir} holds a run ({', '.join(held)}); use --resume, --overwrite or another "
+                     "folder")
             for name in ("ckpt.pt", "config.json", "metrics.jsonl", "samples.jsonl"):
                 with contextlib.suppress(FileNotFoundError):
                     os.remove(self.path(name))
 
     def start_logs(self, step):
-        """Write config.json and open metrics.jsonl and samples.jsonl; on resume what is later than `step` is cut away."""
+        """Write config.json; cut from metrics.jsonl and samples.jsonl what is torn or later than `step`."""
         if not self.main:
             return
         with open(self.path("config.json"), "w") as f:

@@ -29,21 +29,26 @@ def parse(argv=None):
     parser = argparse.ArgumentParser(
         prog="python -m minirlhf.sample", allow_abbrev=False, description="Completions of checkpoints, side by side. "
         "Without --prompt and --prompts it asks for prompts until end of input.")
-    parser.add_argument("checkpoints", nargs="+", metavar="CKPT", help="ckpt.pt of train_sft.py or train_ppo.py, or its folder")
+    parser.add_argument("checkpoints", nargs="+", metavar="CKPT",
+                        help="ckpt.pt of train_sft.py or train_ppo.py, or its folder")
     parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; may be given again")
     parser.add_argument("--prompts", metavar="FILE.jsonl", help='prompts from a file of {"prompt": ...} records')
     parser.add_argument("--n", type=positive, default=1, help="completions a prompt (default: 1)")
-    parser.add_argument("--temperature", type=not_negative, default=1.0, help="0 takes the likeliest token (default: 1)")
-    parser.add_argument("--seed", type=int, default=1337, help="the same seed gives the same completions (default: 1337)")
-    parser.add_argument("--response_length", type=positive, default=48, help="longest completion in tokens (default: 48)")
+    parser.add_argument("--temperature", type=not_negative, default=1.0, help="0 takes the likeliest token (default: "
+                        "%(default)s)")
+    parser.add_argument("--seed", type=int, default=1337, help="the same seed gives the same completions (default: "
+                        "%(default)s)")
+    parser.add_argument("--response_length", type=positive, default=48, help="longest completion in tokens (default: "
+                        "%(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
     parser.add_argument("--output", metavar="FILE.jsonl",
-                        help="also write one object a completion: checkpoint, prompt, completion, finished (ended with eos)")
+                        help="also write one object a completion: checkpoint, prompt, completion, finished (ended with "
+                        "eos)")
     return parser.parse_args(argv)
 
 
 def complete(model, tokenizer, prompts, a, path, batch_size=64):
-    """Yields (prompt, completion, finished), n for each prompt in order; a long prompt is trimmed at its left, aloud."""
+    """Yields (prompt, completion, finished), n for each prompt in order; long prompts are trimmed at the left."""
     room = model.config.block_size - a.response_length
     if room < 1:
         fail(f"--response_length {a.response_length}: the context of {path} is {model.config.block_size} tokens")

@@ -16,7 +16,7 @@ import tiktoken
 from minirlhf.config import fail
 
 EOS = "<|endoftext|>"
-# GPT-2's pattern (Radford et al. 2019, encoder.py), with tiktoken's possessive quantifiers: same splits, no backtracking
+# GPT-2's pattern (Radford et al. 2019, encoder.py), with possessive quantifiers: the same splits, no backtracking
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 
 

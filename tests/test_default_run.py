@@ -26,8 +26,8 @@ def last(path, key):
 
 
 def test_default_run(tmp_path):
-    """Fetched data, three scripts at their defaults: the policy's answers are preferred, near the SFT model, and fluent; a
-    judge trained on other people's sentences agrees."""
+    """Fetched data, three scripts at their defaults: the policy's answers are preferred, near the SFT model and fluent;
+    a judge trained on other sentences agrees."""
     seconds = {stage: run(os.path.join(ROOT, f"train_{stage}.py"), cwd=tmp_path) for stage in ("sft", "rm", "ppo")}
     run(os.path.join(ROOT, "train_rm.py"), "--preferences", "judge", "--out_dir", "out/judge", cwd=tmp_path)
     run(os.path.join(ROOT, "train_ppo.py"), "--resume", "--judge", "out/judge/ckpt.pt", cwd=tmp_path)

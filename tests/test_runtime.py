@@ -188,9 +188,9 @@ def test_a_lock_of_a_live_run_is_refused_and_a_dead_one_taken_over(start, tmp_pa
     folder = tmp_path / "out"
     folder.mkdir()
     (folder / "metrics.jsonl").write_text("the first run's")
-    first = subprocess.Popen([sys.executable, "-c", "import fcntl, os, sys, time; f = open(sys.argv[1], 'w'); fcntl.flock("
-                              "f, fcntl.LOCK_EX); print(os.getpid(), end='', file=f, flush=True); print(); time.sleep(60)",
-                              str(folder / "lock")], stdout=subprocess.PIPE)
+    hold = ("import fcntl, os, sys, time; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); "
+            "print(os.getpid(), end='', file=f, flush=True); print(); time.sleep(60)")
+    first = subprocess.Popen([sys.executable, "-c", hold, str(folder / "lock")], stdout=subprocess.PIPE)
     try:
         first.stdout.readline()
         for options in ({}, {"overwrite": True}):
