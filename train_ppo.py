@@ -16,7 +16,7 @@ from minirlhf import checkpoint, prepare, runtime
 from minirlhf.config import RunOptions, fail, parse
 from minirlhf.data import encode_prompts, endless_batch, fingerprint, load_prompts, repeats
 from minirlhf.generate import generate
-from minirlhf.objectives import (adaptive_kl_coef, best_of_n_kl, entropy, explained_variance, gae, k1, k3, log_ratio,
+from minirlhf.objectives import (adaptive_kl_coef, best_of_n_kl, credit_length, entropy, explained_variance, gae, k1, k3, log_ratio,
                                  masked_mean, mean_interval, policy_clipped, policy_loss, shape_rewards,
                                  token_logprobs, value_clipped, value_loss, whiten, wilson_interval)
 
@@ -34,25 +34,26 @@ class Options(RunOptions):
     reward: str = ""  # module.py:function instead of it: fn(prompts: list[str], completions: list[str]) -> list[float]
     value_init: Literal["rm", "sft"] = "rm"  # the value network's start: the reward model, or the SFT trunk, zero head
     judge: str = ""  # a second reward model that only looks on: whether it prefers the policy's answers is reported
-    total_episodes: int = 10240  # answers to sample in all; an epoch over the prompts is not needed [1..]
-    batch_size: int = 128  # prompts a step, over all ranks [1..]
-    num_ppo_epochs: int = 4  # passes over each batch [1..]
-    num_mini_batches: int = 4  # optimizer steps a pass; must divide batch_size [1..]
-    micro_batch_size: int = 128  # rows a forward pass: memory only, no effect on the result [1..]
+    total_episodes: int = 10240  # answers to sample in all [1..]
+    batch_size: int = 256  # prompts a step, over all ranks [1..]
+    num_ppo_epochs: int = 2  # passes over each batch [1..]
+    num_mini_batches: int = 2  # optimizer steps a pass; must divide batch_size [1..]
+    micro_batch_size: int = 256  # rows a forward pass: for memory; changes no gradient [1..]
     response_length: int = 48  # longest answer in tokens, eos included [1..]
     temperature: float = 1.0  # of sampling, and so of every log-probability (0..]
-    learning_rate: float = 1e-4  # of policy and value network; falls linearly to 0 [0..]
+    learning_rate: float = 3e-4  # of policy and value network; falls linearly to 0 [0..]
     adam_eps: float = 1e-5  # AdamW's epsilon; there is no weight decay (0..]
     max_grad_norm: float = 1.0  # the gradient of each of the two networks is scaled down to this norm; 0 = never [0..]
-    kl_coef: float = 0.05  # beta, the price of a nat of KL from the SFT model, in deviations of the reward [0..]
+    kl_coef: float = 0.1  # beta, the price of a nat of KL from the SFT model, in deviations of the reward [0..]
+    kl_length_credit: float = 0.25  # share of the mean KL a token that is not charged, lest short answers pay [0..1]
     kl_target: float = 0.0  # nats a response; adapts kl_coef to reach it; 0 = kl_coef stays [0..]
     gamma: float = 1.0  # discount [0..1]
     lam: float = 0.95  # GAE's lambda [0..1]
     cliprange: float = 0.2  # of the policy's ratio (0..]
     cliprange_value: float = 0.2  # of the value's change (0..]
     vf_coef: float = 0.1  # weight of the value loss [0..]
-    ent_coef: float = 0.0  # weight of an entropy bonus (Schulman et al. 2017, eq. 9), which keeps answers diverse [0..]
-    value_warmup: int = 5  # first steps in which only the value network learns [0..]
+    ent_coef: float = 0.03  # weight of an entropy bonus (Schulman et al. 2017, eq. 9): keeps answers diverse [0..]
+    value_warmup: int = 4  # first steps in which only the value network learns [0..]
     missing_eos_penalty: float = 1.0  # subtracted from the score of an answer that did not end; 0 = off [0..]
     whiten_rewards: bool = False  # divide rewards by their deviation, their mean kept
     target_kl: float = 0.0  # k3 between new and old policy above which a batch's epochs end; 0 = never [0..]
@@ -158,7 +159,7 @@ def summary(rows, base):
     n = len(rows)
     wins = sum((r["score"] > b["score"]) + 0.5 * (r["score"] == b["score"]) for r, b in zip(rows, base))
     bigrams = [pair for r in rows for pair in zip(r["ids"], r["ids"][1:])]
-    texts = [r["completion"] for r in rows if r["completion"].strip()]
+    texts = [r["completion"] for r in rows]
     out = {"prompts": n, "score": mean_interval(torch.tensor([r["score"] for r in rows])),
            "kl": mean_interval(torch.tensor([r["k1"] for r in rows])),
            "kl_k3": mean_interval(torch.tensor([r["k3"] for r in rows])),
@@ -194,8 +195,10 @@ def report(run, before, after):
 
 def main():
     o = parse(Options)
-    if o.batch_size % o.num_mini_batches:
-        fail(f"--num_mini_batches {o.num_mini_batches}: must divide --batch_size {o.batch_size}")
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if o.batch_size % (o.num_mini_batches * world):
+        fail(f"--num_mini_batches {o.num_mini_batches}: must divide --batch_size {o.batch_size}"
+             + (f" on each of {world} ranks" if world > 1 else ""))
     if o.data_dir == DEFAULT_DATA:
         prepare.ensure(o.data_dir)
     paths = [os.path.join(o.data_dir, f"prompts.{split}.jsonl") for split in ("train", "val")]
@@ -218,7 +221,7 @@ def main():
             value_model = reward_model.with_head("scalar")
         else:
             value_model = ref.with_head("scalar")
-        context = min(m.config.block_size for m in (policy, value_model, reward_model or policy))
+        context = min(m.config.block_size for m in (policy, value_model, *(j.model for j in judges if j.model is not None)))
         room = context - o.response_length
         if room < 2:
             fail(f"--response_length {o.response_length}: leaves no room for a prompt in a context of {context} tokens")
@@ -228,10 +231,13 @@ def main():
             if not kept:
                 fail(f"{path}: no prompt fits {room} tokens (context {context} less --response_length "
                      f"{o.response_length}); use --long_prompts trim or a shorter --response_length")
-        final_prompts, look = val_prompts[:o.num_final_prompts], min(o.num_eval_prompts, len(val_prompts))
+        final_prompts, look = val_prompts[:o.num_final_prompts], min(o.num_eval_prompts, len(val_prompts), o.num_final_prompts)
         steps = math.ceil(o.total_episodes / o.batch_size)
-        optimizer = torch.optim.AdamW([*policy.parameters(), *value_model.parameters()], lr=o.learning_rate,
-                                      eps=o.adam_eps, weight_decay=0.0, fused=True)
+        if o.value_warmup >= steps:
+            fail(f"--value_warmup {o.value_warmup}: must be less than the run's {steps} steps (--total_episodes "
+                 f"{o.total_episodes} / --batch_size {o.batch_size}), or the policy never learns")
+        optimizers = [torch.optim.AdamW(m.parameters(), lr=o.learning_rate, eps=o.adam_eps, weight_decay=0.0, fused=True)
+                      for m in (policy, value_model)]
         first, kl_coef, high, prints = 0, o.kl_coef, 0, fingerprint(*paths)
         if o.resume:
             start = checkpoint.read(run.path("ckpt.pt"), ["ppo"])
@@ -240,7 +246,8 @@ def main():
                 fail(f"--resume: the prompts of {o.data_dir} are not those that this run began with")
             checkpoint.load_weights(policy, start["model"], run.path("ckpt.pt"))
             checkpoint.load_weights(value_model, state["value_model"], run.path("ckpt.pt"))
-            optimizer.load_state_dict(state["optimizer"])
+            for optimizer, saved in zip(optimizers, state["optimizers"]):
+                optimizer.load_state_dict(saved)
             first, kl_coef, high = state["step"], state["kl_coef"], state["high"]
         run.start_logs(first)
         policy_hidden, value_hidden = (torch.compile(m.hidden, dynamic=True) if o.compile else m.hidden
@@ -283,8 +290,8 @@ def main():
         for step in range(first, steps):
             began = time.perf_counter()
             lr = o.learning_rate * (1 - step / steps)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            for optimizer in optimizers:
+                optimizer.param_groups[0]["lr"] = lr
 
             # ---- ROLLOUT: the policy answers a batch of prompts
             batch = [prompts[i] for i in run.share(endless_batch(len(prompts), o.batch_size, o.seed, step))]
@@ -305,14 +312,16 @@ def main():
 
             # ---- CREDIT: a KL penalty a token, the score at the last decision, GAE, whitening
             penalised = scores - o.missing_eos_penalty * ~rollout.finished
-            rewards = shape_rewards(penalised, kl, response_mask, kl_coef)  # (B, T-1)
+            charged = credit_length(kl, response_mask, o.kl_length_credit, run.total)
+            rewards = shape_rewards(penalised, charged, response_mask, kl_coef)  # (B, T-1)
             if o.whiten_rewards:
                 rewards = whiten(rewards, response_mask, keep_mean=True, total=run.total)
             advantages, returns = gae(rewards, values, response_mask, o.gamma, o.lam)
             advantages = whiten(advantages, response_mask, total=run.total)
 
             # ---- UPDATE: epochs x minibatches x microbatches of the clipped losses
-            warming_up = step < o.value_warmup  # then the policy has no gradient, and AdamW passes it over
+            warming_up = step < o.value_warmup  # then the policy rests
+            learning = list(zip((policy, value_model), optimizers))[warming_up:]
             totals, counted, ratio_means, stopped_early = torch.zeros(7, device=run.device), 0, [], False
             for epoch in range(o.num_ppo_epochs):
                 shuffled = torch.randperm(len(batch), generator=run.generator(step, f"epoch {epoch}")).to(run.device)
@@ -325,9 +334,8 @@ def main():
                         old, A, R, V_old = (x[part, :mask.shape[1]][mask]
                                             for x in (old_logprobs, advantages, returns, values))
                         with run.autocast():
-                            if warming_up:
-                                new, bonus = old, 0.0
-                            else:
+                            new, bonus = old, 0.0
+                            if not warming_up:
                                 logits, new = decisions(policy, tokens, mask, o.temperature, policy_hidden)
                                 bonus = o.ent_coef * entropy(logits) if o.ent_coef else 0.0
                             V = value_model.scalar(value_hidden(tokens[:, :-1])[mask])
@@ -339,21 +347,24 @@ def main():
                             stats += torch.stack([x.sum() for x in (
                                 pg_loss, vf_loss, 0.5 * d ** 2, policy_clipped(new, old, A, o.cliprange),
                                 value_clipped(V, V_old, R, o.cliprange_value), d.exp(), k3(old, new))])
-                    run.sum_gradients([*policy.parameters(), *value_model.parameters()])
+                    for model, _ in learning:
+                        run.sum_gradients(model.parameters())
                     stats = run.total(stats)
                     if o.target_kl and float(stats[6] / count) > o.target_kl:
-                        optimizer.zero_grad(set_to_none=True)
+                        for _, optimizer in learning:
+                            optimizer.zero_grad(set_to_none=True)
                         stopped_early = True
                         break
-                    norms = [torch.nn.utils.clip_grad_norm_(m.parameters(), o.max_grad_norm or math.inf)
-                             for m in (policy, value_model)]
+                    norms = [torch.nn.utils.clip_grad_norm_(model.parameters(), o.max_grad_norm or math.inf)
+                             for model, _ in learning]
                     if not torch.stack([stats.sum(), *norms]).isfinite().all():
                         fail(f"step {step + 1}, epoch {epoch + 1}: a loss or gradient is not finite (policy loss "
                              f"{float(stats[0] / count)}, value loss {float(stats[1] / count)}): stopped before the "
                              f"update; a checkpoint, if any, is in {o.out_dir}; try a --learning_rate below "
                              f"{o.learning_rate:g}")
-                    optimizer.step()
-                    optimizer.zero_grad(set_to_none=True)
+                    for _, optimizer in learning:
+                        optimizer.step()
+                        optimizer.zero_grad(set_to_none=True)
                     totals, counted = totals + stats, counted + count
                     ratio_means.append(stats[5] / count)
                 if stopped_early:
@@ -363,9 +374,9 @@ def main():
             B = len(batch)
             n = run.total(torch.tensor([float(B)], device=run.device))
             means = run.total(torch.stack([x.float().sum() for x in (
-                kl, kl_k3, -old_logprobs, scores, penalised, kl_coef * kl, response_mask, rollout.finished,
-                scores ** 2, entropies)])) / n
-            mean_kl, mean_k3, neg_logprob, score, paid, priced_kl, length, eos_rate, square, H = means.tolist()
+                kl, kl_k3, -old_logprobs, scores, penalised, kl_coef * charged, response_mask, rollout.finished,
+                entropies)])) / n
+            mean_kl, mean_k3, neg_logprob, score, paid, priced_kl, length, eos_rate, H = means.tolist()
             H /= length  # nats a decision, over all decisions of all ranks
             gap = masked_mean((old_logprobs - rollout.sampler_logprobs).abs(), response_mask)
             policy_avg, value_avg, approxkl, clipfrac, value_clipfrac, _, _ = (totals / max(1, counted)).tolist()
@@ -390,7 +401,7 @@ def main():
                     f"entropy {H:.2f}  clip {clipfrac:.3f}  value ev {record['val/explained_variance']:+.2f}  length "
                     f"{length:.1f}  eos {eos_rate:.2f}  {record['tokens_per_second']:,.0f} tokens/s"
                     + ("  (value warm-up)" if warming_up else ""))
-            if square - score ** 2 < 1e-12:
+            if B > 1 and scores.max() == scores.min():
                 warn("variance", f"all scores of step {done} are {score:.4f}: there is nothing to learn from")
             if eos_rate == 0:
                 warn("eos", f"no answer of step {done} ended within {o.response_length} tokens; raise "
@@ -404,7 +415,7 @@ def main():
                     checkpoint.save(run.path("ckpt.pt"), stage="ppo", model=policy, tokenizer=tokenizer, options=o,
                                     info=record, training={
                                         "step": done, "value_model": value_model.state_dict(), "kl_coef": kl_coef,
-                                        "high": high, "optimizer": optimizer.state_dict(), "data": prints})
+                                        "high": high, "data": prints, "optimizers": [x.state_dict() for x in optimizers]})
 
             if high == 3:
                 run.write("metrics.jsonl", record)
@@ -413,7 +424,8 @@ def main():
                     f"batches (now {mean_kl:.1f} nats a response): the policy is leaving the language it knows. Raise "
                     f"--kl_coef above {o.kl_coef:g}, lower --learning_rate below {o.learning_rate:g}, or set --kl_target. "
                     f"A checkpoint of an earlier policy, if any, is in {o.out_dir}.")
-            if done % o.eval_interval == 0 or done == steps or stopping:
+            scheduled = done % o.eval_interval == 0 or done == steps
+            if scheduled:
                 now = answer(policy, ref, judges, run, tokenizer, val_prompts[:look], o)
                 record["eval"] = summary(now, before[:look])
                 run.say(f"  held out: score {record['eval']['score'][0]:+.3f}, kl {record['eval']['kl'][0]:.2f}, "
@@ -423,9 +435,11 @@ def main():
                     run.say(f"    {row['prompt']} |{row['completion']}  ({old_row['score']:+.2f} -> "
                             f"{row['score']:+.2f})")
                     run.write("samples.jsonl", {"step": done, **{k: row[k] for k in ("prompt", "completion", "score")}})
+            if scheduled or stopping:
                 save()
             run.write("metrics.jsonl", record)
-            run.exit_if_stopped()
+            if stopping:
+                run.exit_stopped()
 
         # ---- before and after, on held-out prompts
         after = answer(policy, ref, judges, run, tokenizer, final_prompts, o)

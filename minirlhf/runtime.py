@@ -12,10 +12,11 @@ import hashlib
 import json
 import math
 import os
+import shlex
 import signal
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, fields, replace
 
 import torch
 
@@ -89,14 +90,18 @@ class Run:
                 self.release()
                 fail(f"--out_dir {self.out_dir} holds a run ({', '.join(held)}); use --resume, --overwrite or another "
                      "folder")
-            for name in ("ckpt.pt", "config.json", "metrics.jsonl", "samples.jsonl"):
-                with contextlib.suppress(FileNotFoundError):
-                    os.remove(self.path(name))
 
     def start_logs(self, step):
-        """Write config.json; cut from metrics.jsonl and samples.jsonl what is torn or later than `step`."""
+        """Begin to write: remove an old run, or cut from its logs what is torn or later than `step`; write config.json.
+
+        Call it when all inputs have been checked: until then an old run is untouched.
+        """
         if not self.main:
             return
+        if not self.options.resume:
+            for name in ("ckpt.pt", "metrics.jsonl", "samples.jsonl"):
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(self.path(name))
         with open(self.path("config.json"), "w") as f:
             json.dump({"stage": self.stage, **asdict(self.options)}, f, indent=2)
         for name in ("metrics.jsonl", "samples.jsonl"):
@@ -113,7 +118,7 @@ class Run:
         """Append one JSON object to out_dir/name."""
         if self.main:
             with open(self.path(name), "a", encoding="utf-8") as f:
-                f.write(json.dumps(record, ensure_ascii=False) + "\n")
+                f.write(json.dumps(finite(record), ensure_ascii=False) + "\n")
 
     def release(self):
         if self.lock is not None:
@@ -138,17 +143,16 @@ class Run:
             self.release()
             os._exit(128 + number)
         self.stop = number
-        self.say(f"{signal.Signals(number).name}: finishing this step, then saving; once more quits at once")
+        if self.main:  # not print, which a signal may have interrupted
+            os.write(2, f"{signal.Signals(number).name}: finishing this step, then saving; once more quits\n".encode())
 
     def should_stop(self):
         """True when any rank got a signal: all ranks stop after the same step."""
         return self.total(torch.tensor(float(self.stop))) > 0 if self.world > 1 else bool(self.stop)
 
-    def exit_if_stopped(self):
-        if self.should_stop():
-            self.say(f"stopped; go on with: python train_{self.stage}.py --out_dir {self.out_dir} --resume")
-            self.release()
-            raise SystemExit(128 + (self.stop or signal.SIGTERM))
+    def exit_stopped(self):
+        self.say(f"stopped; go on with: {command_line(self.stage, self.options, resume=True, overwrite=False)}")
+        raise SystemExit(128 + (self.stop or signal.SIGTERM))
 
     # ---- ranks
 
@@ -201,6 +205,22 @@ def say(text=""):
         print(text, flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def finite(value):
+    """JSON has no NaN or infinity: they become null."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def command_line(stage, options, **changes):
+    """"python train_STAGE.py --name value ...": the options that differ from their defaults, after `changes`."""
+    values = asdict(replace(options, **changes))
+    parts = [f"--{f.name} {shlex.quote(str(values[f.name]))}" for f in fields(options) if values[f.name] != f.default]
+    return " ".join([f"python train_{stage}.py", *parts]).replace(" True", "")
 
 
 def clock(seconds):

@@ -4,12 +4,11 @@ Each prompt's n-th completion draws the same random numbers in every checkpoint,
 """
 import argparse
 import json
-import os
 import sys
 
 from minirlhf import checkpoint, runtime
 from minirlhf.config import fail
-from minirlhf.data import load_prompts, trim_left
+from minirlhf.data import clean, load_prompts, trim_left
 from minirlhf.generate import generate
 
 
@@ -67,10 +66,9 @@ def complete(model, tokenizer, prompts, a, path, batch_size=64):
 def main(argv=None):
     a = parse(argv)
     device = runtime.pick_device(a.device)
-    prompts = list(a.prompt) + (load_prompts(a.prompts) if a.prompts else [])
+    prompts = [clean(p) for p in a.prompt] + (load_prompts(a.prompts) if a.prompts else [])
     models = []
     for path in a.checkpoints:
-        path = os.path.join(path, "ckpt.pt") if os.path.isdir(path) else path
         models.append((path, *checkpoint.load(path, ["sft", "ppo"], device)[:2]))
     try:
         output = open(a.output, "w", encoding="utf-8") if a.output else None
@@ -99,7 +97,7 @@ def main(argv=None):
         except (EOFError, KeyboardInterrupt):
             runtime.say()
             break
-        show([line])
+        show([clean(line)])
     if output:
         output.close()
 

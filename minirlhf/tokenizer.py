@@ -42,6 +42,10 @@ class Tokenizer:
         """Text of the ids; eos is left out, bytes that are not UTF-8 become U+FFFD."""
         return self.encoding.decode([i for i in ids if i != self.eos], errors="replace")
 
+    def count_bytes(self, ids: list[int]) -> int:
+        """UTF-8 bytes of the text of the ids."""
+        return sum(len(self.encoding.decode_single_token_bytes(i)) for i in ids if i != self.eos)
+
     def state(self) -> dict:
         """What a checkpoint stores: plain strings, because it is read with weights_only=True."""
         return {"name": self.name, "ranks": [token.decode("latin-1") for token in self.ranks]}

@@ -39,7 +39,7 @@ def write(path, records):
 
 
 def sentence(rng, words=3):
-    return [rng.choice(GOOD + BAD) for _ in range(words)]
+    return rng.choices(GOOD + BAD, weights=[1] * 4 + [2] * 4, k=words)  # the likeliest answer is not the best one
 
 
 @pytest.fixture(scope="module")
@@ -88,9 +88,11 @@ def test_each_stage_names_the_next_and_leaves_its_files(folder, stages):
 
 
 def test_sft_learns_the_manner(folder, stages):
-    """A completion is " is", 3 of 8 adjectives, "." and eos: 6 decisions, 3 of them hold log 8 nats, 3 none."""
+    """A completion is " is", 3 adjectives, "." and eos: 6 decisions, 3 of them with the adjectives' entropy, 3 with none.
+    The loss ends near that floor."""
     evals = [m["eval"]["all"] for m in metrics(folder, "sft") if "eval" in m]
-    assert evals[-1]["nats_per_token"] == pytest.approx(3 * math.log(8) / 6, abs=0.03)
+    entropy = -sum(4 * p * math.log(p) for p in (1 / 12, 2 / 12))
+    assert evals[-1]["nats_per_token"] == pytest.approx(3 * entropy / 6, abs=0.04)
     assert evals[-1]["nats_per_token"] < evals[0]["nats_per_token"]
 
 
