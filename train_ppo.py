@@ -16,8 +16,8 @@ from minirlhf import checkpoint, prepare, runtime
 from minirlhf.config import RunOptions, fail, parse
 from minirlhf.data import encode_prompts, endless_batch, fingerprint, load_prompts, repeats
 from minirlhf.generate import generate
-from minirlhf.objectives import (adaptive_kl_coef, best_of_n_kl, credit_length, entropy, explained_variance, gae, k1, k3, log_ratio,
-                                 masked_mean, mean_interval, policy_clipped, policy_loss, shape_rewards,
+from minirlhf.objectives import (adaptive_kl_coef, best_of_n_kl, credit_length, entropy, explained_variance, gae, k1,
+                                 k3, log_ratio, masked_mean, mean_interval, policy_clipped, policy_loss, shape_rewards,
                                  token_logprobs, value_clipped, value_loss, whiten, wilson_interval)
 
 
@@ -27,6 +27,7 @@ DEFAULT_DATA = "data/sentiment"
 @dataclass
 class Options(RunOptions):
     """Stage 3, PPO: SFT model + reward -> policy. Reads prompts.{train,val}.jsonl of --data_dir."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "float32"  # of the products; float32: sampler and trainer agree
     data_dir: str = DEFAULT_DATA  # folder of the prompts; the default is prepared when it is missing
     out_dir: str = "out/ppo"  # where ckpt.pt, config.json, metrics.jsonl and samples.jsonl go
     init_from: str = "out/sft/ckpt.pt"  # the SFT model: the policy starts from it, and it is the reference of the KL
@@ -221,7 +222,7 @@ def main():
             value_model = reward_model.with_head("scalar")
         else:
             value_model = ref.with_head("scalar")
-        context = min(m.config.block_size for m in (policy, value_model, *(j.model for j in judges if j.model is not None)))
+        context = min(m.config.block_size for m in (policy, *(j.model for j in judges if j.model is not None)))
         room = context - o.response_length
         if room < 2:
             fail(f"--response_length {o.response_length}: leaves no room for a prompt in a context of {context} tokens")
@@ -231,13 +232,14 @@ def main():
             if not kept:
                 fail(f"{path}: no prompt fits {room} tokens (context {context} less --response_length "
                      f"{o.response_length}); use --long_prompts trim or a shorter --response_length")
-        final_prompts, look = val_prompts[:o.num_final_prompts], min(o.num_eval_prompts, len(val_prompts), o.num_final_prompts)
+        final_prompts = val_prompts[:o.num_final_prompts]
+        look = min(o.num_eval_prompts, len(final_prompts))
         steps = math.ceil(o.total_episodes / o.batch_size)
         if o.value_warmup >= steps:
             fail(f"--value_warmup {o.value_warmup}: must be less than the run's {steps} steps (--total_episodes "
                  f"{o.total_episodes} / --batch_size {o.batch_size}), or the policy never learns")
-        optimizers = [torch.optim.AdamW(m.parameters(), lr=o.learning_rate, eps=o.adam_eps, weight_decay=0.0, fused=True)
-                      for m in (policy, value_model)]
+        optimizers = [torch.optim.AdamW(model.parameters(), lr=o.learning_rate, eps=o.adam_eps, weight_decay=0.0,
+                                        fused=True) for model in (policy, value_model)]
         first, kl_coef, high, prints = 0, o.kl_coef, 0, fingerprint(*paths)
         if o.resume:
             start = checkpoint.read(run.path("ckpt.pt"), ["ppo"])
@@ -255,16 +257,17 @@ def main():
 
         # ---- what is about to happen
         run.say(f"PPO: {len(prompts):,} prompts for training, {len(val_prompts):,} held out, from {o.data_dir}")
-        if long_train or long_val:
-            done_to = {"drop": "dropped", "trim": "trimmed at the left"}[o.long_prompts]
-            run.say(f"     {done_to} as longer than {room} tokens: {long_train} and {long_val}")
+        for long, texts, name in ((long_train, train, "training"), (long_val, val, "held-out")):
+            if long:
+                run.say(f"     {name} prompts: {long} of {len(texts)} longer than {room} tokens: "
+                        + {"drop": "dropped", "trim": "trimmed at the left"}[o.long_prompts])
         for warning in repeats(train, val, "prompts"):
             run.say(warning)
         run.say(f"     policy: {runtime.count_parameters(policy):,} parameters from {o.init_from}; value: from "
                 f"{o.reward_model if reward_model is not None and o.value_init == 'rm' else o.init_from}; reward: "
                 f"{o.reward or o.reward_model}")
-        run.say(f"     {run.device} x {run.world}, {o.dtype}; {steps} steps of {o.batch_size} answers of up to "
-                f"{o.response_length} tokens, {o.num_ppo_epochs} epochs x {o.num_mini_batches} minibatches each")
+        run.say(f"     {run.device} x {run.world}, {str(run.dtype).removeprefix('torch.')}; {steps} steps of {o.batch_size} "
+                f"answers of up to {o.response_length} tokens, {o.num_ppo_epochs} epochs x {o.num_mini_batches} minibatches each")
         run.say(f"     output: {o.out_dir}" + (f"; goes on from step {first}" if 0 < first < steps else ""))
         if first >= steps:
             run.say(f"     this run is finished ({first} steps); its closing report again:")
@@ -415,15 +418,16 @@ def main():
                     checkpoint.save(run.path("ckpt.pt"), stage="ppo", model=policy, tokenizer=tokenizer, options=o,
                                     info=record, training={
                                         "step": done, "value_model": value_model.state_dict(), "kl_coef": kl_coef,
-                                        "high": high, "data": prints, "optimizers": [x.state_dict() for x in optimizers]})
+                                        "high": high, "data": prints,
+                                        "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
 
             if high == 3:
                 run.write("metrics.jsonl", record)
                 raise SystemExit(
                     f"error: step {done}: the KL from the SFT model has been above --max_kl {o.max_kl:g} for three "
                     f"batches (now {mean_kl:.1f} nats a response): the policy is leaving the language it knows. Raise "
-                    f"--kl_coef above {o.kl_coef:g}, lower --learning_rate below {o.learning_rate:g}, or set --kl_target. "
-                    f"A checkpoint of an earlier policy, if any, is in {o.out_dir}.")
+                    f"--kl_coef above {o.kl_coef:g}, lower --learning_rate below {o.learning_rate:g}, or set "
+                    f"--kl_target. A checkpoint of an earlier policy, if any, is in {o.out_dir}.")
             scheduled = done % o.eval_interval == 0 or done == steps
             if scheduled:
                 now = answer(policy, ref, judges, run, tokenizer, val_prompts[:look], o)

@@ -15,8 +15,8 @@ import torch
 
 from minirlhf import checkpoint, prepare, runtime
 from minirlhf.config import RunOptions, fail, parse
-from minirlhf.data import (Order, Row, collate, encode_row, fingerprint, load_preferences, load_prompts,
-                           encode_prompts, repeats, too_long)
+from minirlhf.data import (Order, Row, collate, encode_prompts, encode_row, fingerprint, load_preferences,
+                           load_prompts, repeats, too_long)
 from minirlhf.generate import generate
 from minirlhf.objectives import bradley_terry_loss, expected_calibration_error, fit_temperature
 
@@ -174,8 +174,8 @@ def show_pairs(model, run, tokenizer, records, step, count):
         i, j = index[0]
         scores = score_all(model, run, [rows[i], rows[j]], tokenizer.eos).tolist()
         texts = [tokenizer.decode(rows[k].ids) for k in (i, j)]
-        run.say(f"    {'right' if scores[0] > scores[1] else 'wrong'}: {scores[0]:+.2f} {texts[0]}  >  {scores[1]:+.2f} "
-                f"{texts[1]}")
+        run.say(f"    {'right' if scores[0] > scores[1] else 'wrong'}: {scores[0]:+.2f} {texts[0]}  >  "
+                f"{scores[1]:+.2f} {texts[1]}")
         run.write("samples.jsonl", {"step": step, "chosen": texts[0], "rejected": texts[1], "scores": scores})
     model.train()
 
@@ -222,8 +222,8 @@ def main():
         room = block_size - o.response_length
         prompts, _ = encode_prompts(tokenizer, scale_prompts, room, o.long_prompts)
         if room < 2 or not prompts:
-            fail(f"--response_length {o.response_length}: no prompt of {o.data_dir} leaves room for it in the context of "
-                 f"{block_size} tokens, and SFT samples set the reward's scale")
+            fail(f"--response_length {o.response_length}: no prompt of {o.data_dir} leaves room for it in the context "
+                 f"of {block_size} tokens, and SFT samples set the reward's scale")
         prompts = [prompts[i % len(prompts)] for i in range(o.num_scale_samples)]
         for path, kept in ((train_path, train_set), (val_path, val_set)):
             if not kept:
@@ -254,13 +254,13 @@ def main():
             if long := too_long(rows, block_size, o.long_prompts):
                 run.say(f"    {name} texts: {long}")
             if dropped:
-                run.say(f"    {name} records dropped because no two texts are left that differ and are not tied: {dropped}")
+                run.say(f"    {name} records without two texts that differ and are not tied: {dropped} dropped")
         for warning in repeats(*([(p.prompt, *p.completions) for p in part] for part in (train, val)), "preferences"):
             run.say(warning)
         run.say(f"    model: {model.config.n_layer} layers x {model.config.n_embd}, "
                 f"{runtime.count_parameters(model):,} parameters, trunk from {o.init_from}")
-        run.say(f"    {run.device} x {run.world}, {o.dtype}; {steps} steps of {o.batch_size} records, about "
-                f"{tokens_per_epoch // order.steps_per_epoch:,} tokens each")
+        run.say(f"    {run.device} x {run.world}, {str(run.dtype).removeprefix('torch.')}; {steps} steps of {o.batch_size} "
+                f"records, about {tokens_per_epoch // order.steps_per_epoch:,} tokens each")
         run.say(f"    output: {o.out_dir}" + (f"; goes on from step {first}" if first else ""))
         longer = sum((len(rows[i].ids) > len(rows[j].ids)) - (len(rows[i].ids) < len(rows[j].ids))
                      for rows, index, _ in train_set for i, j in index) > 0

@@ -159,8 +159,8 @@ def main():
                 f"{tokenizer.vocab_size:,} ({tokenizer.name})")
         run.say(f"     model: {model.config.n_layer} layers x {model.config.n_embd}, {model.config.n_head} heads, "
                 f"{runtime.count_parameters(model):,} parameters, from {o.init_from}")
-        run.say(f"     {run.device} x {run.world}, {o.dtype}; {steps} steps of {o.batch_size} rows, about "
-                f"{tokens_per_epoch // order.steps_per_epoch:,} tokens each; {o.optimizer}")
+        run.say(f"     {run.device} x {run.world}, {str(run.dtype).removeprefix('torch.')}; {steps} steps of {o.batch_size} "
+                f"rows, about {tokens_per_epoch // order.steps_per_epoch:,} tokens each; {o.optimizer}")
         run.say(f"     output: {o.out_dir}" + (f"; goes on from step {first}" if first else ""))
 
         prompts_path = os.path.join(o.data_dir, "prompts.val.jsonl")
@@ -212,11 +212,12 @@ def main():
                 record["eval"], now = held_out, held_out["all"]["nats_per_token"]
                 run.say(f"  held out: {describe(held_out)}{'  best so far' if now < best else ''}")
                 if not math.isfinite(now):
-                    fail(f"step {done}: the held-out loss is {now}: stopped; a checkpoint, if any, is in {o.out_dir}; try a "
-                         f"--learning_rate below {o.learning_rate:g}")
+                    fail(f"step {done}: the held-out loss is {now}: stopped; a checkpoint, if any, is in {o.out_dir}; "
+                         f"try a --learning_rate below {o.learning_rate:g}")
                 show_samples(model, run, tokenizer, shown, done, o)
                 if now < best:
-                    best, best_state, best_figures = now, {k: v.clone() for k, v in model.state_dict().items()}, held_out
+                    best, best_figures = now, held_out
+                    best_state = {name: value.clone() for name, value in model.state_dict().items()}
             run.write("metrics.jsonl", record)
             if (done % o.eval_interval == 0 or done == steps or stopping) and run.main:
                 checkpoint.save(

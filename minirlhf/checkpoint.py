@@ -50,7 +50,10 @@ def save(path, *, stage, model, tokenizer, options, info, training, weights=None
 
 
 def read(path, stages):
-    """A file, or the folder of a ckpt.pt -> the payload on the CPU, verified. Exits 2 where it is missing, damaged, newer, or of another stage."""
+    """A file, or the folder of a ckpt.pt -> the payload on the CPU, verified.
+
+    Exits 2 where it is missing, damaged, newer, or of another stage.
+    """
     path = os.path.join(path, "ckpt.pt") if os.path.isdir(path) else path
     if not os.path.isfile(path):
         needed = " or ".join(MADE_BY[s] for s in stages)

@@ -110,8 +110,10 @@ def shape_rewards(scores, kl, response_mask, kl_coef):
 
 
 def credit_length(kl, response_mask, share, total=lambda t: t):
-    """KL_t - share * mean KL: what a token is charged for. With share 0 every token costs, so that short answers pay; with
-    share 1 a token of average KL is free, and only where KL is spent counts, not how many tokens there are.
+    """KL_t - share * mean KL: what a token is charged for.
+
+    With share 0 every token costs, so that short answers pay; with share 1 a token of average KL is free, and only
+    where KL is spent counts, not how many tokens there are.
 
     kl, response_mask (B, T-1) -> (B, T-1), 0 outside the mask. total: sums a tensor over all ranks.
     """

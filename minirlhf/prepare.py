@@ -38,7 +38,7 @@ SHARES = {"main.train": 0.74, "main.val": 0.05, "judge.train": 0.12, "judge.val"
           "prompts.val": 0.03}  # of each domain's sentences
 BLOCK = 30  # consecutive film reviews that the same people rated, each of them in a column of their own
 FEW_WORDS = (2, 5)  # fewest and most words of a prompt
-WHOLE = 0.8  # share of demonstrations for training with an empty prompt, which teach how sentences open as well
+WHOLE = 0.9  # share of demonstrations for training with an empty prompt, which teach how sentences open as well
 MIN_REST = 3  # words that the original sentence had left after a prompt of the prompts files
 K = 8  # most sentences in a ranking
 MIN_GAP = 0.2  # between any two mean ratings in a ranking

@@ -49,7 +49,7 @@ class Run:
             if self.device.type == "cuda":
                 self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
                 torch.cuda.set_device(self.device)
-        self.dtype = getattr(torch, options.dtype)
+        self.dtype = pick_dtype(options.dtype, self.device)
         keep_freed_memory()
         self.main = self.rank == 0
         self.out_dir = options.out_dir
@@ -244,6 +244,17 @@ def pick_device(name):
     if device.type not in ("cpu", "cuda", "mps"):
         fail(f"--device {name}: expected auto, cpu, cuda, cuda:N or mps")
     return device
+
+
+def pick_dtype(name, device):
+    """auto -> bfloat16 where the GPU or the CPU multiplies it in hardware, else float32. Weights stay float32."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+    return torch.bfloat16 if native else torch.float32
 
 
 def keep_freed_memory():

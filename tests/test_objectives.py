@@ -177,6 +177,17 @@ def test_shape_rewards_by_hand():
         close(rewards, [[0, -0.5, -1, 10 - 2], [-3, 4 - 1, 0, 0]])
 
 
+@pytest.mark.parametrize("share, expected", [(0, [1.0, 3.0, 2.0]), (1, [-1.0, 1.0, 0.0]), (0.5, [0.0, 2.0, 1.0])])
+def test_credit_length_by_hand(share, expected):
+    """The mean KL of three counted tokens 1, 3, 2 is 2; `share` of it is taken off each; the rest is 0."""
+    kl = torch.tensor([[1.0, 3.0], [2.0, float("nan")]])
+    mask = torch.tensor([[True, True], [True, False]])
+    charged = O.credit_length(kl, mask, share)
+    assert charged[mask].tolist() == pytest.approx(expected) and charged[~mask].tolist() == [0.0]
+    # Two ranks with the same rows have the same mean.
+    assert torch.equal(O.credit_length(kl, mask, share, total=lambda t: 2 * t), charged)
+
+
 def test_gae_by_hand():
     """gamma .9, lambda .8 on three decisions, with V = 0 after the end."""
     rewards, values = tensor([1.0, 2.0, 3.0]), tensor([0.5, 0.4, 0.3])

@@ -13,8 +13,8 @@ import pytest
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 GOOD, BAD = ["kind", "bright", "warm", "calm"], ["cruel", "dull", "cold", "rude"]
 NOUNS = ["cat", "dog", "sun", "sea", "king", "tree", "boat", "town"]
-SFT = ("--device cpu --n_layer 2 --n_head 2 --n_embd 32 --vocab_size 320 --block_size 48 --num_train_epochs 3 "
-       "--batch_size 32 --learning_rate 1e-2 --muon_learning_rate 2e-2 --eval_interval 20").split()
+SFT = ("--device cpu --dtype float32 --n_layer 2 --n_head 2 --n_embd 32 --vocab_size 320 --block_size 48 "
+       "--num_train_epochs 3 --batch_size 32 --learning_rate 1e-2 --muon_learning_rate 2e-2 --eval_interval 20").split()
 RM = ("--device cpu --batch_size 16 --learning_rate 2e-3 --num_scale_samples 128 --response_length 16 "
       "--dropout 0").split()
 PPO = ("--device cpu --total_episodes 640 --batch_size 32 --learning_rate 1e-3 --response_length 16 --kl_coef 0.05 "
@@ -88,8 +88,8 @@ def test_each_stage_names_the_next_and_leaves_its_files(folder, stages):
 
 
 def test_sft_learns_the_manner(folder, stages):
-    """A completion is " is", 3 adjectives, "." and eos: 6 decisions, 3 of them with the adjectives' entropy, 3 with none.
-    The loss ends near that floor."""
+    """A completion is " is", 3 adjectives, "." and eos: 6 decisions, 3 of them with the adjectives' entropy, 3 with
+    none. The loss ends near that floor."""
     evals = [m["eval"]["all"] for m in metrics(folder, "sft") if "eval" in m]
     entropy = -sum(4 * p * math.log(p) for p in (1 / 12, 2 / 12))
     assert evals[-1]["nats_per_token"] == pytest.approx(3 * entropy / 6, abs=0.04)
@@ -189,3 +189,46 @@ def test_resume_is_exact(folder, stages, stage, options):
             for kind in ("straight", "again")]
     assert rows[0] == rows[1]
     assert "finished" in run(script(stage), *options, "--resume", cwd=folder)
+
+
+def test_a_kl_blow_up_ends_the_run_with_advice(folder, stages):
+    """Three batches above --max_kl: exit 1, and the options that help, with this run's numbers."""
+    error = run(script("ppo"), "--data_dir", "data", *PPO, "--max_kl", "0.0001", "--out_dir", "out/far", cwd=folder,
+                code=1)
+    assert "--max_kl 0.0001 for three batches" in error and "Raise --kl_coef above 0.05" in error
+    assert "lower --learning_rate below 0.001" in error and "Traceback" not in error
+
+
+def test_own_data_in_other_forms(folder):
+    """Messages, plain texts, implicit prompts and rankings go through all three stages; so does a data set smaller than
+    a batch, with prompts that must be trimmed, and the next commands name the folders."""
+    data = folder / "chat"
+    data.mkdir()
+    talk = [("hello", "hi there"), ("how are you", "fine"), ("bye", "see you"), ("thanks", "you are welcome")] * 3
+    ask = "\n\nHuman: {}\n\nAssistant:".format
+    for split in ("train", "val"):
+        chats = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in talk]
+        write(data / f"sft.{split}.jsonl", [{"messages": chat} for chat in chats] + [{"text": "hello world"}])
+        write(data / f"preferences.{split}.jsonl",
+              [{"chosen": f"{ask(q)} {a}", "rejected": f"{ask(q)} no"} for q, a in talk]
+              + [{"prompt": ask("x"), "completions": [" a b c", " a b", " a"], "scores": [3, 2, 2]}])
+        write(data / f"prompts.{split}.jsonl", [{"messages": [{"role": "user", "content": "hello " * 50}]}]
+              + [{"prompt": ask(q)} for q, _ in talk])
+    own = ["--data_dir", "chat", "--long_prompts", "trim"]
+    out = run(script("sft"), *own, *SFT, "--block_size", "64", "--out_dir", "out/c/sft", cwd=folder)
+    assert "python train_rm.py --data_dir chat --init_from out/c/sft/ckpt.pt" in out
+    out = run(script("rm"), *own, *RM, "--init_from", "out/c/sft/ckpt.pt", "--out_dir", "out/c/rm", cwd=folder)
+    assert "python train_ppo.py --data_dir chat --init_from out/c/sft/ckpt.pt --reward_model out/c/rm/ckpt.pt" in out
+    out = run(script("ppo"), *own, *PPO, "--total_episodes", "128", "--init_from", "out/c/sft", "--reward_model",
+              "out/c/rm", "--out_dir", "out/c/ppo", cwd=folder)
+    assert "1 of 13" in out and "trimmed at the left" in out and "KL from SFT" in out
+
+
+@pytest.mark.slow
+def test_two_ranks_train_as_one(folder):
+    """Under torchrun each rank takes half of every batch; sums over ranks make the same model, up to rounding."""
+    losses = []
+    for n, launcher in ((1, []), (2, ["-m", "torch.distributed.run", "--nproc_per_node=2"])):
+        run(*launcher, script("sft"), "--data_dir", "data", *SFT, "--out_dir", f"out/ranks{n}", cwd=folder)
+        losses.append([m["loss"] for m in metrics(folder, f"ranks{n}")])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)

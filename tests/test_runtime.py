@@ -114,7 +114,7 @@ def test_auto_takes_what_there_is(monkeypatch):
 def test_dtype_is_autocast_s(start, tmp_path):
     """bfloat16 products under autocast, none for float32."""
     x = torch.ones(2, 2)
-    with start(overwrite=True).autocast():
+    with start(overwrite=True, dtype="float32").autocast():
         assert (x @ x).dtype == torch.float32
     with start(overwrite=True, out_dir=str(tmp_path / "other"), dtype="bfloat16").autocast():
         assert (x @ x).dtype == torch.bfloat16

@@ -1,0 +1,61 @@
+"""What stage 2 says of its model: intervals, calibration, verdict."""
+import math
+
+import pytest
+import torch
+
+from minirlhf.data import Preference
+from minirlhf.tokenizer import Tokenizer
+from train_rm import accuracy_with_interval, calibration, encode_preferences, verdict
+
+
+def test_accuracy_by_hand():
+    """Three of five pairs are right, one is tied and counts half: 3.5 / 5."""
+    better, worse = torch.tensor([1.0, 2, 3, 0, 5]), torch.tensor([0.0, 1, 4, 0, 4])
+    accuracy, low, high = accuracy_with_interval(better, worse, [(("a", i), ("b", i)) for i in range(5)])
+    assert accuracy == pytest.approx(0.7) and low <= 0.7 <= high
+
+
+def test_interval_knows_that_pairs_share_texts():
+    """400 pairs of 40 texts tell less than 400 pairs of 800: the interval is wider than the binomial one, 1.96
+    sqrt(p q / n) on each side, where one text is in many pairs, and about that where each is in one."""
+    g = torch.Generator().manual_seed(0)
+    quality = torch.rand(40, generator=g)  # how often a text is scored rightly
+    pairs = [(int(i), int(j)) for i, j in torch.randint(40, (400, 2), generator=g) if i != j]
+    right = torch.tensor([float(torch.rand((), generator=g) < (quality[i] + quality[j]) / 2) for i, j in pairs])
+    _, low, high = accuracy_with_interval(right, torch.full_like(right, 0.5), [((i,), (j,)) for i, j in pairs])
+    p = float(right.mean())
+    assert high - low > 1.2 * 2 * 1.96 * math.sqrt(p * (1 - p) / len(pairs))
+
+
+def figures(**changes):
+    return {"all": {"pairs": 500, "accuracy": 0.75, "low": 0.72, "high": 0.78, "length_only": 0.52} | changes}
+
+
+@pytest.mark.parametrize("changes, opening", [
+    ({}, "Good enough"), ({"low": 0.49}, "Not good enough"), ({"length_only": 0.73}, "Not good enough"),
+    ({"accuracy": 0.6, "low": 0.56}, "Weak"), ({"pairs": 12}, "Too few"),
+])
+def test_verdict(changes, opening):
+    """Chance, length alone, a low accuracy and too small a sample each have their sentence."""
+    assert verdict(figures(**changes), {"ece_with_temperature": 0.01, "temperature": 1.0}).startswith(opening)
+
+
+def test_calibration_finds_the_temperature():
+    """Outcomes drawn with probability sigmoid(d / 2) need a temperature of 2; dividing by it makes them calibrated."""
+    g = torch.Generator().manual_seed(0)
+    d = 3 * torch.randn(20000, generator=g, dtype=torch.double)
+    won = torch.rand(20000, generator=g, dtype=torch.double) < torch.sigmoid(d / 2)
+    found = calibration(torch.where(won, d, -d))
+    assert found["temperature"] == pytest.approx(2, rel=0.05)
+    assert found["ece_with_temperature"] < 0.02 < found["ece"]
+
+
+def test_records_without_a_usable_pair_are_dropped():
+    """Equal texts, tied texts and, once cut to the context, equal ids teach nothing; of a ranking the rest stays."""
+    tokenizer = Tokenizer({bytes([b]): b for b in range(256)}, "bytes")
+    records = [Preference("", ["a", "a"]), Preference("", ["a", "b"], [1.0, 1.0]),
+               Preference("", ["abcdefX", "abcdefY"]), Preference("", ["a", "b", "b"], [2.0, 1.0, 1.0])]
+    kept, dropped, rows = encode_preferences(tokenizer, records, 6, "trim")
+    assert dropped == 3 and len(rows) == 9
+    assert [pairs for _, pairs, _ in kept] == [[(0, 1), (0, 2)]]
