@@ -6,6 +6,7 @@ Each step reads as five paragraphs: ROLLOUT, JUDGEMENT, CREDIT, UPDATE, LOOK. Al
 import importlib.util
 import math
 import os
+import shlex
 import time
 from dataclasses import dataclass
 from typing import Literal
@@ -21,14 +22,12 @@ from minirlhf.objectives import (adaptive_kl_coef, best_of_n_kl, credit_length, 
                                  token_logprobs, value_clipped, value_loss, whiten, wilson_interval)
 
 
-DEFAULT_DATA = "data/sentiment"
-
 
 @dataclass
 class Options(RunOptions):
     """Stage 3, PPO: SFT model + reward -> policy. Reads prompts.{train,val}.jsonl of --data_dir."""
     dtype: Literal["auto", "float32", "bfloat16"] = "float32"  # of the products; float32: sampler and trainer agree
-    data_dir: str = DEFAULT_DATA  # folder of the prompts; the default is prepared when it is missing
+    data_dir: str = "data/sentiment"  # folder of the prompts; the default is prepared when it is missing
     out_dir: str = "out/ppo"  # where ckpt.pt, config.json, metrics.jsonl and samples.jsonl go
     init_from: str = "out/sft/ckpt.pt"  # the SFT model: the policy starts from it, and it is the reference of the KL
     reward_model: str = "out/rm/ckpt.pt"  # the reward model
@@ -39,7 +38,7 @@ class Options(RunOptions):
     batch_size: int = 256  # prompts a step, over all ranks [1..]
     num_ppo_epochs: int = 2  # passes over each batch [1..]
     num_mini_batches: int = 2  # optimizer steps a pass; must divide batch_size [1..]
-    micro_batch_size: int = 256  # rows a forward pass: for memory; changes no gradient [1..]
+    micro_batch_size: int = 64  # rows a forward pass: for memory; changes no gradient [1..]
     response_length: int = 48  # longest answer in tokens, eos included [1..]
     temperature: float = 1.0  # of sampling, and so of every log-probability (0..]
     learning_rate: float = 3e-4  # of policy and value network; falls linearly to 0 [0..]
@@ -200,7 +199,7 @@ def main():
     if o.batch_size % (o.num_mini_batches * world):
         fail(f"--num_mini_batches {o.num_mini_batches}: must divide --batch_size {o.batch_size}"
              + (f" on each of {world} ranks" if world > 1 else ""))
-    if o.data_dir == DEFAULT_DATA:
+    if os.path.normpath(o.data_dir) == Options.data_dir:
         prepare.ensure(o.data_dir)
     paths = [os.path.join(o.data_dir, f"prompts.{split}.jsonl") for split in ("train", "val")]
     train, val = map(load_prompts, paths)
@@ -266,8 +265,8 @@ def main():
         run.say(f"     policy: {runtime.count_parameters(policy):,} parameters from {o.init_from}; value: from "
                 f"{o.reward_model if reward_model is not None and o.value_init == 'rm' else o.init_from}; reward: "
                 f"{o.reward or o.reward_model}")
-        run.say(f"     {run.device} x {run.world}, {str(run.dtype).removeprefix('torch.')}; {steps} steps of {o.batch_size} "
-                f"answers of up to {o.response_length} tokens, {o.num_ppo_epochs} epochs x {o.num_mini_batches} minibatches each")
+        run.say(f"     {run.hardware}; {steps} steps of {o.batch_size} answers of up to {o.response_length} tokens, "
+                f"{o.num_ppo_epochs} epochs x {o.num_mini_batches} minibatches each")
         run.say(f"     output: {o.out_dir}" + (f"; goes on from step {first}" if 0 < first < steps else ""))
         if first >= steps:
             run.say(f"     this run is finished ({first} steps); its closing report again:")
@@ -301,6 +300,7 @@ def main():
             with run.autocast():
                 rollout = generate(policy, batch, o.response_length, tokenizer.eos, o.temperature,
                                    run.generator(step, "rollout"))
+            rollout = rollout.take(rollout.lengths.argsort(stable=True))  # rows of like length share a microbatch
             response_mask, rows = rollout.response_mask, torch.arange(len(batch), device=run.device)
             sampled = time.perf_counter()
 
@@ -331,7 +331,7 @@ def main():
                 for minibatch in shuffled.tensor_split(o.num_mini_batches):
                     count = run.total(response_mask[minibatch].sum())  # over all microbatches and ranks: divide once
                     stats = torch.zeros(7, device=run.device)
-                    for part in minibatch.split(o.micro_batch_size):
+                    for part in minibatch.sort().values.split(o.micro_batch_size):
                         rows_of = rollout.take(part)
                         tokens, mask = rows_of.tokens, rows_of.response_mask
                         old, A, R, V_old = (x[part, :mask.shape[1]][mask]
@@ -467,8 +467,8 @@ def main():
                                             "score": row["score"], "sft_completion": old_row["completion"],
                                             "sft_score": old_row["score"]})
         run.say(f"\nsaved {run.path('ckpt.pt')} after {runtime.clock(time.perf_counter() - run.started)}; next: python "
-                f"-m minirlhf.sample {o.init_from} {run.path('ckpt.pt')} --prompt "
-                f"\"{tokenizer.decode(val_prompts[0])}\"")
+                f"-m minirlhf.sample {shlex.quote(o.init_from)} {shlex.quote(run.path('ckpt.pt'))} --prompt "
+                f"{shlex.quote(tokenizer.decode(val_prompts[0]))}")
 
 
 if __name__ == "__main__":

@@ -19,8 +19,6 @@ from minirlhf.data import (Order, Row, collate, encode_prompts, encode_row, fing
                            load_prompts, repeats, too_long)
 from minirlhf.generate import generate
 from minirlhf.objectives import bradley_terry_loss, expected_calibration_error, fit_temperature
-
-DEFAULT_DATA = "data/sentiment"
 BINS = (0, 0.5, 1, 2, 4, math.inf)  # of `margin`, for the accuracy by how clear a preference was
 
 
@@ -30,7 +28,7 @@ class Options(RunOptions):
 
     Reads preferences.{train,val}.jsonl of --data_dir (another stem with --preferences).
     """
-    data_dir: str = DEFAULT_DATA  # folder of the preferences; the default is prepared when it is missing
+    data_dir: str = "data/sentiment"  # folder of the preferences; the default is prepared when it is missing
     preferences: str = "preferences"  # stem of the two files: "judge" trains a judge on sentences this model never sees
     out_dir: str = "out/rm"  # where ckpt.pt, config.json and metrics.jsonl go
     init_from: str = "out/sft/ckpt.pt"  # the SFT model: its trunk is the start, its samples set the scale of the reward
@@ -67,17 +65,16 @@ def encode_preferences(tokenizer, preferences, block_size, long_prompts):
     return kept, dropped, every
 
 
-@torch.no_grad()
-def score_all(model, run, rows, eos, batch_size=128):
-    """Scores of many rows, batched by length, each different row once: (N,) on the CPU."""
+def score_all(model, run, rows, eos, batch_size=128, forward=None):
+    """Scores of many rows, each different row once, rows of like length together, which saves padding: (N,)."""
     unique = sorted({tuple(row.ids): row for row in rows}.values(), key=lambda row: len(row.ids))
-    found = {}
+    scores = []
     for at in range(0, len(unique), batch_size):
-        part = unique[at:at + batch_size]
-        tokens, _, lengths = collate(part, eos, run.device)
+        tokens, _, lengths = collate(unique[at:at + batch_size], eos, run.device)
         with run.autocast():
-            found.update(zip((tuple(row.ids) for row in part), model.score(tokens, lengths).tolist()))
-    return torch.tensor([found[tuple(row.ids)] for row in rows])
+            scores.append(model.score(tokens, lengths, forward))
+    place = {tuple(row.ids): i for i, row in enumerate(unique)}
+    return torch.cat(scores)[[place[tuple(row.ids)] for row in rows]]
 
 
 def accuracy_with_interval(better, worse, texts, seed=0, replicates=400):
@@ -100,11 +97,12 @@ def accuracy_with_interval(better, worse, texts, seed=0, replicates=400):
     return float(right.mean()), low, high
 
 
+@torch.no_grad()
 def evaluate(model, run, records, eos, prefer_longer):
     """Held-out figures of a set of pairs -> (dict of figures, differences r_better - r_worse)."""
     model.eval()
     pairs = [(rows[i], rows[j], extra) for rows, index, extra in records for i, j in index]
-    scores = score_all(model, run, [row for a, b, _ in pairs for row in (a, b)], eos).view(-1, 2)
+    scores = score_all(model, run, [row for a, b, _ in pairs for row in (a, b)], eos).cpu().view(-1, 2)
     model.train()
     better, worse = scores.T
     texts = [(tuple(a.ids), tuple(b.ids)) for a, b, _ in pairs]
@@ -201,7 +199,7 @@ def set_scale(model, sft, run, tokenizer, prompts, o):
 
 def main():
     o = parse(Options)
-    if o.data_dir == DEFAULT_DATA:
+    if os.path.normpath(o.data_dir) == Options.data_dir:
         prepare.ensure(o.data_dir)
     train_path, val_path = (os.path.join(o.data_dir, f"{o.preferences}.{split}.jsonl") for split in ("train", "val"))
     train, val = load_preferences(train_path), load_preferences(val_path)
@@ -259,7 +257,7 @@ def main():
             run.say(warning)
         run.say(f"    model: {model.config.n_layer} layers x {model.config.n_embd}, "
                 f"{runtime.count_parameters(model):,} parameters, trunk from {o.init_from}")
-        run.say(f"    {run.device} x {run.world}, {str(run.dtype).removeprefix('torch.')}; {steps} steps of {o.batch_size} "
+        run.say(f"    {run.hardware}; {steps} steps of {o.batch_size} "
                 f"records, about {tokens_per_epoch // order.steps_per_epoch:,} tokens each")
         run.say(f"    output: {o.out_dir}" + (f"; goes on from step {first}" if first else ""))
         longer = sum((len(rows[i].ids) > len(rows[j].ids)) - (len(rows[i].ids) < len(rows[j].ids))
@@ -289,9 +287,7 @@ def main():
                     better += [len(rows) + i for i, _ in index]
                     worse += [len(rows) + j for _, j in index]
                     rows += record_rows
-                tokens, _, lengths = collate(rows, tokenizer.eos, run.device)
-                with run.autocast():
-                    scores = model.score(tokens, lengths, forward)  # (texts,) once each, in however many pairs
+                scores = score_all(model, run, rows, tokenizer.eos, 32, forward)  # (texts,), in however many pairs
                 loss = bradley_terry_loss(scores[better], scores[worse]).sum() / count
                 loss.backward()
                 sums += torch.stack([loss.detach(), (scores[better] > scores[worse]).sum()])
@@ -348,7 +344,7 @@ def main():
         run.say(info["verdict"])
         done = f"saved {run.path('ckpt.pt')} after {runtime.clock(time.perf_counter() - run.started)}"
         names = {"data_dir": o.data_dir, "init_from": o.init_from, "reward_model": run.path("ckpt.pt")}
-        usual = {"data_dir": DEFAULT_DATA, "init_from": Options.init_from, "reward_model": "out/rm/ckpt.pt"}
+        usual = {"data_dir": Options.data_dir, "init_from": Options.init_from, "reward_model": "out/rm/ckpt.pt"}
         if o.preferences == Options.preferences:
             done += "; next: python train_ppo.py" + "".join(
                 f" --{name} {shlex.quote(path)}" for name, path in names.items() if path != usual[name])

@@ -21,13 +21,11 @@ from minirlhf.model import GPT, GPTConfig
 from minirlhf.objectives import sft_loss
 from minirlhf.tokenizer import Tokenizer
 
-DEFAULT_DATA = "data/sentiment"
-
 
 @dataclass
 class Options(RunOptions):
     """Stage 1, supervised fine-tuning: demonstrations -> SFT model. Reads sft.{train,val}.jsonl of --data_dir."""
-    data_dir: str = DEFAULT_DATA  # folder of sft.{train,val}.jsonl; the default is prepared when it is missing
+    data_dir: str = "data/sentiment"  # folder of sft.{train,val}.jsonl; the default is prepared when it is missing
     out_dir: str = "out/sft"  # where ckpt.pt, config.json, metrics.jsonl and samples.jsonl go
     init_from: str = "scratch"  # scratch, or a checkpoint of this stage whose weights and tokenizer to start from
     tokenizer: Literal["bpe", "gpt2"] = "bpe"  # bpe learns byte-level ranks from the training text; gpt2 takes GPT-2's
@@ -102,7 +100,7 @@ def main():
     o = parse(Options)
     if o.n_embd % o.n_head:
         fail(f"--n_head {o.n_head}: must divide --n_embd {o.n_embd}")
-    if o.data_dir == DEFAULT_DATA:
+    if os.path.normpath(o.data_dir) == Options.data_dir:
         prepare.ensure(o.data_dir)
     train_path, val_path = (os.path.join(o.data_dir, f"sft.{split}.jsonl") for split in ("train", "val"))
     train, val = load_demonstrations(train_path), load_demonstrations(val_path)
@@ -159,7 +157,7 @@ def main():
                 f"{tokenizer.vocab_size:,} ({tokenizer.name})")
         run.say(f"     model: {model.config.n_layer} layers x {model.config.n_embd}, {model.config.n_head} heads, "
                 f"{runtime.count_parameters(model):,} parameters, from {o.init_from}")
-        run.say(f"     {run.device} x {run.world}, {str(run.dtype).removeprefix('torch.')}; {steps} steps of {o.batch_size} "
+        run.say(f"     {run.hardware}; {steps} steps of {o.batch_size} "
                 f"rows, about {tokens_per_epoch // order.steps_per_epoch:,} tokens each; {o.optimizer}")
         run.say(f"     output: {o.out_dir}" + (f"; goes on from step {first}" if first else ""))
 
@@ -229,7 +227,7 @@ def main():
                 run.exit_stopped()
         run.say(f"\nbest held-out loss: {describe(best_figures)}")
         run.say(f"saved {run.path('ckpt.pt')} after {runtime.clock(time.perf_counter() - run.started)}; next: python "
-                f"train_rm.py{'' if o.data_dir == DEFAULT_DATA else ' --data_dir ' + shlex.quote(o.data_dir)}"
+                f"train_rm.py{'' if o.data_dir == Options.data_dir else ' --data_dir ' + shlex.quote(o.data_dir)}"
                 f"{'' if o.out_dir == Options.out_dir else ' --init_from ' + shlex.quote(run.path('ckpt.pt'))}")
 
 

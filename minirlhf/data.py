@@ -17,9 +17,9 @@ import random
 from dataclasses import dataclass, field
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from minirlhf.config import fail
-from minirlhf.generate import pad
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"  # how messages become text: the form of Anthropic's hh-rlhf
 
@@ -249,7 +249,8 @@ def encode_prompts(tokenizer, texts, room, long_prompts):
 
 def collate(rows: list[Row], eos: int, device="cpu"):
     """-> tokens (B, T) padded on the right with eos, mask (B, T-1) of the completions' decisions, lengths (B,)."""
-    tokens, lengths = pad([row.ids for row in rows], eos, device)
+    tokens = pad_sequence([torch.tensor(row.ids) for row in rows], True, eos).to(device)
+    lengths = torch.tensor([len(row.ids) for row in rows], device=device)
     starts = torch.tensor([row.prompt_length for row in rows], device=device)
     t = torch.arange(tokens.shape[1] - 1, device=device)
     return tokens, (t >= starts[:, None] - 1) & (t < lengths[:, None] - 1), lengths

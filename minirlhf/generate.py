@@ -8,6 +8,7 @@ Left out: top-k and top-p. RL trains the full softmax, so it must sample from it
 from dataclasses import dataclass
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 
 class KVCache:
@@ -58,14 +59,6 @@ class Rollout:
                 zip(self.tokens.tolist(), self.prompt_lengths.tolist(), self.lengths.tolist())]
 
 
-def pad(rows: list[list[int]], value: int, device="cpu"):
-    """Ragged rows of ids -> (B, T) padded on the right, and lengths (B,)."""
-    lengths = torch.tensor([len(row) for row in rows])
-    T = int(lengths.max())
-    tokens = torch.tensor([row + [value] * (T - len(row)) for row in rows])
-    return tokens.to(device), lengths.to(device)
-
-
 def sample(logits, temperature, u):
     """One token a row by inverse CDF: logits (B, V), u (B,) uniform in [0, 1) -> ids (B,), log-probabilities (B,).
 
@@ -93,7 +86,8 @@ def generate(model, prompts: list[list[int]], response_length: int, eos: int, te
     if not all(prompts):
         raise ValueError("a prompt must hold at least one token")
     device, limit = model.wte.weight.device, model.config.block_size
-    tokens, prompt_lengths = pad(prompts, eos, device)
+    tokens = pad_sequence([torch.tensor(prompt) for prompt in prompts], True, eos).to(device)
+    prompt_lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     B, P = tokens.shape
     if P + response_length > limit:
         raise ValueError(f"a prompt of {P} tokens and {response_length} new ones exceed the context of {limit}")

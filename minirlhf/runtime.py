@@ -50,6 +50,7 @@ class Run:
                 self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
                 torch.cuda.set_device(self.device)
         self.dtype = pick_dtype(options.dtype, self.device)
+        self.hardware = f"{self.device} x {self.world}, {str(self.dtype).removeprefix('torch.')}"
         keep_freed_memory()
         self.main = self.rank == 0
         self.out_dir = options.out_dir

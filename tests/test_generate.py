@@ -3,8 +3,9 @@ import math
 
 import pytest
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
-from minirlhf.generate import KVCache, Rollout, generate, pad, sample
+from minirlhf.generate import KVCache, Rollout, generate, sample
 from minirlhf.model import GPTConfig
 from minirlhf.objectives import token_logprobs
 
@@ -54,7 +55,7 @@ def test_cached_equals_uncached_at_every_step(make_model, dtype):
     model = make_model(dtype=dtype)
     rows = [torch.randint(13, (n + 8,), generator=torch.Generator().manual_seed(n)) for n in (1, 6, 3)]
     lengths = torch.tensor([1, 6, 3])
-    tokens, _ = pad([row[:n].tolist() for row, n in zip(rows, lengths)], 12)
+    tokens = pad_sequence([row[:n] for row, n in zip(rows, lengths)], True, 12)
     cache = KVCache(model, 3, 14)
     cache.k.fill_(1e4), cache.v.fill_(1e4)  # an unwritten slot that is read shows
     cache.filled = 6
@@ -285,12 +286,6 @@ def test_take_by_hand():
     assert some.sampler_logprobs.tolist() == [[-5, 0], [-1, -2]]
     assert some.response_mask.tolist() == [[True, False], [True, True]]
     assert rollout.take(torch.tensor([1])).finished.tolist() == [False]
-
-
-def test_pad_by_hand():
-    """Ragged rows, the value on the right, and their lengths."""
-    tokens, lengths = pad([[1], [2, 3, 4], []], 9)
-    assert tokens.tolist() == [[1, 9, 9], [2, 3, 4], [9, 9, 9]] and lengths.tolist() == [1, 3, 0]
 
 
 def test_generation_needs_no_gradients(make_model):

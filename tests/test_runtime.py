@@ -158,9 +158,12 @@ def test_a_folder_that_holds_a_run_is_refused(start, held, refused, kept):
 
 
 def test_overwrite_removes_the_run_and_nothing_else(start, held):
-    """The run's four files go, other files stay."""
-    start(overwrite=True)
-    assert names(held) == ["lock", "notes.txt"]
+    """The old run goes when the new one is ready to write, not before; other files stay."""
+    run = start(overwrite=True)
+    assert (held / "ckpt.pt").read_text() == "old"
+    run.start_logs(0)
+    assert not (held / "ckpt.pt").exists() and (held / "notes.txt").read_text() == "old"
+    assert (held / "metrics.jsonl").read_text() == (held / "samples.jsonl").read_text() == ""
 
 
 def test_resume_keeps_everything(start, held):
@@ -303,17 +306,16 @@ def test_progress_by_hand(start, monkeypatch):
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_ends_the_run_after_its_step(start, tmp_path, capsys, number, status):
+def test_a_signal_ends_the_run_after_its_step(start, tmp_path, capfd, number, status):
     """The handler takes note and says so; the loop asks, saves, and exits 128 + the signal's number, lock released."""
     run = start()
-    run.exit_if_stopped()
     assert not run.should_stop()
     os.kill(os.getpid(), number)
-    assert run.should_stop() and "finishing this step" in capsys.readouterr().out
-    with pytest.raises(SystemExit) as stop:
-        run.exit_if_stopped()
+    assert run.should_stop() and "finishing this step" in capfd.readouterr().err
+    with pytest.raises(SystemExit) as stop, run:
+        run.exit_stopped()
     assert stop.value.code == status and not (tmp_path / "out" / "lock").exists()
-    assert "--resume" in capsys.readouterr().out
+    assert "--resume" in capfd.readouterr().out
 
 
 def test_ranks_share_a_batch(start):
