@@ -34,7 +34,7 @@ INNER = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
 DOMAINS = {"amazon": "amazonReviewSnippets", "movie": "movieReviewSnippets", "nyt": "nytEditorialSnippets",
            "tweets": "tweets"}
 
-SHARES = {"main.train": 0.74, "main.val": 0.05, "judge.train": 0.12, "judge.val": 0.02, "prompts.train": 0.04,
+SHARES = {"main.train": 0.76, "main.val": 0.06, "judge.train": 0.10, "judge.val": 0.02, "prompts.train": 0.03,
           "prompts.val": 0.03}  # of each domain's sentences
 BLOCK = 30  # consecutive film reviews that the same people rated, each of them in a column of their own
 FEW_WORDS = (2, 5)  # fewest and most words of a prompt

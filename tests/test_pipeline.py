@@ -105,7 +105,9 @@ def test_reward_model_beats_chance_and_length(folder, stages):
 
 def test_policy_scores_higher_and_says_other_things(folder, stages):
     """After PPO held-out answers score higher, are preferred to the SFT model's, and greedy answers differ."""
-    last = [m["eval"] for m in metrics(folder, "ppo") if "eval" in m][-1]
+    rows = metrics(folder, "ppo")
+    last, final = [m["eval"] for m in rows if "eval" in m][-1], rows[-1]["final"]
+    assert final["after"]["score"][0] > final["before"]["score"][0] + 0.5
     assert last["score"][0] > 0.5 and last["win_rate"][0] > 0.6 and 0 < last["kl"][0] < 40
     out = run("-m", "minirlhf.sample", "out/sft", "out/ppo", "--prompts", "data/prompts.val.jsonl", "--temperature",
               "0", "--response_length", "16", "--output", "greedy.jsonl", cwd=folder)

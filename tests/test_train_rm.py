@@ -1,12 +1,32 @@
 """What stage 2 says of its model: intervals, calibration, verdict."""
+import contextlib
 import math
 
 import pytest
 import torch
 
-from minirlhf.data import Preference
+from minirlhf.data import Preference, Row
 from minirlhf.tokenizer import Tokenizer
-from train_rm import accuracy_with_interval, calibration, encode_preferences, verdict
+from train_rm import accuracy_with_interval, calibration, encode_preferences, score_all, verdict
+
+
+def test_scores_do_not_depend_on_the_batch(make_model):
+    """Rows of any length, in any order, some twice: each score, and its gradient, is that of the row alone."""
+    class Here:
+        device = torch.device("cpu")
+        autocast = contextlib.nullcontext
+
+    g = torch.Generator().manual_seed(0)
+    model = make_model(head="scalar", dtype=torch.float64)
+    rows = [Row(torch.randint(13, (n,), generator=g).tolist(), 1) for n in (3, 9, 2, 5, 9, 4, 1)]
+    rows += [rows[1], rows[0]]
+    scores = score_all(model, Here, rows, 12, 2)
+    alone = torch.cat([model.score(torch.tensor([row.ids]), torch.tensor([len(row.ids)])) for row in rows])
+    torch.testing.assert_close(scores, alone)
+    weights = torch.randn(len(rows), generator=g, dtype=torch.float64)
+    gradients = [torch.autograd.grad((weights * x).sum(), list(model.parameters())) for x in (scores, alone)]
+    for a, b in zip(*gradients):
+        torch.testing.assert_close(a, b)
 
 
 def test_accuracy_by_hand():
