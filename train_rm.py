@@ -32,7 +32,7 @@ class Options(RunOptions):
     preferences: str = "preferences"  # stem of the two files: "judge" trains a judge on sentences this model never sees
     out_dir: str = "out/rm"  # where ckpt.pt, config.json and metrics.jsonl go
     init_from: str = "out/sft/ckpt.pt"  # the SFT model: its trunk is the start, its samples set the scale of the reward
-    dropout: float = 0.1  # in training only [0..1)
+    dropout: float = 0.0  # in training only [0..1)
     long_prompts: Literal["drop", "trim"] = "drop"  # texts over the context: drop them, or trim the prompt at its left
     num_train_epochs: float = 1  # passes over the training data; more overfit fast (0..]
     batch_size: int = 16  # records (pairs or rankings) an optimizer step, over all ranks [1..]
