@@ -44,7 +44,7 @@ class Options(RunOptions):
     learning_rate: float = 3e-4  # of policy and value network; falls linearly to 0 [0..]
     adam_eps: float = 1e-5  # AdamW's epsilon; there is no weight decay (0..]
     max_grad_norm: float = 1.0  # the gradient of each of the two networks is scaled down to this norm; 0 = never [0..]
-    kl_coef: float = 0.1  # beta, the price of a nat of KL from the SFT model, in deviations of the reward [0..]
+    kl_coef: float = 0.08  # beta, the price of a nat of KL from the SFT model, in deviations of the reward [0..]
     kl_length_credit: float = 0.2  # share of the mean KL a token that is not charged, lest short answers pay [0..1]
     kl_target: float = 0.0  # nats a response; adapts kl_coef to reach it; 0 = kl_coef stays [0..]
     gamma: float = 1.0  # discount [0..1]
@@ -52,7 +52,7 @@ class Options(RunOptions):
     cliprange: float = 0.2  # of the policy's ratio (0..]
     cliprange_value: float = 0.2  # of the value's change (0..]
     vf_coef: float = 0.1  # weight of the value loss [0..]
-    ent_coef: float = 0.04  # weight of an entropy bonus (Schulman et al. 2017, eq. 9): keeps answers diverse [0..]
+    ent_coef: float = 0.03  # weight of an entropy bonus (Schulman et al. 2017, eq. 9): keeps answers diverse [0..]
     value_warmup: int = 4  # first steps in which only the value network learns [0..]
     missing_eos_penalty: float = 1.0  # subtracted from the score of an answer that did not end; 0 = off [0..]
     whiten_rewards: bool = False  # divide rewards by their deviation, their mean kept

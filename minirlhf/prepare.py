@@ -45,7 +45,7 @@ MIN_GAP = 0.2  # between any two mean ratings in a ranking
 ROUNDS = {"preferences": 4, "judge": 12}  # times that each sentence is ranked by its mean
 PERSON_ROUNDS = 1  # times that each film review is ranked by one person
 PAIRS_PER_BLOCK = 8  # single choices of one person in the training files
-VAL_PAIRS = {"preferences": {"mean": 4000, "person": 2000}, "judge": {"mean": 1000, "person": 500}}
+VAL_PAIRS = {"preferences": {"mean": 12000, "person": 4000}, "judge": {"mean": 1000, "person": 500}}
 FILES = [f"{name}.{part}.jsonl" for name in ("sft", "preferences", "prompts", "judge") for part in ("train", "val")]
 
 
