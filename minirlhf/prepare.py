@@ -241,8 +241,9 @@ def make_records(pools, seed):
         rng = random.Random(f"{seed} {name}")
         train, val, number = pools[f"{pool}.train"], pools[f"{pool}.val"], VAL_PAIRS[name]
         rankings = mean_rankings(train, ROUNDS[name], rng) + person_rankings(train, rng)
-        files[f"{name}.train.jsonl"] = rankings + [
-            person_pair(c, "pair") for block in blocks(train) for c in draw(choices(block), PAIRS_PER_BLOCK, rng)]
+        drawn = [choice for block in blocks(train) for choice in draw(choices(block), PAIRS_PER_BLOCK, rng)]
+        once = {(chosen.text, rejected.text): (chosen, rejected, person) for chosen, rejected, person in drawn}
+        files[f"{name}.train.jsonl"] = rankings + [person_pair(choice, "pair") for choice in once.values()]
         every = [choice for block in blocks(val) for choice in choices(block)]
         files[f"{name}.val.jsonl"] = mean_pairs(val, number["mean"], rng) + [
             person_pair(choice, "person") for choice in draw(every, number["person"], rng)]
