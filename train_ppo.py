@@ -22,7 +22,6 @@ from minirlhf.objectives import (adaptive_kl_coef, best_of_n_kl, credit_length, 
                                  token_logprobs, value_clipped, value_loss, whiten, wilson_interval)
 
 
-
 @dataclass
 class Options(RunOptions):
     """Stage 3, PPO: SFT model + reward -> policy. Reads prompts.{train,val}.jsonl of --data_dir."""
@@ -34,7 +33,7 @@ class Options(RunOptions):
     reward: str = ""  # module.py:function instead of it: fn(prompts: list[str], completions: list[str]) -> list[float]
     value_init: Literal["rm", "sft"] = "rm"  # the value network's start: the reward model, or the SFT trunk, zero head
     judge: str = ""  # a second reward model that only looks on: whether it prefers the policy's answers is reported
-    total_episodes: int = 10240  # answers to sample in all [1..]
+    total_episodes: int = 10368  # answers to sample in all, rounded up to whole batches [1..]
     batch_size: int = 192  # prompts a step, over all ranks [1..]
     num_ppo_epochs: int = 2  # passes over each batch [1..]
     num_mini_batches: int = 2  # optimizer steps a pass; must divide batch_size [1..]
@@ -45,14 +44,14 @@ class Options(RunOptions):
     adam_eps: float = 1e-5  # AdamW's epsilon; there is no weight decay (0..]
     max_grad_norm: float = 1.0  # the gradient of each of the two networks is scaled down to this norm; 0 = never [0..]
     kl_coef: float = 0.085  # beta, the price of a nat of KL from the SFT model, in deviations of the reward [0..]
-    kl_length_credit: float = 0.15  # share of the mean KL a token that is not charged, lest short answers pay [0..1]
+    kl_length_credit: float = 0.17  # share of the mean KL a token that is not charged, lest short answers pay [0..1]
     kl_target: float = 0.0  # nats a response; adapts kl_coef to reach it; 0 = kl_coef stays [0..]
     gamma: float = 1.0  # discount [0..1]
     lam: float = 0.95  # GAE's lambda [0..1]
     cliprange: float = 0.2  # of the policy's ratio (0..]
     cliprange_value: float = 0.2  # of the value's change (0..]
     vf_coef: float = 0.1  # weight of the value loss [0..]
-    ent_coef: float = 0.035  # weight of an entropy bonus (Schulman et al. 2017, eq. 9): keeps answers diverse [0..]
+    ent_coef: float = 0.034  # weight of an entropy bonus (Schulman et al. 2017, eq. 9): keeps answers diverse [0..]
     value_warmup: int = 4  # first steps in which only the value network learns [0..]
     missing_eos_penalty: float = 1.0  # subtracted from the score of an answer that did not end; 0 = off [0..]
     whiten_rewards: bool = False  # divide rewards by their deviation, their mean kept
@@ -309,7 +308,8 @@ def main():
                 parts = [forward_all(part) for part in rows.split(o.micro_batch_size)]
                 old_logprobs, ref_logprobs, values, entropies = (
                     on_grid(torch.cat(x), response_mask) for x in zip(*parts))
-                scores = torch.cat([judges[0](rollout.take(part)) for part in rows.split(o.micro_batch_size)])
+                whole = len(rows) if o.reward else o.micro_batch_size  # a function gets all answers at once
+                scores = torch.cat([judges[0](rollout.take(part)) for part in rows.split(whole)])
             kl = k1(old_logprobs, ref_logprobs)  # (B, T-1), 0 outside the response
             kl_k3 = k3(old_logprobs, ref_logprobs)
 

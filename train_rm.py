@@ -19,6 +19,7 @@ from minirlhf.data import (Order, Row, collate, encode_prompts, encode_row, fing
                            load_prompts, repeats, too_long)
 from minirlhf.generate import generate
 from minirlhf.objectives import bradley_terry_loss, expected_calibration_error, fit_temperature
+
 BINS = (0, 0.5, 1, 2, 4, math.inf)  # of `margin`, for the accuracy by how clear a preference was
 
 
@@ -30,13 +31,13 @@ class Options(RunOptions):
     """
     data_dir: str = "data/sentiment"  # folder of the preferences; the default is prepared when it is missing
     preferences: str = "preferences"  # stem of the two files: "judge" trains a judge on sentences this model never sees
-    out_dir: str = "out/rm"  # where ckpt.pt, config.json and metrics.jsonl go
+    out_dir: str = "out/rm"  # where ckpt.pt, config.json, metrics.jsonl and samples.jsonl go
     init_from: str = "out/sft/ckpt.pt"  # the SFT model: its trunk is the start, its samples set the scale of the reward
     dropout: float = 0.0  # in training only [0..1)
     long_prompts: Literal["drop", "trim"] = "drop"  # texts over the context: drop them, or trim the prompt at its left
     num_train_epochs: float = 1  # passes over the training data; more overfit fast (0..]
     batch_size: int = 16  # records (pairs or rankings) an optimizer step, over all ranks [1..]
-    micro_batch_size: int = 16  # records a forward and backward pass: for memory; changes no gradient [1..]
+    micro_batch_size: int = 16  # records a backward pass: for memory; changes no gradient [1..]
     optimizer: Literal["muon", "adamw"] = "muon"  # muon: torch.optim.Muon for the blocks' matrices, AdamW for the rest
     learning_rate: float = 2e-3  # AdamW's peak [0..]
     muon_learning_rate: float = 1e-2  # Muon's peak [0..]
@@ -178,8 +179,9 @@ def show_pairs(model, run, tokenizer, records, step, count):
     model.train()
 
 
+@torch.no_grad()
 def set_scale(model, sft, run, tokenizer, prompts, o):
-    """Gain and bias such that scores of SFT samples, cut as stage 3 cuts them, have mean 0 and deviation 1 (D11)."""
+    """Gain and bias such that scores of SFT samples, cut as stage 3 cuts them, have mean 0 and deviation 1."""
     rows = []
     for at in range(0, len(prompts), 128):
         part = prompts[at:at + 128]
@@ -188,7 +190,7 @@ def set_scale(model, sft, run, tokenizer, prompts, o):
                                generator=runtime.generator(o.seed, at, 0, "scale"))
         rows += [Row(p + r, len(p)) for p, r in zip(part, rollout.responses())]
     model.eval()
-    scores = score_all(model, run, rows, tokenizer.eos).double()
+    scores = score_all(model, run, rows, tokenizer.eos).cpu().double()
     mean, std = float(scores.mean()), float(scores.std(correction=0))
     if not std > 1e-6:
         fail(f"the reward model gives all SFT samples the same score ({mean:.4f}): it has learned nothing to optimise")
@@ -273,7 +275,7 @@ def main():
         seen, seen_seconds, right, judged = 0, 0.0, 0, 0
         for step in range(first, steps):
             began = time.perf_counter()
-            # ---- one optimizer step over all pairs of all records, divided once by their number (D22)
+            # ---- one optimizer step over all pairs of all records, divided once by their number
             factor = runtime.warmup_cosine(step, steps, o.warmup_ratio)
             runtime.set_rate(optimizers, factor)
             batch = [train_set[i] for i in order.batch(step)]
@@ -348,6 +350,8 @@ def main():
         if o.preferences == Options.preferences:
             done += "; next: python train_ppo.py" + "".join(
                 f" --{name} {shlex.quote(path)}" for name, path in names.items() if path != usual[name])
+        elif o.preferences == "judge":
+            done += f"; next: python train_ppo.py --resume --judge {shlex.quote(run.path('ckpt.pt'))}"
         run.say(done)
 
 

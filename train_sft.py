@@ -170,7 +170,7 @@ def main():
         seen, seen_seconds = 0, 0.0
         for step in range(first, steps):
             began = time.perf_counter()
-            # ---- one optimizer step: the loss is summed over microbatches and ranks and divided once (D7, D22)
+            # ---- one optimizer step: the loss is summed over microbatches and ranks and divided once
             factor = runtime.warmup_cosine(step, steps, o.warmup_ratio)
             runtime.set_rate(optimizers, factor)
             batch = [train_rows[i] for i in order.batch(step)]

@@ -1,7 +1,7 @@
 """JSONL records -> token ids -> right-padded batches, in an order that is a function of (seed, step).
 
-Invariant: prompt and completion are encoded apart and joined as ids, here and everywhere (D4); masks are made from
-lengths, never from token ids (D2).
+Invariant: prompt and completion are encoded apart and joined as ids, here and everywhere; masks are made from
+lengths, never from token ids.
 
 Records: {"prompt", "completion"}, {"text"}, {"prompt"}, {"prompt", "chosen", "rejected"}, {"prompt", "completions"
 [, "scores"]} (best first), {"messages": [{"role", "content"}, ...]}; chosen and rejected may be message lists too.

@@ -3,7 +3,7 @@
 Invariant: row b's token number n lies in slot n, written over whatever padding was there, and sees slots <= n. So rows
 with prompts of different lengths share a batch, and no row's answer depends on which other rows are in it.
 
-Left out: top-k and top-p. RL trains the full softmax, so it must sample from it (D5).
+Left out: top-k and top-p. RL trains the full softmax, so it must sample from it.
 """
 from dataclasses import dataclass
 

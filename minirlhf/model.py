@@ -78,7 +78,7 @@ class GPT(nn.Module):
     """Radford et al. 2019: pre-LayerNorm, learned positions, tanh GELU, biases, output tied to the token embedding.
 
     head="lm":     logits = hidden @ wte.T
-    head="scalar": scalar = (hidden @ w + b) * gain + bias; gain and bias are buffers that set the reward's scale (D11)
+    head="scalar": scalar = (hidden @ w + b) * gain + bias; gain and bias are buffers that set the reward's scale
     Parameter names are GPT-2's; linear weights are (out, in), the transpose of GPT-2's own files.
     """
 

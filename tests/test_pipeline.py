@@ -20,6 +20,7 @@ RM = ("--device cpu --batch_size 16 --learning_rate 2e-3 --num_scale_samples 128
 PPO = ("--device cpu --total_episodes 640 --batch_size 32 --learning_rate 1e-3 --response_length 16 --kl_coef 0.05 "
        "--eval_interval 10 --num_eval_prompts 16 --num_final_prompts 64 --num_ppo_epochs 2 --num_mini_batches 4 "
        "--value_warmup 2 --ent_coef 0").split()
+TWO_RANKS = ["-m", "torch.distributed.run", "--nproc_per_node=2"]
 
 
 def run(*command, cwd, code=0, timeout=170):
@@ -227,10 +228,20 @@ def test_own_data_in_other_forms(folder):
 
 
 @pytest.mark.slow
-def test_two_ranks_train_as_one(folder):
+@pytest.mark.parametrize("stage, options", [("sft", SFT), ("rm", [*RM, "--dtype", "float32"])])
+def test_two_ranks_train_as_one(folder, stages, stage, options):
     """Under torchrun each rank takes half of every batch; sums over ranks make the same model, up to rounding."""
     losses = []
-    for n, launcher in ((1, []), (2, ["-m", "torch.distributed.run", "--nproc_per_node=2"])):
-        run(*launcher, script("sft"), "--data_dir", "data", *SFT, "--out_dir", f"out/ranks{n}", cwd=folder)
-        losses.append([m["loss"] for m in metrics(folder, f"ranks{n}")])
+    for n, launcher in ((1, []), (2, TWO_RANKS)):
+        run(*launcher, script(stage), "--data_dir", "data", *options, "--out_dir", f"out/{stage}{n}", cwd=folder)
+        losses.append([m["loss"] for m in metrics(folder, f"{stage}{n}") if "loss" in m])
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_two_ranks_improve_one_policy(folder, stages):
+    """Each rank samples its own half of the answers; the policy improves as with one."""
+    run(*TWO_RANKS, script("ppo"), "--data_dir", "data", *PPO, "--out_dir", "out/ppo2", cwd=folder)
+    rows = metrics(folder, "ppo2")
+    assert rows[0]["val/ratio"] == pytest.approx(1, abs=1e-5) and rows[0]["episode"] == 32
+    assert rows[-1]["final"]["after"]["score"][0] > rows[-1]["final"]["before"]["score"][0] + 0.5

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -329,7 +330,28 @@ def test_ranks_share_a_batch(start):
     assert shares == [[0, 3, 6], [1, 4], [2, 5]]
 
 
-# Learning rate
+# Optimizers and learning rate
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_who_optimises_what(make_model, optimizer):
+    """Every parameter once; Muon has the blocks' matrices and nothing else; biases and LayerNorms are not decayed."""
+    model = make_model()
+    o = SimpleNamespace(optimizer=optimizer, learning_rate=0.01, muon_learning_rate=0.02, weight_decay=0.1)
+    optimizers = runtime.make_optimizers(model, o)
+    groups = [group for one in optimizers for group in one.param_groups]
+    names = {p: name for name, p in model.named_parameters()}
+    assert sorted(names[p] for group in groups for p in group["params"]) == sorted(names.values())
+    for group in groups:
+        assert all((p.dim() == 2) == (group["weight_decay"] == 0.1) for p in group["params"])
+    matrices = {name for name, p in model.named_parameters() if name.startswith("h.") and p.dim() == 2}
+    by_muon = {names[p] for one in optimizers if isinstance(one, torch.optim.Muon)
+               for group in one.param_groups for p in group["params"]}
+    assert by_muon == (matrices if optimizer == "muon" else set())
+    runtime.set_rate(optimizers, 0.5)
+    assert [one.param_groups[0]["lr"] for one in optimizers] == [0.005, 0.01][:len(optimizers)]
+
+
 
 
 def test_warmup_cosine_by_hand():
