@@ -8,17 +8,18 @@ import math
 import os
 import shlex
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 
-from minirlhf import checkpoint, prepare, runtime
+from minirlhf import check, checkpoint, prepare, runtime
 from minirlhf.config import RunOptions, fail, parse
-from minirlhf.data import encode_prompts, endless_batch, fingerprint, load_prompts, repeats
+from minirlhf.data import Row, encode_prompts, encode_row, endless_batch, fingerprint, load_prompts, repeats
 from minirlhf.generate import generate
+from minirlhf.model import GPT
 from minirlhf.objectives import (adaptive_kl_coef, best_of_n_kl, credit_length, entropy, explained_variance, gae, k1,
-                                 k3, log_ratio, masked_mean, mean_interval, policy_clipped, policy_loss, shape_rewards,
+                                 k3, log_ratio, mean_interval, policy_clipped, policy_loss, shape_rewards,
                                  token_logprobs, value_clipped, value_loss, whiten, wilson_interval)
 
 
@@ -53,6 +54,7 @@ class Options(RunOptions):
     vf_coef: float = 0.1  # weight of the value loss [0..]
     ent_coef: float = 0.034  # weight of an entropy bonus (Schulman et al. 2017, eq. 9): keeps answers diverse [0..]
     value_warmup: int = 4  # first steps in which only the value network learns [0..]
+    reward_clip: float = 2.0  # the reward model's scores count up to +- this, lest a few words take over; 0 = off [0..]
     missing_eos_penalty: float = 1.0  # subtracted from the score of an answer that did not end; 0 = off [0..]
     whiten_rewards: bool = False  # divide rewards by their deviation, their mean kept
     target_kl: float = 0.0  # k3 between new and old policy above which a batch's epochs end; 0 = never [0..]
@@ -126,7 +128,132 @@ def decisions(model, tokens, mask, temperature, hidden=None):
 
 def on_grid(counted, mask):
     """(counted,) -> (B, T-1), 0 elsewhere."""
-    return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, counted.float())
+    return torch.zeros(mask.shape, dtype=counted.dtype, device=mask.device).masked_scatter(mask, counted)
+
+
+# ---- the paragraphs of a step
+
+@dataclass
+class Networks:
+    """What a step trains, `policy` and `value`, and what it holds against them: the frozen SFT model `ref`."""
+    policy: GPT
+    ref: GPT
+    value: GPT
+    compile: bool = False
+
+    def __post_init__(self):
+        self.policy_hidden, self.value_hidden = (
+            torch.compile(m.hidden, dynamic=True) if self.compile else m.hidden for m in (self.policy, self.value))
+
+
+@dataclass
+class Judgement:
+    """What the networks say of a rollout: scores (B,), the rest (B, T-1) and 0 outside the response."""
+    old_logprobs: torch.Tensor
+    ref_logprobs: torch.Tensor
+    values: torch.Tensor
+    entropies: torch.Tensor
+    scores: torch.Tensor
+
+
+@torch.no_grad()
+def judgement(nets, rollout, judge, o, run):
+    """Rollout -> Judgement: log-probabilities of what was sampled under policy and reference, values, scores."""
+    mask, rows = rollout.response_mask, torch.arange(len(rollout.lengths), device=run.device)
+
+    def forward(rows):
+        part = rollout.take(rows)  # cut to the longest: padding costs time and changes nothing
+        tokens, mask = part.tokens, part.response_mask
+        with run.autocast():
+            logits, logprobs = decisions(nets.policy, tokens, mask, o.temperature, nets.policy_hidden)
+            entropies = entropy(logits)
+            _, ref_logprobs = decisions(nets.ref, tokens, mask, o.temperature)
+            values = nets.value.scalar(nets.value_hidden(tokens[:, :-1])[mask])
+        return logprobs, ref_logprobs, values, entropies
+
+    parts = [forward(part) for part in rows.split(o.micro_batch_size)]
+    whole = o.micro_batch_size if judge.model is not None else len(rows)  # a function gets all answers at once
+    scores = torch.cat([judge(rollout.take(part)) for part in rows.split(whole)])
+    return Judgement(*(on_grid(torch.cat(x), mask) for x in zip(*parts)), scores)
+
+
+def credit(rollout, judged, kl_coef, o, total):
+    """Rollout, Judgement -> advantages, returns, charged (B, T-1), paid (B,).
+
+    charged: the KL a decision pays for; paid: the score, clipped, less the penalty of an answer that did not end.
+    """
+    mask = rollout.response_mask
+    scores = judged.scores.clamp(-o.reward_clip, o.reward_clip) if o.reward_clip and not o.reward else judged.scores
+    paid = scores - o.missing_eos_penalty * ~rollout.finished
+    charged = credit_length(k1(judged.old_logprobs, judged.ref_logprobs), mask, o.kl_length_credit, total)
+    rewards = shape_rewards(paid, charged, mask, kl_coef)  # (B, T-1)
+    if o.whiten_rewards:
+        rewards = whiten(rewards, mask, keep_mean=True, total=total)
+    advantages, returns = gae(rewards, judged.values, mask, o.gamma, o.lam)
+    return whiten(advantages, mask, total=total), returns, charged, paid
+
+
+def minibatch_gradients(nets, rollout, judged, advantages, returns, rows, learn_policy, o, run):
+    """Add to each .grad the gradient of the clipped losses over some rows, in microbatches -> sums (7,), count.
+
+    sums, over the decisions of all ranks: policy loss, value loss, 0.5 log-ratio^2, policy clipped, value clipped,
+    ratio, k3 of new and old policy. The gradients are those of their losses / count, whatever the microbatch size.
+    """
+    count = run.total(rollout.response_mask[rows].sum())  # over all microbatches and ranks: divide once
+    sums = torch.zeros(7, device=run.device)
+    for part in rows.sort().values.split(o.micro_batch_size):
+        rows_of = rollout.take(part)
+        tokens, mask = rows_of.tokens, rows_of.response_mask
+        old, A, R, V_old = (x[part, :mask.shape[1]][mask]
+                            for x in (judged.old_logprobs, advantages, returns, judged.values))
+        with run.autocast():
+            new, bonus = old, 0.0
+            if learn_policy:
+                logits, new = decisions(nets.policy, tokens, mask, o.temperature, nets.policy_hidden)
+                bonus = o.ent_coef * entropy(logits) if o.ent_coef else 0.0
+            V = nets.value.scalar(nets.value_hidden(tokens[:, :-1])[mask])
+        pg_loss = policy_loss(new, old, A, o.cliprange)
+        vf_loss = value_loss(V, V_old, R, o.cliprange_value)
+        ((pg_loss - bonus + o.vf_coef * vf_loss).sum() / count).backward()
+        with torch.no_grad():
+            d = log_ratio(new, old)
+            sums += torch.stack([x.sum() for x in (
+                pg_loss, vf_loss, 0.5 * d ** 2, policy_clipped(new, old, A, o.cliprange),
+                value_clipped(V, V_old, R, o.cliprange_value), d.exp(), k3(old, new))])
+    for model in (nets.policy, nets.value)[not learn_policy:]:
+        run.sum_gradients(model.parameters())
+    return run.total(sums), count
+
+
+def update(nets, optimizers, rollout, judged, advantages, returns, step, o, run):
+    """Epochs x minibatches of clipped losses -> (sums (7,), their count, mean ratio of each minibatch, stopped early).
+
+    In the first value_warmup steps the policy rests. Exits 2, before the optimizer's step, on what is not finite.
+    """
+    learn_policy = step >= o.value_warmup
+    learning = list(zip((nets.policy, nets.value), optimizers))[not learn_policy:]
+    totals, counted, ratios = torch.zeros(7, device=run.device), 0, []
+    for epoch in range(o.num_ppo_epochs):
+        shuffled = torch.randperm(len(rollout.lengths), generator=run.generator(step, f"epoch {epoch}")).to(run.device)
+        for minibatch in shuffled.tensor_split(o.num_mini_batches):
+            sums, count = minibatch_gradients(nets, rollout, judged, advantages, returns, minibatch, learn_policy, o,
+                                              run)
+            if o.target_kl and float(sums[6] / count) > o.target_kl:
+                for _, optimizer in learning:
+                    optimizer.zero_grad(set_to_none=True)
+                return totals, counted, ratios, True
+            norms = [torch.nn.utils.clip_grad_norm_(model.parameters(), o.max_grad_norm or math.inf)
+                     for model, _ in learning]
+            if not torch.stack([sums.sum(), *norms]).isfinite().all():
+                fail(f"step {step + 1}, epoch {epoch + 1}: a loss or gradient is not finite (policy loss "
+                     f"{float(sums[0] / count)}, value loss {float(sums[1] / count)}): stopped before the update; a "
+                     f"checkpoint, if any, is in {o.out_dir}; try a --learning_rate below {o.learning_rate:g}")
+            for _, optimizer in learning:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            totals, counted = totals + sums, counted + count
+            ratios.append(sums[5] / count)
+    return totals, counted, ratios, False
 
 
 # ---- looking at held-out prompts
@@ -192,6 +319,62 @@ def report(run, before, after):
             run.say("".join([f"{label:<38}", *(f"{cell:>24}" for cell in cells)]))
 
 
+def run_checks(nets, judge, tokenizer, prompts, first, o, run):
+    """--check: what must hold of this stage, on one batch of answers. first: the steps that were taken before."""
+    checks, o = check.Checks(run), replace(o, value_warmup=0, target_kl=0.0, micro_batch_size=max(1, len(prompts) // 4))
+    policy, value = nets.policy.eval(), nets.value.eval()
+    with run.autocast():
+        rollout = generate(policy, prompts, o.response_length, tokenizer.eos, o.temperature,
+                           run.generator(first, "check"))
+    ids = [row[:n] for row, n in zip(rollout.tokens.tolist(), rollout.lengths.tolist())]
+    rows = [Row(row, n) for row, n in zip(ids, rollout.prompt_lengths.tolist())]
+    for name, model in (("policy", policy), ("value network", value), ("reward model", judge.model)):
+        if model is not None:
+            check.padding(checks, model, ids, name)
+    check.cache(checks, policy, ids)
+    judged, mask = judgement(nets, rollout, judge, o, run), rollout.response_mask
+    checks.close("the sampler's log-probabilities are the trainer's", rollout.sampler_logprobs[mask],
+                 judged.old_logprobs[mask], "the temperature is missing in one of them, or positions differ")
+    advantages, returns, _, _ = credit(rollout, judged, o.kl_coef, o, run.total)
+    gradients, every = [], torch.arange(len(rows), device=run.device)
+    for size in (len(rows), 1):
+        sums, count = minibatch_gradients(nets, rollout, judged, advantages, returns, every, True,
+                                          replace(o, micro_batch_size=size), run)
+        gradients.append(check.gradients([policy, value]))
+    off = math.sqrt(2 * float(sums[2] / count))
+    checks("the ratio is 1 before the first update", off <= checks.limit, f"log-ratios of {off:.1e} nats (root mean "
+           f"square), at most {checks.limit:.0e}",
+           "dropout is on, or old and new log-probabilities differ in temperature")
+    check.microbatches(checks, *gradients)
+    kl = k1(judged.old_logprobs, judged.ref_logprobs).sum(1).mean()
+    if not first:
+        checks("the KL from the SFT model is 0 at the start", abs(kl) <= 10 * checks.limit, f"{float(kl):.1e} nats a "
+               "response", "policy and reference start from different weights")
+    before = [[p.detach().clone() for p in model.parameters()] for model in (policy, value)]
+    optimizers = [torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0) for model in (policy, value)]
+    totals, counted, _, _ = update(nets, optimizers, rollout, judged, advantages, returns, first, o, run)
+    approxkl, clipfrac = (float(totals[i] / counted) for i in (2, 3))
+    moved = not check.same_weights([policy, value], before)
+    again = judgement(nets, rollout, judge, o, run)
+    drift = abs(float(k1(again.old_logprobs, again.ref_logprobs).sum(1).mean() - kl))
+    checks("at learning rate 0 KL, approxkl and clipfrac stay 0",
+           not moved and max(drift, approxkl) <= checks.limit and clipfrac <= checks.limit / 3,
+           f"{drift:.1e}, {approxkl:.1e}, {clipfrac:.1e}",
+           "something besides the optimizers changes the weights, or the ratio's denominator is not the old policy")
+    if judge.model is not None:
+        answers = [encode_row(judge.tokenizer, tokenizer.decode(row.ids[:row.prompt_length]), tokenizer.decode(
+            row.ids[row.prompt_length:]), judge.model.config.block_size, "trim") for row in rows]
+        check.same_ids(checks, tokenizer, answers, "for policy and reward model prompts and answers")
+        same = [row.ids[:row.prompt_length] == answer.ids[:answer.prompt_length] for row, answer in zip(rows, answers)]
+        checks("the policy reads its prompts as the reward model does", all(same), f"{sum(same)} of {len(same)}",
+               "prompts were cut, or encoded otherwise than in stages 1 and 2")
+    ended = float(rollout.finished.float().mean())
+    checks("eos is reachable", ended > 0, f"{ended:.0%} of {len(rows)} answers end within {o.response_length} tokens",
+           "the SFT model was not trained on eos, or --response_length is too short")
+    check.saved(checks, policy, tokenizer, "ppo")
+    checks.end()
+
+
 def main():
     o = parse(Options)
     world = int(os.environ.get("WORLD_SIZE", 1))
@@ -249,9 +432,10 @@ def main():
             for optimizer, saved in zip(optimizers, state["optimizers"]):
                 optimizer.load_state_dict(saved)
             first, kl_coef, high = state["step"], state["kl_coef"], state["high"]
+        nets = Networks(policy, ref, value_model, o.compile)
+        if o.check:
+            run_checks(nets, judges[0], tokenizer, prompts[:64], first, o, run)
         run.start_logs(first)
-        policy_hidden, value_hidden = (torch.compile(m.hidden, dynamic=True) if o.compile else m.hidden
-                                       for m in (policy, value_model))
 
         # ---- what is about to happen
         run.say(f"PPO: {len(prompts):,} prompts for training, {len(val_prompts):,} held out, from {o.data_dir}")
@@ -277,17 +461,6 @@ def main():
                 warned.add(key)
                 run.say(f"warning: {text}")
 
-        def forward_all(rows):
-            """Old, reference log-probabilities and values of some rows on the grid, and the policy's entropy."""
-            part = rollout.take(rows)  # cut to the longest: padding costs time and changes nothing
-            tokens, mask = part.tokens, part.response_mask
-            with run.autocast():
-                logits, logprobs = decisions(policy, tokens, mask, o.temperature, policy_hidden)
-                entropies = entropy(logits)
-                _, ref_logprobs = decisions(ref, tokens, mask, o.temperature)
-                values = value_model.scalar(value_hidden(tokens[:, :-1])[mask])
-            return logprobs, ref_logprobs, values, entropies
-
         for step in range(first, steps):
             began = time.perf_counter()
             lr = o.learning_rate * (1 - step / steps)
@@ -300,90 +473,29 @@ def main():
                 rollout = generate(policy, batch, o.response_length, tokenizer.eos, o.temperature,
                                    run.generator(step, "rollout"))
             rollout = rollout.take(rollout.lengths.argsort(stable=True))  # rows of like length share a microbatch
-            response_mask, rows = rollout.response_mask, torch.arange(len(batch), device=run.device)
             sampled = time.perf_counter()
 
             # ---- JUDGEMENT: old and reference log-probabilities, values, scores; no gradients
-            with torch.no_grad():
-                parts = [forward_all(part) for part in rows.split(o.micro_batch_size)]
-                old_logprobs, ref_logprobs, values, entropies = (
-                    on_grid(torch.cat(x), response_mask) for x in zip(*parts))
-                whole = len(rows) if o.reward else o.micro_batch_size  # a function gets all answers at once
-                scores = torch.cat([judges[0](rollout.take(part)) for part in rows.split(whole)])
-            kl = k1(old_logprobs, ref_logprobs)  # (B, T-1), 0 outside the response
-            kl_k3 = k3(old_logprobs, ref_logprobs)
+            judged = judgement(nets, rollout, judges[0], o, run)
 
             # ---- CREDIT: a KL penalty a token, the score at the last decision, GAE, whitening
-            penalised = scores - o.missing_eos_penalty * ~rollout.finished
-            charged = credit_length(kl, response_mask, o.kl_length_credit, run.total)
-            rewards = shape_rewards(penalised, charged, response_mask, kl_coef)  # (B, T-1)
-            if o.whiten_rewards:
-                rewards = whiten(rewards, response_mask, keep_mean=True, total=run.total)
-            advantages, returns = gae(rewards, values, response_mask, o.gamma, o.lam)
-            advantages = whiten(advantages, response_mask, total=run.total)
+            advantages, returns, charged, paid = credit(rollout, judged, kl_coef, o, run.total)
 
             # ---- UPDATE: epochs x minibatches x microbatches of the clipped losses
-            warming_up = step < o.value_warmup  # then the policy rests
-            learning = list(zip((policy, value_model), optimizers))[warming_up:]
-            totals, counted, ratio_means, stopped_early = torch.zeros(7, device=run.device), 0, [], False
-            for epoch in range(o.num_ppo_epochs):
-                shuffled = torch.randperm(len(batch), generator=run.generator(step, f"epoch {epoch}")).to(run.device)
-                for minibatch in shuffled.tensor_split(o.num_mini_batches):
-                    count = run.total(response_mask[minibatch].sum())  # over all microbatches and ranks: divide once
-                    stats = torch.zeros(7, device=run.device)
-                    for part in minibatch.sort().values.split(o.micro_batch_size):
-                        rows_of = rollout.take(part)
-                        tokens, mask = rows_of.tokens, rows_of.response_mask
-                        old, A, R, V_old = (x[part, :mask.shape[1]][mask]
-                                            for x in (old_logprobs, advantages, returns, values))
-                        with run.autocast():
-                            new, bonus = old, 0.0
-                            if not warming_up:
-                                logits, new = decisions(policy, tokens, mask, o.temperature, policy_hidden)
-                                bonus = o.ent_coef * entropy(logits) if o.ent_coef else 0.0
-                            V = value_model.scalar(value_hidden(tokens[:, :-1])[mask])
-                        pg_loss = policy_loss(new, old, A, o.cliprange)
-                        vf_loss = value_loss(V, V_old, R, o.cliprange_value)
-                        ((pg_loss - bonus + o.vf_coef * vf_loss).sum() / count).backward()
-                        with torch.no_grad():
-                            d = log_ratio(new, old)
-                            stats += torch.stack([x.sum() for x in (
-                                pg_loss, vf_loss, 0.5 * d ** 2, policy_clipped(new, old, A, o.cliprange),
-                                value_clipped(V, V_old, R, o.cliprange_value), d.exp(), k3(old, new))])
-                    for model, _ in learning:
-                        run.sum_gradients(model.parameters())
-                    stats = run.total(stats)
-                    if o.target_kl and float(stats[6] / count) > o.target_kl:
-                        for _, optimizer in learning:
-                            optimizer.zero_grad(set_to_none=True)
-                        stopped_early = True
-                        break
-                    norms = [torch.nn.utils.clip_grad_norm_(model.parameters(), o.max_grad_norm or math.inf)
-                             for model, _ in learning]
-                    if not torch.stack([stats.sum(), *norms]).isfinite().all():
-                        fail(f"step {step + 1}, epoch {epoch + 1}: a loss or gradient is not finite (policy loss "
-                             f"{float(stats[0] / count)}, value loss {float(stats[1] / count)}): stopped before the "
-                             f"update; a checkpoint, if any, is in {o.out_dir}; try a --learning_rate below "
-                             f"{o.learning_rate:g}")
-                    for _, optimizer in learning:
-                        optimizer.step()
-                        optimizer.zero_grad(set_to_none=True)
-                    totals, counted = totals + stats, counted + count
-                    ratio_means.append(stats[5] / count)
-                if stopped_early:
-                    break
+            totals, counted, ratios, stopped_early = update(nets, optimizers, rollout, judged, advantages, returns,
+                                                            step, o, run)
 
             # ---- LOOK: one log line, now and then held-out prompts and a checkpoint
-            B = len(batch)
+            B, mask = len(batch), rollout.response_mask
             n = run.total(torch.tensor([float(B)], device=run.device))
             means = run.total(torch.stack([x.float().sum() for x in (
-                kl, kl_k3, -old_logprobs, scores, penalised, kl_coef * charged, response_mask, rollout.finished,
-                entropies)])) / n
-            mean_kl, mean_k3, neg_logprob, score, paid, priced_kl, length, eos_rate, H = means.tolist()
-            H /= length  # nats a decision, over all decisions of all ranks
-            gap = masked_mean((old_logprobs - rollout.sampler_logprobs).abs(), response_mask)
+                k1(judged.old_logprobs, judged.ref_logprobs), k3(judged.old_logprobs, judged.ref_logprobs),
+                -judged.old_logprobs, judged.scores, paid, kl_coef * charged, mask, rollout.finished, judged.entropies,
+                (judged.old_logprobs - rollout.sampler_logprobs).abs())])) / n
+            mean_kl, mean_k3, neg_logprob, score, rewarded, priced_kl, length, eos_rate, H, gap = means.tolist()
+            H, gap = H / length, gap / length  # a decision, over all decisions of all ranks
             policy_avg, value_avg, approxkl, clipfrac, value_clipfrac, _, _ = (totals / max(1, counted)).tolist()
-            ratio_means = torch.stack(ratio_means) if ratio_means else torch.ones(1)
+            ratios = torch.stack(ratios) if ratios else torch.ones(1)
             seconds = time.perf_counter() - began
             done, stopping = step + 1, run.should_stop()
             record = {
@@ -392,19 +504,19 @@ def main():
                 "seconds": seconds,
                 "objective/kl": mean_kl, "objective/kl_k3": mean_k3, "objective/entropy": neg_logprob,
                 "objective/scores": score, "objective/non_score_reward": -priced_kl,
-                "objective/rlhf_reward": paid - priced_kl, "objective/kl_coef": kl_coef,
+                "objective/rlhf_reward": rewarded - priced_kl, "objective/kl_coef": kl_coef,
                 "policy/approxkl_avg": approxkl, "policy/clipfrac_avg": clipfrac, "policy/entropy_avg": H,
                 "loss/policy_avg": policy_avg, "loss/value_avg": value_avg,
-                "val/clipfrac_avg": value_clipfrac, "val/ratio": float(ratio_means.mean()),
-                "val/ratio_var": float(ratio_means.var(correction=0)), "val/sampler_gap": float(gap),
-                "val/explained_variance": float(explained_variance(values, returns, response_mask)),
+                "val/clipfrac_avg": value_clipfrac, "val/ratio": float(ratios.mean()),
+                "val/ratio_var": float(ratios.var(correction=0)), "val/sampler_gap": gap,
+                "val/explained_variance": float(explained_variance(judged.values, returns, mask, run.total)),
                 "completions/mean_length": length, "completions/eos_rate": eos_rate,
                 "epochs_ended_by_target_kl": stopped_early}
             run.say(f"{run.progress(done, steps, first)}  score {score:+.3f}  kl {mean_kl:.2f} (k3 {mean_k3:.2f})  "
                     f"entropy {H:.2f}  clip {clipfrac:.3f}  value ev {record['val/explained_variance']:+.2f}  length "
                     f"{length:.1f}  eos {eos_rate:.2f}  {record['tokens_per_second']:,.0f} tokens/s"
-                    + ("  (value warm-up)" if warming_up else ""))
-            if B > 1 and scores.max() == scores.min():
+                    + ("  (value warm-up)" if step < o.value_warmup else ""))
+            if B > 1 and judged.scores.max() == judged.scores.min():
                 warn("variance", f"all scores of step {done} are {score:.4f}: there is nothing to learn from")
             if eos_rate == 0:
                 warn("eos", f"no answer of step {done} ended within {o.response_length} tokens; raise "

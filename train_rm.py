@@ -8,12 +8,12 @@ import os
 import shlex
 import time
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 
-from minirlhf import checkpoint, prepare, runtime
+from minirlhf import check, checkpoint, prepare, runtime
 from minirlhf.config import RunOptions, fail, parse
 from minirlhf.data import (Order, Row, collate, encode_prompts, encode_row, fingerprint, load_preferences,
                            load_prompts, repeats, too_long)
@@ -76,6 +76,25 @@ def score_all(model, run, rows, eos, batch_size=128, forward=None):
             scores.append(model.score(tokens, lengths, forward))
     place = {tuple(row.ids): i for i, row in enumerate(unique)}
     return torch.cat(scores)[[place[tuple(row.ids)] for row in rows]]
+
+
+def batch_gradients(model, forward, batch, eos, o, run):
+    """Add to each .grad the gradient of the mean loss over all pairs of some records, in microbatches and over all
+    ranks -> the loss in nats a pair, pairs ordered rightly, pairs."""
+    count = sum(len(index) for _, index, _ in batch)
+    share, sums = run.share(batch), torch.zeros(2, device=run.device)
+    for at in range(0, len(share), o.micro_batch_size):
+        rows, better, worse = [], [], []
+        for record_rows, index, _ in share[at:at + o.micro_batch_size]:
+            better += [len(rows) + i for i, _ in index]
+            worse += [len(rows) + j for _, j in index]
+            rows += record_rows
+        scores = score_all(model, run, rows, eos, 32, forward)  # (texts,), in however many pairs
+        loss = bradley_terry_loss(scores[better], scores[worse]).sum() / count
+        loss.backward()
+        sums += torch.stack([loss.detach(), (scores[better] > scores[worse]).sum()])
+    run.sum_gradients(model.parameters())
+    return *run.total(sums).tolist(), count
 
 
 def accuracy_with_interval(better, worse, texts, seed=0, replicates=400):
@@ -199,6 +218,37 @@ def set_scale(model, sft, run, tokenizer, prompts, o):
     return mean, std
 
 
+def run_checks(model, tokenizer, batch, optimizers, o, run):
+    """--check: what must hold of this stage, on one batch of training records."""
+    checks, eos, rows = check.Checks(run), tokenizer.eos, [row for rows, _, _ in batch for row in rows]
+    model.eval()
+    check.padding(checks, model, [row.ids for row in rows], "reward model")
+    with torch.no_grad():
+        parts = [Row(ids, 1) for ids in check.ragged([row.ids for row in rows])]
+        scores = [score_all(model, run, parts, eos, size) for size in (len(parts), 1)]
+    checks.close("a score does not depend on what else is scored", *scores,
+                 "the score is not read at the last real token")
+    gradients = []
+    for size in (len(batch), 1):
+        batch_gradients(model, model.hidden, batch, eos, replace(o, micro_batch_size=size), run)
+        gradients.append(check.gradients([model]))
+    check.microbatches(checks, *gradients)
+    before = [p.detach().clone() for p in model.parameters()]
+    runtime.set_rate(optimizers, 0.0)
+    batch_gradients(model, model.hidden, batch, eos, o, run)
+    for optimizer in optimizers:
+        optimizer.step()
+    checks("at learning rate 0 no weight moves", check.same_weights([model], [before]), "one step",
+           "something besides the optimizers changes the weights")
+    whole = [row for row in rows if not row.trimmed]
+    check.same_ids(checks, tokenizer, whole)
+    ends = sum(row.ids[-1] == eos for row in whole)
+    checks("a text is scored at its eos", ends == len(whole), f"{ends} of {len(whole)} texts",
+           "completions are encoded without eos, which is where stage 3 reads the score")
+    check.saved(checks, model, tokenizer, "rm")
+    checks.end()
+
+
 def main():
     o = parse(Options)
     if os.path.normpath(o.data_dir) == Options.data_dir:
@@ -242,6 +292,8 @@ def main():
             if start["training"]["finished"]:
                 run.say(f"{o.out_dir}: this run is finished ({first} steps)")
                 return
+        if o.check:
+            run_checks(model, tokenizer, [train_set[i] for i in order.batch(0)], optimizers, o, run)
         run.start_logs(first)
         forward = torch.compile(model.hidden, dynamic=True) if o.compile else model.hidden
 
@@ -279,22 +331,8 @@ def main():
             factor = runtime.warmup_cosine(step, steps, o.warmup_ratio)
             runtime.set_rate(optimizers, factor)
             batch = [train_set[i] for i in order.batch(step)]
-            count = sum(len(index) for _, index, _ in batch)
             run.seed_dropout(step)
-            sums = torch.zeros(2, device=run.device)  # loss, pairs ordered rightly
-            share = run.share(batch)
-            for at in range(0, len(share), o.micro_batch_size):
-                rows, better, worse = [], [], []
-                for record_rows, index, _ in share[at:at + o.micro_batch_size]:
-                    better += [len(rows) + i for i, _ in index]
-                    worse += [len(rows) + j for _, j in index]
-                    rows += record_rows
-                scores = score_all(model, run, rows, tokenizer.eos, 32, forward)  # (texts,), in however many pairs
-                loss = bradley_terry_loss(scores[better], scores[worse]).sum() / count
-                loss.backward()
-                sums += torch.stack([loss.detach(), (scores[better] > scores[worse]).sum()])
-            run.sum_gradients(model.parameters())
-            loss, correct = run.total(sums).tolist()
+            loss, correct, count = batch_gradients(model, forward, batch, tokenizer.eos, o, run)
             norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), o.max_grad_norm or math.inf))
             if not math.isfinite(loss) or not math.isfinite(norm):
                 fail(f"step {step + 1}: loss {loss}, gradient norm {norm}: stopped before the update; try a lower "

@@ -7,12 +7,12 @@ import os
 import shlex
 import time
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 
-from minirlhf import checkpoint, prepare, runtime
+from minirlhf import check, checkpoint, prepare, runtime
 from minirlhf.config import RunOptions, fail, parse
 from minirlhf.data import (Order, collate, encode_prompts, encode_row, fingerprint, load_demonstrations, load_prompts,
                            repeats, too_long)
@@ -49,6 +49,24 @@ class Options(RunOptions):
     log_interval: int = 10  # steps between log lines [1..]
     num_samples: int = 4  # completions of held-out prompts shown at each evaluation [0..]
     response_length: int = 48  # longest sample in tokens [1..]
+
+
+def batch_gradients(model, forward, batch, eos, o, run):
+    """Add to each .grad the gradient of a batch's loss, in microbatches and over all ranks -> the loss, nats a token.
+
+    Each microbatch's sum is divided by the whole batch's count, so its size changes nothing.
+    """
+    count = sum(len(row.ids) - row.prompt_length for row in batch)
+    share, loss_sum = run.share(batch), torch.zeros((), device=run.device)
+    for at in range(0, len(share), o.micro_batch_size):
+        tokens, mask, _ = collate(share[at:at + o.micro_batch_size], eos, run.device)
+        with run.autocast():
+            logits = model.logits(forward(tokens[:, :-1])[mask])  # (counted, V)
+        loss = sft_loss(logits, tokens[:, 1:][mask]).sum() / count
+        loss.backward()
+        loss_sum += loss.detach()
+    run.sum_gradients(model.parameters())
+    return float(run.total(loss_sum))
 
 
 @torch.no_grad()
@@ -96,6 +114,38 @@ def show_samples(model, run, tokenizer, prompts, step, o):
         run.write("samples.jsonl", {"step": step, "prompt": prompt, "completion": completion})
 
 
+def run_checks(model, tokenizer, batch, optimizers, o, run):
+    """--check: what must hold of this stage, on one batch of training rows."""
+    checks, eos = check.Checks(run), tokenizer.eos
+    model.eval()
+    check.padding(checks, model, [row.ids for row in batch], "model")
+    check.cache(checks, model, [row.ids for row in batch])
+    gradients = []
+    for size in (len(batch), 1):
+        loss = batch_gradients(model, model.hidden, batch, eos, replace(o, micro_batch_size=size), run)
+        gradients.append(check.gradients([model]))
+    check.microbatches(checks, *gradients)
+    if o.init_from == "scratch" and not o.resume:
+        uniform = math.log(tokenizer.vocab_size)
+        checks("a new model knows nothing", abs(loss - uniform) < 0.1 * uniform,
+               f"{loss:.2f} nats a token, {uniform:.2f} for an even guess", "the initial weights have another scale")
+    before = [p.detach().clone() for p in model.parameters()]
+    runtime.set_rate(optimizers, 0.0)
+    batch_gradients(model, model.hidden, batch, eos, o, run)
+    for optimizer in optimizers:
+        optimizer.step()
+    checks("at learning rate 0 no weight moves", check.same_weights([model], [before]), "one step",
+           "something besides the optimizers changes the weights")
+    whole = [row for row in batch if not row.trimmed]
+    check.same_ids(checks, tokenizer, whole)
+    tokens, mask, _ = collate(whole, eos, run.device)
+    ends = int((tokens[:, 1:][mask] == eos).sum())
+    checks("eos is reachable", ends == len(whole), f"{ends} of {len(whole)} completions train it",
+           "eos is masked as if it were padding, so a model never learns to stop")
+    check.saved(checks, model, tokenizer, "sft")
+    checks.end()
+
+
 def main():
     o = parse(Options)
     if o.n_embd % o.n_head:
@@ -141,6 +191,8 @@ def main():
             if first >= steps:
                 run.say(f"{o.out_dir}: this run is finished ({first} steps)")
                 return
+        if o.check:
+            run_checks(model, tokenizer, [train_rows[i] for i in order.batch(0)], optimizers, o, run)
         run.start_logs(first)
         forward = torch.compile(model.hidden, dynamic=True) if o.compile else model.hidden
 
@@ -174,19 +226,8 @@ def main():
             factor = runtime.warmup_cosine(step, steps, o.warmup_ratio)
             runtime.set_rate(optimizers, factor)
             batch = [train_rows[i] for i in order.batch(step)]
-            count = sum(len(row.ids) - row.prompt_length for row in batch)
             run.seed_dropout(step)
-            loss_sum = torch.zeros((), device=run.device)
-            share = run.share(batch)
-            for at in range(0, len(share), o.micro_batch_size):
-                tokens, mask, _ = collate(share[at:at + o.micro_batch_size], tokenizer.eos, run.device)
-                with run.autocast():
-                    logits = model.logits(forward(tokens[:, :-1])[mask])  # (counted, V)
-                loss = sft_loss(logits, tokens[:, 1:][mask]).sum() / count
-                loss.backward()
-                loss_sum += loss.detach()
-            run.sum_gradients(model.parameters())
-            loss = float(run.total(loss_sum))
+            loss = batch_gradients(model, forward, batch, tokenizer.eos, o, run)
             norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), o.max_grad_norm or math.inf))
             if not math.isfinite(loss) or not math.isfinite(norm):
                 fail(f"step {step + 1}: loss {loss}, gradient norm {norm}: stopped before the update; a checkpoint, if "

@@ -65,7 +65,7 @@ def sample(logits, temperature, u):
     Temperature 0 takes the most likely token (log-probability 0: the choice is certain).
     """
     if temperature == 0:
-        return logits.argmax(-1), torch.zeros_like(u)
+        return logits.argmax(-1), logits.new_zeros(len(logits))
     logprobs = (logits / temperature).log_softmax(-1)
     cdf = logprobs.exp().cumsum(-1)
     total = cdf[:, -1]
@@ -93,7 +93,7 @@ def generate(model, prompts: list[list[int]], response_length: int, eos: int, te
         raise ValueError(f"a prompt of {P} tokens and {response_length} new ones exceed the context of {limit}")
     u = torch.rand(B, response_length, generator=generator).to(device)
     tokens = torch.cat([tokens, tokens.new_full((B, response_length), eos)], 1)  # (B, P + response_length)
-    logprobs = torch.zeros(B, P + response_length - 1, device=device)
+    logprobs = torch.zeros(B, P + response_length - 1, device=device, dtype=model.wte.weight.dtype)
     lengths, finished = prompt_lengths.clone(), torch.zeros(B, dtype=torch.bool, device=device)
 
     cache = KVCache(model, B, P + response_length)

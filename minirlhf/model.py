@@ -15,6 +15,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 
+def wide(x):
+    """Out of half precision, where losses, KL and log-softmax lose their digits."""
+    return x.float() if x.dtype.itemsize < 4 else x
+
+
 @dataclass
 class GPTConfig:
     n_layer: int
@@ -145,12 +150,12 @@ class GPT(nn.Module):
         return self.ln_f(x)
 
     def logits(self, hidden):
-        """(..., C) -> (..., V), float32. Apply it to the counted decisions only: hidden[mask]."""
-        return F.linear(hidden, self.wte.weight).float()
+        """(..., C) -> (..., V), float32 or wider. Apply it to the counted decisions only: hidden[mask]."""
+        return wide(F.linear(hidden, self.wte.weight))
 
     def scalar(self, hidden):
-        """(..., C) -> (...), float32."""
-        return self.score_head(hidden).squeeze(-1).float() * self.gain + self.bias
+        """(..., C) -> (...), float32 or wider."""
+        return wide(self.score_head(hidden).squeeze(-1)) * self.gain + self.bias
 
     def score(self, tokens, lengths, hidden=None):
         """The scalar head at each row's last real token: tokens (B, T), lengths (B,) -> (B,).

@@ -16,6 +16,14 @@ def masked_mean(x, mask):
     return x.masked_fill(~mask, 0).sum() / mask.sum()
 
 
+def moments(x, mask, total=lambda t: t):
+    """Mean and biased variance over counted entries. total: sums a tensor over all ranks."""
+    x = x.masked_fill(~mask, 0)
+    n, sum_x = total(torch.stack([mask.sum().to(x.dtype), x.sum()]))
+    mean = sum_x / n
+    return mean, total(((x - mean) ** 2).masked_fill(~mask, 0).sum()) / n
+
+
 # ---- log-probabilities
 
 def token_logprobs(logits, tokens):
@@ -143,10 +151,8 @@ def whiten(x, mask, keep_mean=False, total=lambda t: t):
     keep_mean leaves the mean where it was (for rewards, whose sign means something). total: sums a tensor over all
     ranks, so that the statistics are those of the whole batch.
     """
-    x = x.masked_fill(~mask, 0)
-    n, sum_x = total(torch.stack([mask.sum().to(x.dtype), x.sum()]))
-    mean = sum_x / n
-    variance = total(((x - mean) ** 2).masked_fill(~mask, 0).sum()) / n
+    x = x.masked_fill(~mask, 0)  # before it meets the mean: 0 * NaN is NaN, in gradients too
+    mean, variance = moments(x, mask, total)
     white = (x - mean) * torch.rsqrt(variance + 1e-8)
     return (white + mean if keep_mean else white).masked_fill(~mask, 0)
 
@@ -182,14 +188,14 @@ def value_clipped(values, old_values, returns, cliprange_value):
     return (clipped - returns) ** 2 > (values - returns) ** 2
 
 
-def explained_variance(values, returns, mask):
+def explained_variance(values, returns, mask, total=lambda t: t):
     """1 - Var(R - V) / Var(R) over counted entries: 1 is a perfect critic, 0 a constant one, below 0 a harmful one.
 
-    NaN where the returns do not vary.
+    NaN where the returns do not vary. total: sums a tensor over all ranks.
     """
-    error, R = (returns - values)[mask], returns[mask]
-    variance = R.var(correction=0)
-    return 1 - error.var(correction=0) / variance if variance > 0 else variance * torch.nan
+    _, variance = moments(returns, mask, total)
+    _, unexplained = moments(returns - values, mask, total)
+    return 1 - unexplained / variance if variance > 0 else variance * torch.nan
 
 
 # ---- intervals

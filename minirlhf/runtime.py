@@ -54,7 +54,7 @@ class Run:
         keep_freed_memory()
         self.main = self.rank == 0
         self.out_dir = options.out_dir
-        if self.main:
+        if self.main and not options.check:
             self._claim_out_dir()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._on_signal)

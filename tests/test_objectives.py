@@ -19,7 +19,7 @@ def close(a, b, **tolerance):
 
 
 def some(*shape, seed=0, grad=False):
-    return torch.randn(*shape, dtype=torch.double, generator=torch.Generator().manual_seed(seed)).requires_grad_(grad)
+    return torch.randn(shape, dtype=torch.double, generator=torch.Generator().manual_seed(seed)).requires_grad_(grad)
 
 
 # Log-probabilities
@@ -348,17 +348,165 @@ TOKENS = torch.tensor([[0, 3, 1], [2, 2, 4]])
     ("sft_loss", lambda x: O.sft_loss(x, TOKENS), [some(2, 3, 5, grad=True)]),
     ("entropy", O.entropy, [some(2, 3, 5, grad=True)]),
     ("bradley_terry_loss", O.bradley_terry_loss, [some(6, grad=True), some(6, seed=1, grad=True)]),
+    ("k1", O.k1, [some(6, grad=True), some(6, seed=1, grad=True)]),
     ("k2", O.k2, [some(6, grad=True), some(6, seed=1, grad=True)]),
     ("k3", O.k3, [some(6, grad=True), some(6, seed=1, grad=True)]),
     ("policy_loss", lambda x: O.policy_loss(x, some(20, seed=1), some(20, seed=2), 0.2), [some(20, grad=True)]),
     ("value_loss", lambda x: O.value_loss(x, some(20, seed=1), some(20, seed=2), 0.2), [some(20, grad=True)]),
     ("whiten", lambda x: O.whiten(x, MASK), [some(2, 4, grad=True)]),
     ("gae", lambda r, v: O.gae(r, v, MASK, 0.9, 0.8), [some(2, 4, grad=True), some(2, 4, seed=1, grad=True)]),
+    ("shape_rewards", lambda s, kl: O.shape_rewards(s, kl, MASK, 0.3),
+     [some(2, grad=True), some(2, 4, seed=1, grad=True)]),
+    ("credit_length", lambda kl: O.credit_length(kl, MASK, 0.4), [some(2, 4, grad=True)]),
     ("masked_mean", lambda x: O.masked_mean(x, MASK), [some(2, 4, grad=True)]),
 ])
 def test_gradients_are_the_difference_quotients(name, function, inputs):
     """Autograd's gradient is the slope of the function, in float64."""
     assert torch.autograd.gradcheck(function, inputs)
+
+
+# Second implementations: Python's floats, one number at a time
+
+
+def scalar_logprob(logits, token):
+    return logits[token] - math.log(sum(math.exp(x) for x in logits))
+
+
+def scalar_policy_loss(new, old, A, eps):
+    ratio = math.exp(new - old)
+    return max(-ratio * A, -min(max(ratio, 1 - eps), 1 + eps) * A)
+
+
+def scalar_value_loss(V, old, R, eps):
+    near = old + min(max(V - old, -eps), eps)
+    return max((V - R) ** 2, (near - R) ** 2) / 2
+
+
+def scalar_entropy(logits):
+    return -sum(math.exp(scalar_logprob(logits, v)) * scalar_logprob(logits, v) for v in range(len(logits)))
+
+
+SCALAR = {  # name: function of tensors (N,), the same of N floats, how many arguments
+    "bradley_terry_loss": (O.bradley_terry_loss, lambda a, b: math.log(1 + math.exp(b - a)), 2),
+    "k1": (O.k1, lambda p, q: p - q, 2),
+    "k2": (O.k2, lambda p, q: (p - q) ** 2 / 2, 2),
+    "k3": (O.k3, lambda p, q: math.exp(q) / math.exp(p) - 1 - (q - p), 2),
+    "log_ratio": (O.log_ratio, lambda a, b: min(max(a - b, -20), 20), 2),
+    "policy_loss": (lambda *x: O.policy_loss(*x, 0.2), lambda *x: scalar_policy_loss(*x, 0.2), 3),
+    "policy_clipped": (lambda *x: O.policy_clipped(*x, 0.2), lambda new, old, A: abs(
+        scalar_policy_loss(new, old, A, 0.2) + math.exp(new - old) * A) > 1e-12, 3),
+    "value_loss": (lambda *x: O.value_loss(*x, 0.3), lambda *x: scalar_value_loss(*x, 0.3), 3),
+    "value_clipped": (lambda *x: O.value_clipped(*x, 0.3), lambda V, old, R: scalar_value_loss(V, old, R, 0.3) > (
+        V - R) ** 2 / 2 + 1e-12, 3),
+}
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", SCALAR)
+def test_equal_to_one_number_at_a_time(name, seed):
+    """40 random arguments, in float64."""
+    function, scalar, arguments = SCALAR[name]
+    x = some(arguments, 40, seed=seed)
+    expected = [scalar(*column) for column in zip(*x.tolist())]
+    torch.testing.assert_close(function(*x), torch.tensor(expected, dtype=function(*x).dtype))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_log_probabilities_one_number_at_a_time(seed):
+    """token_logprobs, sft_loss and entropy of 2 x 3 rows of 5 logits."""
+    logits, tokens = 3 * some(2, 3, 5, seed=seed), TOKENS
+    rows = [(row, int(token)) for row, token in zip(logits.flatten(0, 1).tolist(), tokens.flatten())]
+    expected = torch.tensor([scalar_logprob(*row) for row in rows], dtype=torch.double).view(2, 3)
+    close(O.token_logprobs(logits, tokens), expected)
+    close(O.sft_loss(logits, tokens), -expected)
+    close(O.entropy(logits), torch.tensor([scalar_entropy(row) for row, _ in rows], dtype=torch.double).view(2, 3))
+
+
+def counted(x, mask):
+    """[(row, column, number), ...] of the counted entries."""
+    return [(b, t, float(x[b, t])) for b in range(len(mask)) for t in range(mask.shape[1]) if mask[b, t]]
+
+
+def grid(numbers, mask):
+    out = torch.zeros(mask.shape, dtype=torch.double)
+    for b, t, number in numbers:
+        out[b, t] = number
+    return out
+
+
+def scalar_moments(x, mask):
+    numbers = [number for *_, number in counted(x, mask)]
+    mean = sum(numbers) / len(numbers)
+    return mean, sum((number - mean) ** 2 for number in numbers) / len(numbers)
+
+
+def scalar_whiten(x, mask, keep_mean):
+    mean, variance = scalar_moments(x, mask)
+    return grid([(b, t, (number - mean) / math.sqrt(variance + 1e-8) + keep_mean * mean)
+                 for b, t, number in counted(x, mask)], mask)
+
+
+def scalar_shape_rewards(scores, kl, mask):
+    out = grid([(b, t, -0.3 * number) for b, t, number in counted(kl, mask)], mask)
+    for b in range(len(mask)):
+        out[b, max(t for t in range(mask.shape[1]) if mask[b, t])] += float(scores[b])
+    return out
+
+
+def scalar_explained(values, returns, mask):
+    return 1 - scalar_moments(returns - values, mask)[1] / scalar_moments(returns, mask)[1]
+
+
+MASKED = {  # name: function of (x, y, mask), the same by loops
+    "masked_mean": (lambda x, y, m: O.masked_mean(x, m), lambda x, y, m: scalar_moments(x, m)[0]),
+    "mean": (lambda x, y, m: O.moments(x, m)[0], lambda x, y, m: scalar_moments(x, m)[0]),
+    "variance": (lambda x, y, m: O.moments(x, m)[1], lambda x, y, m: scalar_moments(x, m)[1]),
+    "whiten": (lambda x, y, m: O.whiten(x, m), lambda x, y, m: scalar_whiten(x, m, False)),
+    "whiten, mean kept": (lambda x, y, m: O.whiten(x, m, True), lambda x, y, m: scalar_whiten(x, m, True)),
+    "shape_rewards": (lambda x, y, m: O.shape_rewards(x[:, 0].nan_to_num(7).clamp(-7, 7), y, m, 0.3),
+                      lambda x, y, m: scalar_shape_rewards(x[:, 0].nan_to_num(7).clamp(-7, 7), y, m)),
+    "credit_length": (lambda x, y, m: O.credit_length(x, m, 0.4), lambda x, y, m: grid(
+        [(b, t, n - 0.4 * scalar_moments(x, m)[0]) for b, t, n in counted(x, m)], m)),
+    "advantages": (lambda x, y, m: O.gae(x, y, m, 0.9, 0.7)[0], lambda x, y, m: gae_oracle(x, y, m, 0.9, 0.7)),
+    "returns": (lambda x, y, m: O.gae(x, y, m, 0.9, 0.7)[1], lambda x, y, m: gae_oracle(x, y, m, 0.9, 0.7) + grid(
+        counted(y, m), m)),
+    "explained_variance": (O.explained_variance, scalar_explained),
+}
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("name", MASKED)
+def test_masked_functions_one_number_at_a_time(name, seed):
+    """Random ragged responses: the loops' values; and with loud garbage outside the mask the same values and the same
+    gradients, which are 0 there."""
+    function, loops = MASKED[name]
+    x, y, mask = ragged(10 * seed)
+    seen = []
+    for loud in (0.0, *LOUD):
+        inputs = [z.masked_fill(~mask, loud).requires_grad_() for z in (x, y)]
+        out = function(*inputs, mask)
+        with torch.no_grad():
+            close(out, loops(*inputs, mask))
+        weights = some(*out.shape, seed=1)
+        (out * weights).sum().backward()
+        gradients = [torch.zeros_like(z) if z.grad is None else z.grad for z in inputs]
+        if name != "shape_rewards":  # there x[:, 0] are the scores of rows, which are always counted
+            assert not any(g[~mask].any() for g in gradients)
+        seen.append([out.detach(), *(g.masked_fill(~mask, 0) for g in gradients)])
+    for other in seen[1:]:
+        if name != "shape_rewards":
+            torch.testing.assert_close(other, seen[0])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_calibration_one_number_at_a_time(seed):
+    """Bins filled one pair at a time; each counts by its share of the pairs."""
+    p, happened = some(60, seed=seed).sigmoid(), some(60, seed=seed + 9) > 0
+    bins = [[] for _ in range(10)]
+    for probability, event in zip(p.tolist(), happened.tolist()):
+        bins[min(int(probability * 10), 9)].append((probability, event))
+    expected = sum(len(b) / 60 * abs(sum(e for _, e in b) / len(b) - sum(q for q, _ in b) / len(b)) for b in bins if b)
+    assert O.expected_calibration_error(p, happened) == pytest.approx(expected)
 
 
 def test_a_one_token_policy_reaches_its_known_optimum():

@@ -1,7 +1,9 @@
 """The three scripts as a user runs them: real processes, on a small data set written here."""
+import importlib
 import json
 import math
 import os
+import pkgutil
 import random
 import signal
 import subprocess
@@ -9,6 +11,8 @@ import sys
 import time
 
 import pytest
+
+from minirlhf.data import Row
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 GOOD, BAD = ["kind", "bright", "warm", "calm"], ["cruel", "dull", "cold", "rude"]
@@ -127,6 +131,113 @@ def test_first_update_starts_from_a_ratio_of_one(folder, stages):
         assert abs(row["objective/kl"]) < 1e-3 and row["objective/kl_k3"] < 1e-4 and row["val/sampler_gap"] < 1e-4
         assert row["val/ratio"] == pytest.approx(1, abs=1e-5) or row is rows[2]
     assert rows[3]["objective/kl_k3"] > 1e-4
+    assert [row["lr"] for row in rows[:-1]] == pytest.approx([1e-3 * (1 - step / 20) for step in range(20)])
+
+
+CHECK = {"sft": [*SFT, "--init_from", "out/sft"], "rm": RM, "ppo": PPO}
+
+
+@pytest.fixture
+def checked(folder, stages, monkeypatch, capsys):
+    """checked(stage, *options) -> (exit status, lines) of the script's --check, run in this process."""
+    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
+
+    def check(stage, *options):
+        monkeypatch.chdir(folder)
+        monkeypatch.setattr(sys, "argv", [stage, "--data_dir", "data", *CHECK[stage], "--check", *options])
+        with pytest.raises(SystemExit) as stop:
+            importlib.import_module(f"train_{stage}").main()
+        return stop.value.code, capsys.readouterr().out.splitlines()
+    yield check
+    for number, handler in handlers:
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("stage, options, count", [
+    ("sft", [], 7), ("sft", ["--init_from", "scratch", "--dtype", "bfloat16"], 8), ("rm", [], 7),
+    ("rm", ["--dtype", "bfloat16"], 7), ("ppo", ["--temperature", "0.7"], 13),
+    ("ppo", ["--out_dir", "out/new", "--ent_coef", "0.1", "--dtype", "bfloat16", "--compile", "false"], 13),
+])
+def test_check_passes_on_what_is_right(folder, checked, stage, options, count):
+    """--check prints a line for each invariant, all hold, the exit status is 0, and no file is written or changed."""
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    status, lines = checked(stage, *options)
+    assert status == 0 and lines[-1] == "all checks passed"
+    assert [line[:6] for line in lines[1:-1]] == ["ok    "] * count
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_check_of_a_trained_policy_and_a_custom_reward(folder, checked):
+    """--resume checks the run's own policy, whose KL is no longer 0; --reward a function's scores."""
+    status, lines = checked("ppo", "--resume")
+    assert status == 0 and len(lines) == 12 + 2 and not any("KL from the SFT" in line for line in lines)
+    (folder / "one.py").write_text("def f(prompts, completions):\n    return [len(c) / 10 for c in completions]\n")
+    assert checked("ppo", "--reward", "one.py:f")[0] == 0
+
+
+def leak(hidden):
+    return lambda self, tokens, *more: hidden(self, tokens, *more) + 1e-2 * tokens.float().mean(1)[:, None, None]
+
+
+def shifted(extend):
+    return lambda self, layer, at, k, v: extend(self, layer, (at + 1).clamp_max(self.k.shape[3] - 1), k, v)
+
+
+def spoiled(with_head):
+    def copy(self, *head):
+        other = with_head(self, *head)
+        other.wte.weight.data *= 1.5
+        return other
+    return copy
+
+
+SABOTAGE = {
+    "padding changes nothing in the model": ("sft", "minirlhf.model.GPT.hidden", leak),
+    "padding changes nothing in the reward model": ("rm", "minirlhf.model.GPT.hidden", leak),
+    "padding changes nothing in the policy": ("ppo", "minirlhf.model.GPT.hidden", leak),
+    "the KV cache changes nothing": ("sft", "minirlhf.generate.KVCache.extend", shifted),
+    "microbatch size changes no gradient": ("sft", "train_sft.sft_loss", lambda f: lambda *a: f(*a) / len(a[1])),
+    "a new model knows nothing": ("sft", "minirlhf.model.GPT.logits", lambda f: lambda self, h: 40 * f(self, h)),
+    "a score does not depend on what else is scored": (
+        "rm", "minirlhf.model.GPT.score", lambda f: lambda self, t, n, h=None: f(self, t, 0 * n + t.shape[1], h)),
+    "the sampler's log-probabilities are the trainer's": (
+        "ppo", "minirlhf.generate.sample", lambda f: lambda logits, T, u: f(logits, 1.1 * T, u)),
+    "the ratio is 1 before the first update": (
+        "ppo", "train_ppo.log_ratio", lambda f: lambda new, old: f(new, 1.01 * old)),
+    "the KL from the SFT model is 0 at the start": (
+        "ppo", "minirlhf.model.GPT.with_head", spoiled),
+    "at learning rate 0 KL, approxkl and clipfrac stay 0": (
+        "ppo", "torch.optim.AdamW.step", lambda f: lambda self: [g["params"][0].data.mul_(1.01)
+                                                                  for g in self.param_groups]),
+    "at learning rate 0 no weight moves": (
+        "rm", "torch.optim.AdamW.step", lambda f: lambda self: self.param_groups[0]["params"][0].data.add_(1e-6)),
+    "prompts and completions have the same ids wherever they are encoded": (
+        "sft", "train_sft.encode_row", lambda f: lambda tokenizer, p, c, *more: Row(  # bytes, unmerged
+            [tokenizer.eos, *(p + c).encode(), tokenizer.eos], 1 + len(p.encode()))),
+    "saved and loaded is the same to the last bit": (
+        "rm", "minirlhf.checkpoint.load_weights", lambda f: lambda model, state, path: f(
+            model, {k: v.half() for k, v in state.items()}, path)),
+}
+
+
+@pytest.mark.parametrize("claim", SABOTAGE)
+def test_check_finds_what_is_wrong(checked, monkeypatch, claim):
+    """One thing broken: its line says FAIL with a likely cause, and the exit status is 1."""
+    stage, place, broken = SABOTAGE[claim]
+    owner, _, name = place.rpartition(".")
+    owner = pkgutil.resolve_name(owner)
+    options = ["--init_from", "scratch"] if claim == "a new model knows nothing" else []
+    monkeypatch.setattr(owner, name, broken(getattr(owner, name)))
+    status, lines = checked(stage, *options)
+    failed = [line for line in lines if line.startswith("FAIL")]
+    assert status == 1 and lines[-1] == f"{len(failed)} checks failed"
+    assert any(line.startswith(f"FAIL  {claim}: ") and "; likely cause: " in line for line in failed)
+
+
+def test_check_says_when_answers_cannot_end(checked):
+    """A limit of one token, where answers take six, is found before a run is wasted on it."""
+    status, lines = checked("ppo", "--response_length", "1")
+    assert status == 1 and any(line.startswith("FAIL  eos is reachable: 0% of") for line in lines)
 
 
 def test_custom_reward(folder, stages):
@@ -137,6 +248,7 @@ def test_custom_reward(folder, stages):
         cwd=folder)
     evals = [m["eval"] for m in metrics(folder, "short") if "eval" in m]
     assert evals[-1]["mean_length"] < 9 and evals[-1]["win_rate"][0] > 0.7
+    assert all(m["val/sampler_gap"] < 1e-4 for m in metrics(folder, "short")[:-1])  # answers of many lengths
 
 
 @pytest.mark.parametrize("body, expected", [

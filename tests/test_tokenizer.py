@@ -180,6 +180,21 @@ def test_equals_hugging_face_tokenizers(tokenizer):
         assert theirs.encode(text).ids == tokenizer.encode(text)
 
 
+def test_merges_equal_hugging_face_s():
+    """Their trainer learns the same tokens in the same order, where no two pairs are equally frequent."""
+    tokenizers = pytest.importorskip("tokenizers")
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abcdef", k=rng.randint(3, 7))) for _ in range(200)]
+    texts = [" ".join(rng.choices(words, weights=range(200), k=20_000))]
+    theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
+    theirs.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    theirs.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(
+        vocab_size=256 + 30, show_progress=False, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
+    learned = [t for t, _ in sorted(theirs.get_vocab().items(), key=lambda item: item[1])][256:]
+    ours = [t.decode().replace(" ", "\u0120") for t in list(Tokenizer.train(texts, 257 + 30).ranks)[256:]]
+    assert len(ours) == 30 and ours == learned
+
+
 def test_gpt2_ranks_become_a_tokenizer(monkeypatch, tokenizer):
     """Ranks that tiktoken holds in any order get their ids back; the name says which they are."""
     shuffled = dict(random.Random(0).sample(list(tokenizer.ranks.items()), len(tokenizer.ranks)))

@@ -1,0 +1,151 @@
+"""Parity with implementations that others wrote: transformers, TRL. Weights are random and large, rows ragged."""
+import math
+
+import pytest
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from minirlhf import objectives as O
+from minirlhf.generate import generate, sample
+
+EXACT = {torch.float32: dict(rtol=1e-5, atol=1e-5), torch.float64: dict(rtol=1e-10, atol=1e-10)}
+LENGTHS = torch.tensor([9, 3, 6, 1])
+
+
+def ragged_tokens(vocab_size=13):
+    """(4, 9) tokens, and True at the real ones."""
+    tokens = torch.randint(vocab_size, (4, 9), generator=torch.Generator().manual_seed(0))
+    return tokens, torch.arange(9) < LENGTHS[:, None]
+
+
+# transformers' GPT-2
+
+
+def hugging_face(model, name, **options):
+    """transformers' model of the same weights: its Conv1D weights are (in, out), ours (out, in)."""
+    transformers = pytest.importorskip("transformers")
+    c = model.config
+    theirs = getattr(transformers, name)(transformers.GPT2Config(
+        vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
+        resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, bos_token_id=0, eos_token_id=0, **options)).eval()
+    state = {"score.weight" if k == "score_head.weight" else f"transformer.{k}": v.T if is_conv(k) else v
+             for k, v in model.state_dict().items() if k not in ("score_head.bias", "gain", "bias")}
+    missing, unexpected = theirs.load_state_dict(state, strict=False)
+    assert not unexpected and set(missing) <= {"lm_head.weight"}
+    theirs.tie_weights()
+    return theirs.to(model.wte.weight.dtype)
+
+
+def is_conv(name):
+    return name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight"))
+
+
+def compare_gradients(model, theirs, dtype):
+    theirs = {name.removeprefix("transformer."): p.grad for name, p in theirs.named_parameters()}
+    for name, p in model.named_parameters():
+        if p.grad is None:
+            continue
+        other = theirs["score.weight" if name == "score_head.weight" else name]
+        other = other.T if is_conv(name) else other
+        assert (p.grad - other).norm() <= EXACT[dtype]["rtol"] * other.norm(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_language_model_equals_gpt2(make_model, dtype):
+    """transformers' GPT2LMHeadModel, same weights, ragged rows: the same logits and the same gradients."""
+    model, (tokens, real) = make_model(dtype=dtype), ragged_tokens()
+    theirs = hugging_face(model, "GPT2LMHeadModel")
+    expected = theirs(tokens, attention_mask=real.long()).logits[real]
+    logits = model.hidden(tokens)[real] @ model.wte.weight.T
+    torch.testing.assert_close(logits, expected, **EXACT[dtype])
+    torch.testing.assert_close(model(tokens)[real], expected, **EXACT[dtype])
+    weights = torch.randn(expected.shape, dtype=dtype, generator=torch.Generator().manual_seed(1))
+    for out in (logits, expected):
+        (out * weights).sum().backward()
+    compare_gradients(model, theirs, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_scalar_head_equals_gpt2_for_sequence_classification(make_model, dtype):
+    """transformers' scalar head reads the last real token too: same scores and gradients, bias and scale aside."""
+    model, (tokens, real) = make_model("scalar", dtype=dtype, vocab_size=14), ragged_tokens()
+    theirs = hugging_face(model, "GPT2ForSequenceClassification", num_labels=1, pad_token_id=13)
+    expected = theirs(tokens.masked_fill(~real, 13), attention_mask=real.long()).logits.squeeze(1)
+    scores = model.hidden(tokens)[torch.arange(4), LENGTHS - 1] @ model.score_head.weight[0]
+    torch.testing.assert_close(scores, expected, **EXACT[dtype])
+    torch.testing.assert_close(model.score(tokens, LENGTHS) - model.score_head.bias, expected, **EXACT[dtype])
+    for out in (scores, expected):
+        out.pow(2).sum().backward()
+    compare_gradients(model, theirs, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_greedy_answers_equal_gpt2_s(make_model, dtype):
+    """transformers' generate, prompts padded on the left as it needs, takes the same tokens."""
+    model = make_model(dtype=dtype)
+    model.wte.weight.data[0] *= 0.2  # eos is seldom the likeliest
+    prompts = [[1], [2, 3, 4, 5, 6, 7], [8, 9, 10], [12, 12]]
+    ours = generate(model, prompts, 20, 0, temperature=0)
+    tokens = pad_sequence([torch.tensor(p[::-1]) for p in prompts], True).flip(1)
+    theirs = hugging_face(model, "GPT2LMHeadModel").generate(
+        tokens, attention_mask=(tokens != 0).long(), max_new_tokens=20, do_sample=False, pad_token_id=0)
+    for answer, other in zip(ours.responses(), theirs[:, 6:].tolist()):
+        assert answer == other[:len(answer)] and not any(other[len(answer):])
+        assert len(answer) == 20 or answer[-1] == 0
+    assert max(map(len, ours.responses())) == 20
+
+
+# TRL's functions: rewards, whitening, truncation, log-probabilities
+
+
+@pytest.fixture
+def trl(monkeypatch):
+    """TRL 1.12, the last release that had a PPO trainer."""
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    return pytest.importorskip("trl.experimental.ppo.ppo_trainer", exc_type=ImportError)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_whitening_equals_trl_s(trl, seed):
+    """TRL divides by the unbiased deviation: ours times sqrt((n - 1) / n) is theirs, with and without the mean."""
+    g = torch.Generator().manual_seed(seed)
+    x, mask = 3 * torch.randn(6, 9, generator=g, dtype=torch.double) + 2, torch.rand(6, 9, generator=g) < 0.6
+    n, mean = int(mask.sum()), x[mask].mean()
+    factor = math.sqrt((n - 1) / n)
+    torch.testing.assert_close(O.whiten(x, mask)[mask] * factor, trl.masked_whiten(x, mask)[mask])
+    kept = (O.whiten(x, mask, keep_mean=True)[mask] - mean) * factor + mean
+    torch.testing.assert_close(kept, trl.masked_whiten(x, mask, shift_mean=False)[mask])
+    torch.testing.assert_close(O.masked_mean(x, mask), trl.masked_mean(x, mask))
+
+
+def test_truncation_equals_trl_s(trl, make_model):
+    """After the first eos there is nothing but padding: TRL's cut of an answer's tokens changes none of ours."""
+    rollout = generate(make_model(), [[b + 1] for b in range(12)], 12, 0, generator=torch.Generator().manual_seed(0))
+    answers = rollout.tokens[:, 1:]
+    assert 0 < rollout.finished.sum() < 12
+    assert torch.equal(trl.truncate_response(0, 0, answers), answers)
+    lengths = trl.first_true_indices(answers == 0)  # before the eos
+    assert torch.equal(rollout.lengths - 1, lengths + rollout.finished)
+
+
+def test_scores_equal_trl_s(trl, make_model):
+    """TRL's get_reward reads the last token before its padding, over ragged answers: the same scores."""
+    model = make_model("scalar", vocab_size=14)
+    tokens, real = ragged_tokens()
+    theirs = hugging_face(model, "GPT2ForSequenceClassification", num_labels=1, pad_token_id=13)
+    _, expected, last = trl.get_reward(theirs, tokens.masked_fill(~real, 13), 13, 1)
+    assert torch.equal(last[LENGTHS > 1], LENGTHS[LENGTHS > 1] - 1)
+    torch.testing.assert_close((model.score(tokens, LENGTHS) - model.score_head.bias)[LENGTHS > 1],
+                               expected[LENGTHS > 1], **EXACT[torch.float32])
+
+
+def test_log_probabilities_and_entropy_equal_trl_s(trl):
+    """selective_log_softmax and entropy_from_logits, and the sampler's own log-probabilities."""
+    utils = pytest.importorskip("trl.trainer.utils")
+    g = torch.Generator().manual_seed(0)
+    logits = 4 * torch.randn(5, 7, 11, generator=g, dtype=torch.double)
+    tokens, logprobs = sample(logits.flatten(0, 1), 0.7, torch.rand(35, generator=g))
+    expected = utils.selective_log_softmax(logits / 0.7, tokens.view(5, 7))
+    torch.testing.assert_close(O.token_logprobs(logits / 0.7, tokens.view(5, 7)), expected)
+    torch.testing.assert_close(logprobs.view(5, 7), expected)
+    torch.testing.assert_close(O.entropy(logits), utils.entropy_from_logits(logits))
