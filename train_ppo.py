@@ -52,7 +52,7 @@ class Options(RunOptions):
     cliprange: float = 0.2  # of the policy's ratio (0..]
     cliprange_value: float = 0.2  # of the value's change (0..]
     vf_coef: float = 0.1  # weight of the value loss [0..]
-    ent_coef: float = 0.026  # weight of an entropy bonus (Schulman et al. 2017, eq. 9): keeps answers diverse [0..]
+    ent_coef: float = 0.0245  # weight of an entropy bonus (Schulman et al. 2017, eq. 9): keeps answers diverse [0..]
     value_warmup: int = 4  # first steps in which only the value network learns [0..]
     reward_clip: float = 2.0  # the reward model's scores count up to +- this, lest a few words take over; 0 = off [0..]
     missing_eos_penalty: float = 1.0  # subtracted from the score of an answer that did not end; 0 = off [0..]
