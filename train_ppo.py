@@ -7,6 +7,7 @@ import importlib.util
 import math
 import os
 import shlex
+import sys
 import time
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -46,7 +47,7 @@ class Options(RunOptions):
     max_grad_norm: float = 1.0  # the gradient of each of the two networks is scaled down to this norm; 0 = never [0..]
     kl_coef: float = 0.055  # beta, the price of a nat of KL from the SFT model, in deviations of the reward [0..]
     kl_length_credit: float = 0.14  # share of the mean KL a token that is not charged, lest short answers pay [0..1]
-    kl_target: float = 0.0  # nats a response; adapts kl_coef to reach it; 0 = kl_coef stays [0..]
+    kl_target: float = 0.0  # nats a response; kl_coef follows it, by 20% in 10,000 answers at most; 0 = it stays [0..]
     gamma: float = 1.0  # discount [0..1]
     lam: float = 0.95  # GAE's lambda [0..1]
     cliprange: float = 0.2  # of the policy's ratio (0..]
@@ -86,7 +87,7 @@ class Judge:
         completions = [self.tokenizer.decode(ids) for ids in rollout.responses()]
         try:
             scores = list(self.function(prompts, completions))
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             fail(f"--reward {self.name}: raised {type(error).__name__}: {error}")
         if len(scores) != len(prompts):
             fail(f"--reward {self.name}: returned {len(scores)} scores for {len(prompts)} answers")
@@ -95,8 +96,9 @@ class Judge:
                 scores[i] = float(s)
             except (TypeError, ValueError):
                 fail(f"--reward {self.name}: row {i}: expected a number, found {type(s).__name__}")
-            if not math.isfinite(scores[i]):
-                fail(f"--reward {self.name}: row {i}: {scores[i]} for the completion {completions[i][:60]!r}")
+            if not abs(scores[i]) < 1e6:
+                fail(f"--reward {self.name}: row {i}: {scores[i]}, no number below a million, for the completion "
+                     f"{completions[i][:60]!r}")
         return torch.tensor(scores, device=self.run.device)
 
 
@@ -106,10 +108,11 @@ def load_function(spec):
     if not colon or not os.path.isfile(path):
         fail(f"--reward {spec}: expected FILE.py:FUNCTION, with a file that exists")
     module_spec = importlib.util.spec_from_file_location("reward", path)
-    module = importlib.util.module_from_spec(module_spec)
+    module = sys.modules["reward"] = importlib.util.module_from_spec(module_spec)
+    sys.path.insert(0, os.path.dirname(os.path.abspath(path)))  # for what it imports from beside it
     try:
         module_spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         fail(f"--reward {spec}: importing it raised {type(error).__name__}: {error}")
     if not callable(getattr(module, name, None)):
         fail(f"--reward {spec}: {path} has no function {name}")
@@ -319,8 +322,11 @@ def report(run, before, after):
             run.say("".join([f"{label:<38}", *(f"{cell:>24}" for cell in cells)]))
 
 
-def run_checks(nets, judge, tokenizer, prompts, first, o, run):
-    """--check: what must hold of this stage, on one batch of answers. first: the steps that were taken before."""
+def run_checks(nets, judge, tokenizer, prompts, room, first, o, run):
+    """--check: what must hold of this stage, on one batch of answers.
+
+    room: tokens at which prompts are trimmed; first: the steps that were taken before.
+    """
     checks, o = check.Checks(run), replace(o, value_warmup=0, target_kl=0.0, micro_batch_size=max(1, len(prompts) // 4))
     policy, value = nets.policy.eval(), nets.value.eval()
     with run.autocast():
@@ -362,12 +368,16 @@ def run_checks(nets, judge, tokenizer, prompts, first, o, run):
            f"{drift:.1e}, {approxkl:.1e}, {clipfrac:.1e}",
            "something besides the optimizers changes the weights, or the ratio's denominator is not the old policy")
     if judge.model is not None:
-        answers = [encode_row(judge.tokenizer, tokenizer.decode(row.ids[:row.prompt_length]), tokenizer.decode(
-            row.ids[row.prompt_length:]), judge.model.config.block_size, "trim") for row in rows]
-        check.same_ids(checks, tokenizer, answers, "for policy and reward model prompts and answers")
-        same = [row.ids[:row.prompt_length] == answer.ids[:answer.prompt_length] for row, answer in zip(rows, answers)]
-        checks("the policy reads its prompts as the reward model does", all(same), f"{sum(same)} of {len(same)}",
-               "prompts were cut, or encoded otherwise than in stages 1 and 2")
+        short = [row for row in rows if row.prompt_length < room]  # a trimmed prompt may begin within a word
+        texts = [[tokenizer.decode(part) for part in (row.ids[:row.prompt_length], row.ids[row.prompt_length:])]
+                 for row in short]
+        own = [tokenizer.encode_prompt(p) + tokenizer.encode_completion(c) for p, c in texts]
+        theirs = [encode_row(judge.tokenizer, p, c, judge.model.config.block_size, "trim").ids for p, c in texts]
+        prompts_too = all(row.ids[:row.prompt_length] == ids[:row.prompt_length] for row, ids in zip(short, theirs))
+        sampled = sum([*row.ids, tokenizer.eos][:len(ids)] == ids for row, ids in zip(short, own))
+        checks("policy and reward model see the same ids for the same text", own == theirs and prompts_too,
+               f"{len(own)} answers; {sampled} of them were sampled as their text is encoded",
+               "their tokenizers differ, or prompts are encoded otherwise than in stages 1 and 2")
     ended = float(rollout.finished.float().mean())
     checks("eos is reachable", ended > 0, f"{ended:.0%} of {len(rows)} answers end within {o.response_length} tokens",
            "the SFT model was not trained on eos, or --response_length is too short")
@@ -376,11 +386,15 @@ def run_checks(nets, judge, tokenizer, prompts, first, o, run):
 
 
 def main():
-    o = parse(Options)
+    o, start = checkpoint.resume(parse(Options), "ppo", (
+        "seed", "init_from", "reward_model", "reward", "value_init", "batch_size", "total_episodes", "temperature",
+        "response_length", "long_prompts", "data_dir"))
     world = int(os.environ.get("WORLD_SIZE", 1))
     if o.batch_size % (o.num_mini_batches * world):
         fail(f"--num_mini_batches {o.num_mini_batches}: must divide --batch_size {o.batch_size}"
              + (f" on each of {world} ranks" if world > 1 else ""))
+    if o.kl_target and not o.kl_coef:
+        fail(f"--kl_target {o.kl_target:g}: follows --kl_coef, which is 0 and would stay so")
     if os.path.normpath(o.data_dir) == Options.data_dir:
         prepare.ensure(o.data_dir)
     paths = [os.path.join(o.data_dir, f"prompts.{split}.jsonl") for split in ("train", "val")]
@@ -394,7 +408,7 @@ def main():
         else:
             reward_model, rm_tokenizer, _ = checkpoint.load(o.reward_model, ["rm"], run.device)
             checkpoint.same_tokenizer(tokenizer, o.init_from, rm_tokenizer, o.reward_model)
-            judges = [Judge(run, tokenizer, reward_model)]
+            judges = [Judge(run, rm_tokenizer, reward_model)]
         if o.judge:
             judge_model, judge_tokenizer, _ = checkpoint.load(o.judge, ["rm"], run.device)
             checkpoint.same_tokenizer(tokenizer, o.init_from, judge_tokenizer, o.judge)
@@ -423,7 +437,6 @@ def main():
                                         fused=True) for model in (policy, value_model)]
         first, kl_coef, high, prints = 0, o.kl_coef, 0, fingerprint(*paths)
         if o.resume:
-            start = checkpoint.read(run.path("ckpt.pt"), ["ppo"])
             state = start["training"]
             if state["data"] != prints:
                 fail(f"--resume: the prompts of {o.data_dir} are not those that this run began with")
@@ -434,7 +447,7 @@ def main():
             first, kl_coef, high = state["step"], state["kl_coef"], state["high"]
         nets = Networks(policy, ref, value_model, o.compile)
         if o.check:
-            run_checks(nets, judges[0], tokenizer, prompts[:64], first, o, run)
+            run_checks(nets, judges[0], tokenizer, prompts[:64], room, first, o, run)
         run.start_logs(first)
 
         # ---- what is about to happen
@@ -524,6 +537,9 @@ def main():
             if o.kl_target:
                 kl_coef = adaptive_kl_coef(kl_coef, mean_kl, o.kl_target, o.batch_size)
             high = high + 1 if o.max_kl and mean_kl > o.max_kl else 0
+            if high:
+                run.say(f"warning: the KL from the SFT model is above --max_kl {o.max_kl:g} for the {high}. batch; the "
+                        "third in a row ends the run")
 
             def save():
                 if run.main:
@@ -538,8 +554,8 @@ def main():
                 raise SystemExit(
                     f"error: step {done}: the KL from the SFT model has been above --max_kl {o.max_kl:g} for three "
                     f"batches (now {mean_kl:.1f} nats a response): the policy is leaving the language it knows. Raise "
-                    f"--kl_coef above {o.kl_coef:g}, lower --learning_rate below {o.learning_rate:g}, or set "
-                    f"--kl_target. A checkpoint of an earlier policy, if any, is in {o.out_dir}.")
+                    f"--kl_coef above {o.kl_coef:g} or lower --learning_rate below {o.learning_rate:g}. A checkpoint "
+                    f"of an earlier policy, if any, is in {o.out_dir}.")
             scheduled = done % o.eval_interval == 0 or done == steps
             if scheduled:
                 now = answer(policy, ref, judges, run, tokenizer, val_prompts[:look], o)

@@ -142,6 +142,7 @@ def evaluate(model, run, records, eos, prefer_longer):
     kinds, bins = defaultdict(list), defaultdict(list)
     for i, (_, _, extra) in enumerate(pairs):
         kind, margin = str(extra.get("kind", "pairs")), extra.get("margin")
+        kind = "kind all" if kind == "all" else kind  # "all" is the name of all pairs
         kinds[kind].append(i)
         if isinstance(margin, (int, float)) and margin > 0:
             low, high = next((a, b) for a, b in zip(BINS, BINS[1:]) if a < margin <= b)
@@ -250,7 +251,8 @@ def run_checks(model, tokenizer, batch, optimizers, o, run):
 
 
 def main():
-    o = parse(Options)
+    o, start = checkpoint.resume(parse(Options), "rm", (
+        "seed", "init_from", "preferences", "batch_size", "num_train_epochs", "optimizer", "long_prompts", "data_dir"))
     if os.path.normpath(o.data_dir) == Options.data_dir:
         prepare.ensure(o.data_dir)
     train_path, val_path = (os.path.join(o.data_dir, f"{o.preferences}.{split}.jsonl") for split in ("train", "val"))
@@ -261,11 +263,10 @@ def main():
         # ---- the SFT model's trunk under a new head, or the run to resume
         sft, tokenizer, sft_payload = checkpoint.load(o.init_from, ["sft"], run.device)
         if o.resume:
-            start = checkpoint.read(run.path("ckpt.pt"), ["rm"])
             model, own_tokenizer = checkpoint.build(start, run.path("ckpt.pt"), run.device, o.dropout)
             checkpoint.same_tokenizer(own_tokenizer, run.path("ckpt.pt"), tokenizer, o.init_from)
         else:
-            start, model = None, sft.with_head("scalar", o.dropout).init_score(runtime.generator(o.seed, 0, 0, "head"))
+            model = sft.with_head("scalar", o.dropout).init_score(runtime.generator(o.seed, 0, 0, "head"))
         block_size = model.config.block_size
         (train_set, train_dropped, train_rows), (val_set, val_dropped, val_rows) = (
             encode_preferences(tokenizer, part, block_size, o.long_prompts) for part in (train, val))

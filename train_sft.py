@@ -137,17 +137,20 @@ def run_checks(model, tokenizer, batch, optimizers, o, run):
     checks("at learning rate 0 no weight moves", check.same_weights([model], [before]), "one step",
            "something besides the optimizers changes the weights")
     whole = [row for row in batch if not row.trimmed]
-    check.same_ids(checks, tokenizer, whole)
-    tokens, mask, _ = collate(whole, eos, run.device)
-    ends = int((tokens[:, 1:][mask] == eos).sum())
-    checks("eos is reachable", ends == len(whole), f"{ends} of {len(whole)} completions train it",
-           "eos is masked as if it were padding, so a model never learns to stop")
+    if whole:  # a cut row has neither its text's ids nor its end
+        check.same_ids(checks, tokenizer, whole)
+        tokens, mask, _ = collate(whole, eos, run.device)
+        ends = int((tokens[:, 1:][mask] == eos).sum())
+        checks("eos is reachable", ends == len(whole), f"{ends} of {len(whole)} completions train it",
+               "eos is masked as if it were padding, so a model never learns to stop")
     check.saved(checks, model, tokenizer, "sft")
     checks.end()
 
 
 def main():
-    o = parse(Options)
+    o, start = checkpoint.resume(parse(Options), "sft", (
+        "seed", "init_from", "tokenizer", "vocab_size", "n_layer", "n_head", "n_embd", "block_size", "batch_size",
+        "num_train_epochs", "optimizer", "long_prompts", "data_dir"))
     if o.n_embd % o.n_head:
         fail(f"--n_head {o.n_head}: must divide --n_embd {o.n_embd}")
     if os.path.normpath(o.data_dir) == Options.data_dir:
@@ -156,8 +159,8 @@ def main():
     train, val = load_demonstrations(train_path), load_demonstrations(val_path)
     with runtime.Run(o, "sft") as run:
         # ---- tokenizer, model, optimizers: new, of a checkpoint, or of the run to resume
-        start = checkpoint.read(run.path("ckpt.pt") if o.resume else o.init_from, ["sft"]) if (
-            o.resume or o.init_from != "scratch") else None
+        if o.init_from != "scratch" and not o.resume:
+            start = checkpoint.read(o.init_from, ["sft"])
         if start:
             path = run.path("ckpt.pt") if o.resume else o.init_from
             model, tokenizer = checkpoint.build(start, path, run.device, o.dropout)
@@ -191,6 +194,10 @@ def main():
             if first >= steps:
                 run.say(f"{o.out_dir}: this run is finished ({first} steps)")
                 return
+        prompts_path = os.path.join(o.data_dir, "prompts.val.jsonl")
+        shown, _ = encode_prompts(tokenizer, load_prompts(prompts_path) if os.path.exists(prompts_path) else
+                                  [d.prompt for d in val], max(2, block_size - o.response_length), "trim")
+        shown = shown[:o.num_samples]
         if o.check:
             run_checks(model, tokenizer, [train_rows[i] for i in order.batch(0)], optimizers, o, run)
         run.start_logs(first)
@@ -213,10 +220,6 @@ def main():
                 f"rows, about {tokens_per_epoch // order.steps_per_epoch:,} tokens each; {o.optimizer}")
         run.say(f"     output: {o.out_dir}" + (f"; goes on from step {first}" if first else ""))
 
-        prompts_path = os.path.join(o.data_dir, "prompts.val.jsonl")
-        shown, _ = encode_prompts(tokenizer, load_prompts(prompts_path) if os.path.exists(prompts_path) else
-                                  [d.prompt for d in val], max(2, block_size - o.response_length), "trim")
-        shown = shown[:o.num_samples]
         byte_counts = [tokenizer.count_bytes(row.ids[row.prompt_length:]) for row in val_rows]
         kinds = [str(d.extra.get("domain", "")) for d in val]
         seen, seen_seconds = 0, 0.0

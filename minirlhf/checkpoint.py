@@ -10,7 +10,7 @@ file; read with weights_only=True, so that no code in it can run.
 """
 import os
 import zipfile
-from dataclasses import asdict
+from dataclasses import asdict, fields, replace
 
 import torch
 
@@ -69,7 +69,7 @@ def read(path, stages):
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         fail(f"{path}: not a checkpoint, or damaged ({reason})")
-    if not isinstance(payload, dict) or not isinstance(payload.get("format"), int):
+    if not isinstance(payload, dict) or type(payload.get("format")) is not int:
         fail(f"{path}: not a minirlhf checkpoint")
     if payload["format"] > FORMAT:
         fail(f"{path}: format {payload['format']}, this program reads up to {FORMAT}")
@@ -82,17 +82,47 @@ def read(path, stages):
     return payload
 
 
+def resume(o, stage, structural):
+    """Options of --resume -> (options to go on with, payload), or (o, None) without --resume.
+
+    What the command line does not name stays as the run had it; what it names and changes is listed, and refused where
+    the run would no longer be the same one: `structural`.
+    """
+    if not o.resume:
+        return o, None
+    path = os.path.join(o.out_dir, "ckpt.pt")
+    if not os.path.exists(path):
+        fail(f"--resume: {path} does not exist; start without --resume")
+    payload = read(path, [stage])
+    own, changes = {f.name for f in fields(o)} - {"resume", "overwrite", "check", "out_dir"}, {}
+    for name, value in payload["options"].items():
+        if name in own and name not in o.given:
+            changes[name] = value
+        elif name in own and value != getattr(o, name):
+            text = f"--{name} {getattr(o, name)}: this run had {value}"
+            if name in structural:
+                fail(f"--resume: {text}, which cannot change; leave the option out or start another run")
+            print(f"resume: {text}")
+    return replace(o, **changes), payload
+
+
 def build(payload, path, device, dropout=0.0):
     """-> (model, tokenizer) of a payload, strictly: exits 2 on missing or extra keys, other shapes, or NaN."""
-    model = GPT(GPTConfig(**{**payload["config"], "dropout": dropout}), payload["head"])
+    try:
+        model = GPT(GPTConfig(**{**payload["config"], "dropout": dropout}), payload["head"])
+        tokenizer = Tokenizer.from_state(payload["tokenizer"])
+        if tokenizer.vocab_size != model.config.vocab_size:
+            fail(f"{path}: its tokenizer has {tokenizer.vocab_size} tokens, its model {model.config.vocab_size}")
+    except (TypeError, ValueError, KeyError, AttributeError, AssertionError, RuntimeError) as error:
+        fail(f"{path}: its model or tokenizer cannot be built ({type(error).__name__}: {error})")
     load_weights(model, payload["model"], path)
-    return model.to(device), Tokenizer.from_state(payload["tokenizer"])
+    return model.to(device), tokenizer
 
 
 def load_weights(model, state, path):
     try:
         model.load_state_dict(state)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, AttributeError) as error:
         fail(f"{path}: does not fit the model: {' '.join(str(error).split())[:400]}")
     for name, p in model.state_dict().items():
         if not p.isfinite().all():
@@ -109,5 +139,6 @@ def load(path, stages, device):
 def same_tokenizer(first, first_path, second, second_path):
     """Exits 2 unless both checkpoints turn text into the same ids."""
     if first.ranks != second.ranks:
+        at = next((n for n, (a, b) in enumerate(zip(first.ranks, second.ranks)) if a != b), "its end")
         fail(f"{first_path} and {second_path} have different tokenizers ({first.name} with {first.vocab_size} tokens, "
-             f"{second.name} with {second.vocab_size})")
+             f"{second.name} with {second.vocab_size}; they differ from token {at} on)")

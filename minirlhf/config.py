@@ -24,7 +24,7 @@ RANGE = re.compile(r"\s*([\[(])(-?[\d.]+?)?\.\.(-?[\d.]+)?([\])])$")
 
 def fail(message: str) -> NoReturn:
     """Bad input or use: one line on standard error, exit status 2, no traceback."""
-    print(f"error: {message}", file=sys.stderr)
+    print("error: " + " ".join(message.split("\n")), file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -61,7 +61,10 @@ def parse(cls, argv=None):
             extra["metavar"] = kind.__name__.upper()
         parser.add_argument(f"--{field.name}", type=kind, default=field.default, help=(text + shown).replace("%", "%%"),
                             **extra)
-    options = cls(**vars(parser.parse_args(argv)))
+    values = vars(parser.parse_args(argv))
+    given = vars(parser.parse_args(argv, argparse.Namespace(**{field.name: None for field in fields(cls)})))
+    options = cls(**values)
+    options.given = {name for name, value in given.items() if value is not None}  # what --resume may not overrule
     for field in fields(cls):
         _check_range(field.name, getattr(options, field.name), comments[field.name])
     return options

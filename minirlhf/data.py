@@ -50,8 +50,8 @@ class Preference:
 
 def read_records(path):
     """Yields ("file:line", object) for each line that is not blank. Exits 2 on what is not UTF-8, JSON or an object."""
-    if not os.path.isfile(path):
-        fail(f"{path}: no such file")
+    if not os.path.isfile(path) or not os.access(path, os.R_OK):
+        fail(f"{path}: {'may not be read' if os.path.isfile(path) else 'no such file'}")
     count = 0
     with open(path, "rb") as f:
         for number, line in enumerate(f, 1):
@@ -151,7 +151,7 @@ def load_preferences(path) -> list[Preference]:
                 fail(f"{where}: 'completions' must be a list of two or more strings, best first")
             if scores is not None:
                 if not isinstance(scores, list) or len(scores) != len(texts) or not all(
-                        type(s) in (int, float) and math.isfinite(s) for s in scores):
+                        type(s) in (int, float) and abs(s) < 1e300 for s in scores):
                     fail(f"{where}: 'scores' must be a list of {len(texts)} numbers, one a completion")
                 if any(a < b for a, b in zip(scores, scores[1:])):
                     fail(f"{where}: 'scores' must fall: 'completions' are listed best first")

@@ -11,13 +11,9 @@ import torch
 import torch.nn.functional as F
 
 
-def masked_mean(x, mask):
-    """sum(x m) / sum(m): the mean over counted entries only; x where m is False is never read, NaN included."""
-    return x.masked_fill(~mask, 0).sum() / mask.sum()
-
-
 def moments(x, mask, total=lambda t: t):
-    """Mean and biased variance over counted entries. total: sums a tensor over all ranks."""
+    """Mean and biased variance over counted entries; the others are never read, NaN included. total: sums a tensor over
+    all ranks."""
     x = x.masked_fill(~mask, 0)
     n, sum_x = total(torch.stack([mask.sum().to(x.dtype), x.sum()]))
     mean = sum_x / n

@@ -69,6 +69,10 @@ class Run:
         o = self.options
         if o.resume and o.overwrite:
             fail("--resume and --overwrite exclude each other")
+        folder, self.made = os.path.abspath(self.out_dir), []
+        while not os.path.exists(folder):
+            self.made.append(folder)
+            folder = os.path.dirname(folder)
         try:
             os.makedirs(self.out_dir, exist_ok=True)
             self.lock = open(self.path("lock"), "a+")
@@ -127,6 +131,9 @@ class Run:
                 os.remove(self.path("lock"))
             self.lock.close()
             self.lock = None
+            with contextlib.suppress(OSError):  # a folder made for a run that wrote nothing
+                for folder in self.made:
+                    os.rmdir(folder)
 
     def __enter__(self):
         return self

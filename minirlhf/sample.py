@@ -37,8 +37,8 @@ def parse(argv=None):
                         "%(default)s)")
     parser.add_argument("--seed", type=int, default=1337, help="the same seed gives the same completions (default: "
                         "%(default)s)")
-    parser.add_argument("--response_length", type=positive, default=48, help="longest completion in tokens (default: "
-                        "%(default)s)")
+    parser.add_argument("--response_length", type=positive, help="longest completion in tokens (default: 48, or half "
+                        "the context of a model where that is less)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
     parser.add_argument("--output", metavar="FILE.jsonl",
                         help="also write one object a completion: checkpoint, prompt, completion, finished (ended with "
@@ -48,16 +48,17 @@ def parse(argv=None):
 
 def complete(model, tokenizer, prompts, a, path, batch_size=64):
     """Yields (prompt, completion, finished), n for each prompt in order; long prompts are trimmed at the left."""
-    room = model.config.block_size - a.response_length
+    limit = a.response_length or min(48, model.config.block_size // 2)
+    room = model.config.block_size - limit
     if room < 1:
-        fail(f"--response_length {a.response_length}: the context of {path} is {model.config.block_size} tokens")
+        fail(f"--response_length {limit}: the context of {path} is {model.config.block_size} tokens")
     rows = [(prompt, tokenizer.encode_prompt(prompt)) for prompt in prompts for _ in range(a.n)]
     long = sum(len(ids) > room for _, ids in rows) // a.n
     if long:
         print(f"warning: {path}: {long} prompts longer than {room} tokens are trimmed at the left", file=sys.stderr)
     for at in range(0, len(rows), batch_size):
         part = rows[at:at + batch_size]
-        rollout = generate(model, [trim_left(ids, room) for _, ids in part], a.response_length, tokenizer.eos,
+        rollout = generate(model, [trim_left(ids, room) for _, ids in part], limit, tokenizer.eos,
                            a.temperature, runtime.generator(a.seed, at, 0, "sample"))
         for (prompt, _), ids, finished in zip(part, rollout.responses(), rollout.finished.tolist()):
             yield prompt, tokenizer.decode(ids), finished

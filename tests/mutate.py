@@ -19,7 +19,7 @@ NEAREST = {"minirlhf/objectives.py": ["objectives", "train_ppo"], "minirlhf/gene
            "train_ppo.py": ["train_ppo"]}
 
 OBJECTIVES = [
-    ("return x.masked_fill(~mask, 0).sum() / mask.sum()", "return x.masked_fill(~mask, 0).mean()"),  # over padding
+    ("mean = sum_x / n", "mean = sum_x / mask.numel()"),  # over padding
     ("return mean, total(((x - mean) ** 2).masked_fill(~mask, 0).sum()) / n",
      "return mean, total(((x - mean) ** 2).sum()) / n"),  # padding in the variance
     ("return mean, total(((x - mean) ** 2).masked_fill(~mask, 0).sum()) / n",
@@ -167,6 +167,18 @@ PPO = [
     ("@torch.no_grad()\ndef judgement", "def judgement"),
     ("d.exp(), k3(old, new))])", "d.exp(), k3(new, old))])"),
     ("lr = o.learning_rate * (1 - step / steps)", "lr = o.learning_rate"),
+    ("on_grid(torch.cat(x), mask) for x in zip(*parts))", "on_grid(torch.cat(x), mask) for x in zip(*parts[::-1]))"),
+    ("logits, logprobs = decisions(nets.policy, tokens, mask, o.temperature, nets.policy_hidden)",
+     "logits, logprobs = decisions(nets.policy, tokens, mask, 1.0, nets.policy_hidden)"),
+    ("len(set(bigrams)) / max(1, len(bigrams))", "len(bigrams) / max(1, len(set(bigrams)))"),
+    ("1 - len(set(texts)) / max(1, len(texts))", "len(set(texts)) / max(1, len(texts))"),
+    ("wins = sum((r[\"score\"] > b[\"score\"])", "wins = sum((r[\"score\"] >= b[\"score\"])"),
+    ("-judged.old_logprobs, judged.scores, paid", "judged.old_logprobs, judged.scores, paid"),
+    ("\"objective/non_score_reward\": -priced_kl", "\"objective/non_score_reward\": priced_kl"),
+    ("\"objective/rlhf_reward\": rewarded - priced_kl", "\"objective/rlhf_reward\": rewarded + priced_kl"),
+    ("H, gap = H / length, gap / length", "H, gap = H / B, gap / B"),
+    ("kl_coef = adaptive_kl_coef(kl_coef, mean_kl,", "kl_coef = adaptive_kl_coef(kl_coef, mean_kl / length,"),
+    ("high = high + 1 if o.max_kl and mean_kl > o.max_kl else 0", "high = high + 1"),
     ("rollout = rollout.take(rollout.lengths.argsort(stable=True))",
      "rollout.lengths = rollout.lengths.sort().values"),
 ]
@@ -186,12 +198,12 @@ def killed_by(file, old, new):
         copy = Path(folder) / "project"
         shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", "data", "out", "__pycache__", ".*cache"))
         path = copy / file
-        path.write_text(path.read_text().replace(old, new))
+        path.write_text(path.read_text().replace(old, new) if old else path.read_text())
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(copy)}
         for tests in ([f"tests/test_{name}.py" for name in NEAREST[file]], []):
             done = subprocess.run([sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider",
                                    "--ignore=tests/test_mutate.py", *tests],
-                                  cwd=copy, env=env, capture_output=True, text=True)
+                                  cwd=copy, env=env, capture_output=True, text=True, timeout=1800)
             if done.returncode == 1:
                 return next(line.split()[1] for line in done.stdout.splitlines()
                             if line.startswith(("FAILED", "ERROR")))
@@ -207,6 +219,8 @@ def main():
     if misplaced():
         sys.exit("\n".join(f"{file} does not hold this once: {old}" for file, old in misplaced()))
     chosen = [m for m in MUTATIONS if only in m[0] or only in m[1]]
+    if (test := killed_by(chosen[0][0], "", "")) is not None:
+        sys.exit(f"{test} fails on the code as it is: mend that first")
     survivors = 0
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for (file, old, new), test in zip(chosen, pool.map(lambda m: killed_by(*m), chosen)):

@@ -21,7 +21,7 @@ class Options:
 def save(tmp_path, make_model):
     """save(stage, path, **replaced) -> the path of a checkpoint of a small model, and that model."""
     def make(stage="sft", path=tmp_path / "ckpt.pt", **replaced):
-        model = make_model("scalar" if stage == "rm" else "lm", dropout=0.2)
+        model = make_model("scalar" if stage == "rm" else "lm", dropout=0.2, vocab_size=258)
         parts = dict(stage=stage, model=model, tokenizer=Tokenizer.train(["abab"] * 3, 258), options=Options(),
                      info={"accuracy": 0.8}, training={"step": 3})
         checkpoint.save(str(path), **parts | replaced)
@@ -63,7 +63,7 @@ def test_dropout_is_the_loader_s_choice(save):
 
 def test_others_get_the_weights_that_were_named(save, make_model):
     """weights: the best model is what is loaded, though the last one was given."""
-    best = make_model(seed=5)
+    best = make_model(seed=5, vocab_size=258)
     path, last = save(weights=best.state_dict())
     loaded, _, _ = checkpoint.load(path, ["sft"], "cpu")
     assert torch.equal(loaded.wte.weight, best.wte.weight) and not torch.equal(loaded.wte.weight, last.wte.weight)
@@ -169,6 +169,21 @@ def test_weights_that_do_not_fit_are_refused(save, refused, change, words):
     """Keys missing or extra, other shapes, numbers that are none: the file and the parameter."""
     path, _ = save()
     rewrite(path, lambda payload: change(payload["model"]))
+    error = refused(checkpoint.load, path, ["sft"], "cpu")
+    assert path in error and all(word in error for word in words)
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda p: p["config"].update(rope=True), ["cannot be built", "rope"]),
+    (lambda p: p.update(head="critic"), ["cannot be built"]),
+    (lambda p: p.update(model=[1, 2]), ["does not fit"]),
+    (lambda p: p["tokenizer"]["ranks"].pop(), ["257 tokens", "258"]),
+    (lambda p: p["tokenizer"].pop("ranks"), ["cannot be built", "ranks"]),
+], ids=["config", "head", "model", "rank", "ranks"])
+def test_parts_that_do_not_fit_are_refused(save, refused, change, words):
+    """A model of another program, or a tokenizer that lost a token: one line, no traceback."""
+    path, _ = save()
+    rewrite(path, change)
     error = refused(checkpoint.load, path, ["sft"], "cpu")
     assert path in error and all(word in error for word in words)
 

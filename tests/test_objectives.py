@@ -155,13 +155,14 @@ def test_adaptive_kl_coef_by_hand(kl, factor):
 # Reward and credit
 
 
-def test_masked_mean_by_hand():
-    """(1 + 2 + 6) / 3; what is not counted is not read."""
+def test_moments_by_hand():
+    """(1 + 2 + 6) / 3 = 3; (4 + 1 + 9) / 3; what is not counted is not read."""
     mask = torch.tensor([[True, True, False], [True, False, False]])
     for loud in LOUD:
         x = torch.tensor([[1, 2, loud], [6, loud, loud]], requires_grad=True)
-        mean = O.masked_mean(x, mask)
+        mean, variance = O.moments(x, mask)
         close(mean, 3.0)
+        close(variance, 14 / 3)
         mean.backward()
         close(x.grad, mask / 3)
 
@@ -358,7 +359,7 @@ TOKENS = torch.tensor([[0, 3, 1], [2, 2, 4]])
     ("shape_rewards", lambda s, kl: O.shape_rewards(s, kl, MASK, 0.3),
      [some(2, grad=True), some(2, 4, seed=1, grad=True)]),
     ("credit_length", lambda kl: O.credit_length(kl, MASK, 0.4), [some(2, 4, grad=True)]),
-    ("masked_mean", lambda x: O.masked_mean(x, MASK), [some(2, 4, grad=True)]),
+    ("moments", lambda x: O.moments(x, MASK), [some(2, 4, grad=True)]),
 ])
 def test_gradients_are_the_difference_quotients(name, function, inputs):
     """Autograd's gradient is the slope of the function, in float64."""
@@ -458,7 +459,6 @@ def scalar_explained(values, returns, mask):
 
 
 MASKED = {  # name: function of (x, y, mask), the same by loops
-    "masked_mean": (lambda x, y, m: O.masked_mean(x, m), lambda x, y, m: scalar_moments(x, m)[0]),
     "mean": (lambda x, y, m: O.moments(x, m)[0], lambda x, y, m: scalar_moments(x, m)[0]),
     "variance": (lambda x, y, m: O.moments(x, m)[1], lambda x, y, m: scalar_moments(x, m)[1]),
     "whiten": (lambda x, y, m: O.whiten(x, m), lambda x, y, m: scalar_whiten(x, m, False)),

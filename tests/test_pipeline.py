@@ -127,10 +127,15 @@ def test_first_update_starts_from_a_ratio_of_one(folder, stages):
     """Until the value network's two steps of warm-up are over the policy is the SFT model: KL is 0, and the sampler's
     log-probabilities are the trainer's. Then it moves."""
     rows = metrics(folder, "ppo")
-    for row in rows[:3]:
+    for row in rows[:2]:
         assert abs(row["objective/kl"]) < 1e-3 and row["objective/kl_k3"] < 1e-4 and row["val/sampler_gap"] < 1e-4
-        assert row["val/ratio"] == pytest.approx(1, abs=1e-5) or row is rows[2]
+        assert row["val/ratio"] == pytest.approx(1, abs=1e-5)
     assert rows[3]["objective/kl_k3"] > 1e-4
+    for row in rows[:-1]:
+        charged = 0.05 * (1 - 0.14) * row["objective/kl"]  # --kl_coef, less --kl_length_credit of the mean
+        assert row["objective/non_score_reward"] == pytest.approx(-charged, rel=1e-4, abs=1e-6)
+        assert row["objective/rlhf_reward"] + charged <= 2 and row["objective/entropy"] > 0
+        assert row["policy/entropy_avg"] < math.log(320)
     assert [row["lr"] for row in rows[:-1]] == pytest.approx([1e-3 * (1 - step / 20) for step in range(20)])
 
 
@@ -155,8 +160,9 @@ def checked(folder, stages, monkeypatch, capsys):
 
 @pytest.mark.parametrize("stage, options, count", [
     ("sft", [], 7), ("sft", ["--init_from", "scratch", "--dtype", "bfloat16"], 8), ("rm", [], 7),
-    ("rm", ["--dtype", "bfloat16"], 7), ("ppo", ["--temperature", "0.7"], 13),
-    ("ppo", ["--out_dir", "out/new", "--ent_coef", "0.1", "--dtype", "bfloat16", "--compile", "false"], 13),
+    ("sft", ["--long_prompts", "trim", "--block_size", "8", "--init_from", "scratch"], 6),
+    ("rm", ["--dtype", "bfloat16"], 7), ("ppo", ["--temperature", "0.7"], 12),
+    ("ppo", ["--out_dir", "out/new", "--ent_coef", "0.1", "--dtype", "bfloat16", "--compile", "false"], 12),
 ])
 def test_check_passes_on_what_is_right(folder, checked, stage, options, count):
     """--check prints a line for each invariant, all hold, the exit status is 0, and no file is written or changed."""
@@ -170,7 +176,7 @@ def test_check_passes_on_what_is_right(folder, checked, stage, options, count):
 def test_check_of_a_trained_policy_and_a_custom_reward(folder, checked):
     """--resume checks the run's own policy, whose KL is no longer 0; --reward a function's scores."""
     status, lines = checked("ppo", "--resume")
-    assert status == 0 and len(lines) == 12 + 2 and not any("KL from the SFT" in line for line in lines)
+    assert status == 0 and len(lines) == 11 + 2 and not any("KL from the SFT" in line for line in lines)
     (folder / "one.py").write_text("def f(prompts, completions):\n    return [len(c) / 10 for c in completions]\n")
     assert checked("ppo", "--reward", "one.py:f")[0] == 0
 
@@ -181,6 +187,12 @@ def leak(hidden):
 
 def shifted(extend):
     return lambda self, layer, at, k, v: extend(self, layer, (at + 1).clamp_max(self.k.shape[3] - 1), k, v)
+
+
+def other_tokenizer(same_tokenizer):
+    def spoil(first, first_path, second, second_path):
+        second.encode = lambda text: [*text.encode()]  # bytes, unmerged
+    return spoil
 
 
 def spoiled(with_head):
@@ -204,6 +216,8 @@ SABOTAGE = {
         "ppo", "minirlhf.generate.sample", lambda f: lambda logits, T, u: f(logits, 1.1 * T, u)),
     "the ratio is 1 before the first update": (
         "ppo", "train_ppo.log_ratio", lambda f: lambda new, old: f(new, 1.01 * old)),
+    "policy and reward model see the same ids for the same text": (
+        "ppo", "minirlhf.checkpoint.same_tokenizer", other_tokenizer),
     "the KL from the SFT model is 0 at the start": (
         "ppo", "minirlhf.model.GPT.with_head", spoiled),
     "at learning rate 0 KL, approxkl and clipfrac stay 0": (
@@ -311,7 +325,44 @@ def test_a_kl_blow_up_ends_the_run_with_advice(folder, stages):
     error = run(script("ppo"), "--data_dir", "data", *PPO, "--max_kl", "0.0001", "--out_dir", "out/far", cwd=folder,
                 code=1)
     assert "--max_kl 0.0001 for three batches" in error and "Raise --kl_coef above 0.05" in error
-    assert "lower --learning_rate below 0.001" in error and "Traceback" not in error
+    assert "or lower --learning_rate below 0.001" in error and "Traceback" not in error
+
+
+def test_resume_keeps_the_run_s_own_options(folder, stages):
+    """A bare --resume goes on as the run was; a difference that is named is listed; one that would make it another run
+    is refused."""
+    own = lambda: json.loads((folder / "out" / "ppo" / "config.json").read_text())  # noqa: E731
+    before = own()
+    out = run(script("ppo"), "--resume", "--num_samples", "2", cwd=folder)
+    assert "this run is finished" in out and "resume: --num_samples 2: this run had 4" in out
+    after = own()
+    assert {k for k in after if after[k] != before[k]} == {"num_samples", "resume"} and after["learning_rate"] == 1e-3
+    error = run(script("ppo"), "--resume", "--temperature", "0.5", cwd=folder, code=2)
+    assert "--temperature 0.5: this run had 1.0, which cannot change" in error
+
+
+def test_what_is_refused_leaves_nothing(folder, stages):
+    """A new folder of a run that ends before it began is gone; an old run that --overwrite would replace is not."""
+    run(script("ppo"), "--data_dir", "data", "--out_dir", "new/x", "--init_from", "nowhere.pt", cwd=folder, code=2)
+    assert not (folder / "new").exists()
+    (folder / "broken").mkdir()
+    for name in ("sft.train", "sft.val"):
+        (folder / "broken" / f"{name}.jsonl").write_text((folder / "data" / f"{name}.jsonl").read_text())
+    (folder / "broken" / "prompts.val.jsonl").write_text("{")
+    kept = (folder / "out" / "sft" / "ckpt.pt").read_bytes()
+    run(script("sft"), "--data_dir", "broken", *SFT, "--overwrite", cwd=folder, code=2)
+    assert (folder / "out" / "sft" / "ckpt.pt").read_bytes() == kept
+
+
+def test_an_adaptive_kl_coef_follows_the_kl_of_a_response(folder, stages):
+    """Far above a target of .001 nats a response, beta grows by 1 + .2 * 32 / 10000 a step, and never by 0."""
+    run(script("ppo"), "--data_dir", "data", *PPO, "--total_episodes", "192", "--kl_target", "0.001", "--value_warmup",
+        "0", "--out_dir", "out/adaptive", cwd=folder)
+    coefs = [m["objective/kl_coef"] for m in metrics(folder, "adaptive") if "objective/kl_coef" in m]
+    assert coefs[:2] == pytest.approx([0.05, 0.05 * (1 - 0.2 * 0.0032)])  # the first KL is 0
+    assert coefs[-1] == pytest.approx(coefs[-2] * (1 + 0.2 * 0.0032))
+    run(script("ppo"), "--data_dir", "data", *PPO, "--kl_coef", "0", "--kl_target", "1", "--out_dir", "out/none",
+        cwd=folder, code=2)
 
 
 def test_own_data_in_other_forms(folder):
@@ -347,7 +398,8 @@ def test_two_ranks_train_as_one(folder, stages, stage, options):
     for n, launcher in ((1, []), (2, TWO_RANKS)):
         run(*launcher, script(stage), "--data_dir", "data", *options, "--out_dir", f"out/{stage}{n}", cwd=folder)
         losses.append([m["loss"] for m in metrics(folder, f"{stage}{n}") if "loss" in m])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert losses[0][:10] == pytest.approx(losses[1][:10], rel=1e-3)
+    assert losses[0] == pytest.approx(losses[1], rel=0.1, abs=0.01)  # rounding grows from step to step
 
 
 @pytest.mark.slow

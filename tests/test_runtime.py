@@ -139,12 +139,19 @@ def names(folder):
 
 
 def test_a_new_folder_is_made(start, tmp_path):
-    """Parents included; nothing but the lock is in it, and that goes with the run."""
+    """Parents included; nothing but the lock is in it, and that goes with the run, and so do folders left empty."""
     run = start(out_dir=str(tmp_path / "a" / "b"))
     assert names(tmp_path / "a" / "b") == ["lock"] and run.path("ckpt.pt") == str(tmp_path / "a" / "b" / "ckpt.pt")
     with run:
         pass
-    assert names(tmp_path / "a" / "b") == []
+    assert names(tmp_path) == []
+    (tmp_path / "mine").mkdir()
+    with start(out_dir=str(tmp_path / "mine" / "b")) as run:
+        run.write("metrics.jsonl", {"step": 1})
+    assert names(tmp_path / "mine" / "b") == ["metrics.jsonl"]
+    with start(out_dir=str(tmp_path / "mine" / "c")):
+        pass
+    assert names(tmp_path / "mine") == ["b"]  # what was there before stays
 
 
 @pytest.mark.parametrize("kept", ["ckpt.pt", "metrics.jsonl"])

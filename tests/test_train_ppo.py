@@ -219,6 +219,36 @@ def test_judgement_does_not_depend_on_microbatches(world):
     assert not once.scores.requires_grad and not once.values.requires_grad
 
 
+def test_judgement_recomputes_what_the_sampler_said(world):
+    """Whatever the sampler noted, the old log-probabilities are the trainer's, so that in one epoch of one minibatch
+    the ratio is 1, with several microbatches too."""
+    o = options(num_ppo_epochs=1, num_mini_batches=1)
+    nets, judge, rollout = world(o)
+    rollout.sampler_logprobs.fill_(-9.0)
+    judged = train_ppo.judgement(nets, rollout, judge, o, run_of(o))
+    advantages, returns, _, _ = train_ppo.credit(rollout, judged, 0.3, o, lambda t: t)
+    totals, counted, ratios, _ = train_ppo.update(nets, optimizers(nets, o, 1e-2), rollout, judged, advantages, returns,
+                                                  0, o, run_of(o))
+    assert [float(r) for r in ratios] == pytest.approx([1.0], abs=1e-12) and float(totals[2]) < 1e-20
+
+
+def test_summary_by_hand():
+    """Four answers against four others: 2 wins and a tie of 4; 4 different of 5 bigrams; one text twice."""
+    def row(score, ids, length, text, **more):
+        return {"score": score, "k1": 2.0, "k3": 1.0, "finished": score > 0, "length": length, "ref_logprob": -3.0,
+                "ids": ids, "completion": text} | more
+
+    base = [row(0.0, [1], 1, "x", judge=0.0)] * 4
+    rows = [row(1.0, [1, 2, 3], 4, "a", judge=1.0), row(2.0, [1, 2], 3, "b", judge=-1.0),
+            row(0.0, [4, 5, 6], 4, "a", judge=0.0), row(-1.0, [7], 1, "c", judge=2.0)]
+    out = train_ppo.summary(rows, base)
+    assert out["win_rate"][0] == 2.5 / 4 and out["judge_win_rate"][0] == 2.5 / 4
+    assert out["score"][0] == 0.5 and out["kl"] == (2.0, 0.0) and out["kl_k3"] == (1.0, 0.0)
+    assert out["eos_rate"] == 0.5 and out["mean_length"] == 3.0 and out["prompts"] == 4
+    assert out["distinct_2"] == pytest.approx(4 / 5) and out["repeated"] == pytest.approx(1 / 4)
+    assert out["ref_logprob_per_token"] == pytest.approx(-12 / 12)
+
+
 def test_decisions_at_another_temperature(make_model):
     """Logits are divided by it before the softmax: at T, log p = logit/T - logsumexp(logits/T)."""
     model, tokens = make_model(), torch.tensor([[1, 2, 3, 4]])

@@ -1,10 +1,12 @@
 """What stage 2 says of its model: intervals, calibration, verdict."""
 import contextlib
 import math
+import types
 
 import pytest
 import torch
 
+import train_rm
 from minirlhf.data import Preference, Row
 from minirlhf.tokenizer import Tokenizer
 from train_rm import accuracy_with_interval, calibration, encode_preferences, score_all, verdict
@@ -27,6 +29,19 @@ def test_scores_do_not_depend_on_the_batch(make_model):
     gradients = [torch.autograd.grad((weights * x).sum(), list(model.parameters())) for x in (scores, alone)]
     for a, b in zip(*gradients):
         torch.testing.assert_close(a, b)
+
+
+def test_scores_of_sft_samples_get_mean_0_and_deviation_1(make_model):
+    """Gain and bias are set so, from a scale and bias that are neither, over the samples that stage 3 would see."""
+    sft, model = make_model(), make_model("scalar", seed=2)
+    model.score_head.bias.data.fill_(3.0)
+    model.gain.fill_(0.4), model.bias.fill_(-1.5)
+    run = types.SimpleNamespace(device=torch.device("cpu"), autocast=contextlib.nullcontext)
+    o, tokenizer = types.SimpleNamespace(seed=1, response_length=8), types.SimpleNamespace(eos=0)
+    prompts = [[1 + n % 12, 1 + n % 5] for n in range(200)]
+    train_rm.set_scale(model, sft, run, tokenizer, prompts, o)
+    mean, std = train_rm.set_scale(model, sft, run, tokenizer, prompts, o)  # the same samples, looked at again
+    assert mean == pytest.approx(0, abs=1e-5) and std == pytest.approx(1, abs=1e-5)
 
 
 def test_accuracy_by_hand():
