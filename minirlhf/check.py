@@ -125,6 +125,17 @@ def same_weights(models, copies):
     return all(torch.equal(p, q) for model, copy in zip(models, copies) for p, q in zip(model.parameters(), copy))
 
 
+def stillness(checks, model, optimizers):
+    """With gradients in place, a step of every optimizer at learning rate 0 leaves each weight as it was."""
+    before = [p.detach().clone() for p in model.parameters()]
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+        optimizer.step()
+    checks("at learning rate 0 no weight moves", same_weights([model], [before]), "one step",
+           "something besides the optimizers changes the weights")
+
+
 def same_ids(checks, tokenizer, rows):
     """Text that came from ids gives these ids again. rows: data.Row, none of them cut."""
     texts = [[tokenizer.decode(ids) for ids in (row.ids[:row.prompt_length], row.ids[row.prompt_length:])]
