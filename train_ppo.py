@@ -332,12 +332,12 @@ def run_checks(nets, judge, tokenizer, prompts, room, first, o, run):
     with run.autocast():
         rollout = generate(policy, prompts, o.response_length, tokenizer.eos, o.temperature,
                            run.generator(first, "check"))
-    ids = [row[:n] for row, n in zip(rollout.tokens.tolist(), rollout.lengths.tolist())]
-    rows = [Row(row, n) for row, n in zip(ids, rollout.prompt_lengths.tolist())]
+    rows = [Row(row[:n], p) for row, n, p in
+            zip(rollout.tokens.tolist(), rollout.lengths.tolist(), rollout.prompt_lengths.tolist())]
     for name, model in (("policy", policy), ("value network", value), ("reward model", judge.model)):
         if model is not None:
-            check.padding(checks, model, ids, name)
-    check.cache(checks, policy, ids)
+            check.padding(checks, model, rows, name)
+    check.cache(checks, policy, rows)
     judged, mask = judgement(nets, rollout, judge, o, run), rollout.response_mask
     checks.close("the sampler's log-probabilities are the trainer's", rollout.sampler_logprobs[mask],
                  judged.old_logprobs[mask], "the temperature is missing in one of them, or positions differ")
@@ -369,8 +369,7 @@ def run_checks(nets, judge, tokenizer, prompts, room, first, o, run):
            "something besides the optimizers changes the weights, or the ratio's denominator is not the old policy")
     if judge.model is not None:
         short = [row for row in rows if row.prompt_length < room]  # a trimmed prompt may begin within a word
-        texts = [[tokenizer.decode(part) for part in (row.ids[:row.prompt_length], row.ids[row.prompt_length:])]
-                 for row in short]
+        texts = check.texts(tokenizer, short)
         own = [tokenizer.encode_prompt(p) + tokenizer.encode_completion(c) for p, c in texts]
         theirs = [encode_row(judge.tokenizer, p, c, judge.model.config.block_size, "trim").ids for p, c in texts]
         prompts_too = all(row.ids[:row.prompt_length] == ids[:row.prompt_length] for row, ids in zip(short, theirs))

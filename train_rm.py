@@ -223,9 +223,9 @@ def run_checks(model, tokenizer, batch, optimizers, o, run):
     """--check: what must hold of this stage, on one batch of training records."""
     checks, eos, rows = check.Checks(run), tokenizer.eos, [row for rows, _, _ in batch for row in rows]
     model.eval()
-    check.padding(checks, model, [row.ids for row in rows], "reward model")
+    check.padding(checks, model, rows, "reward model")
     with torch.no_grad():
-        parts = [Row(ids, 1) for ids in check.ragged([row.ids for row in rows])]
+        parts = check.ragged(rows)
         scores = [score_all(model, run, parts, eos, size) for size in (len(parts), 1)]
     checks.close("a score does not depend on what else is scored", *scores,
                  "the score is not read at the last real token")
@@ -256,7 +256,7 @@ def main():
     scale_prompts = load_prompts(prompts_path) if os.path.exists(prompts_path) else [p.prompt for p in train]
     with runtime.Run(o, "rm") as run:
         # ---- the SFT model's trunk under a new head, or the run to resume
-        sft, tokenizer, sft_payload = checkpoint.load(o.init_from, ["sft"], run.device)
+        sft, tokenizer, _ = checkpoint.load(o.init_from, ["sft"], run.device)
         if o.resume:
             model, own_tokenizer = checkpoint.build(start, run.path("ckpt.pt"), run.device, o.dropout)
             checkpoint.same_tokenizer(own_tokenizer, run.path("ckpt.pt"), tokenizer, o.init_from)

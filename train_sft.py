@@ -118,8 +118,8 @@ def run_checks(model, tokenizer, batch, optimizers, o, run):
     """--check: what must hold of this stage, on one batch of training rows."""
     checks, eos = check.Checks(run), tokenizer.eos
     model.eval()
-    check.padding(checks, model, [row.ids for row in batch], "model")
-    check.cache(checks, model, [row.ids for row in batch])
+    check.padding(checks, model, batch, "model")
+    check.cache(checks, model, batch)
     gradients = []
     for size in (len(batch), 1):
         loss = batch_gradients(model, model.hidden, batch, eos, replace(o, micro_batch_size=size), run)

@@ -8,9 +8,9 @@ import os
 import tempfile
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
 from minirlhf import checkpoint
+from minirlhf.data import Row, collate
 from minirlhf.generate import KVCache
 
 
@@ -47,19 +47,14 @@ def noise(model, tokens, lengths):
 def ragged(rows):
     """Beginnings of a few rows, of every length from short to whole: batches hold rows of like length otherwise."""
     rows = rows[:8]
-    return [row[:max(1, len(row) * (i + 1) // len(rows))] for i, row in enumerate(rows)]
-
-
-def batched(rows, device):
-    lengths = torch.tensor([len(row) for row in rows], device=device)
-    return pad_sequence([torch.tensor(row) for row in rows], True).to(device), lengths
+    return [Row(row.ids[:max(1, len(row.ids) * (i + 1) // len(rows))], 1) for i, row in enumerate(rows)]
 
 
 @torch.no_grad()
 def padding(checks, model, rows, name):
-    """Each row alone gives what it gives in a batch whose padding is noise. rows: lists of ids."""
+    """Each row alone gives what it gives in a batch whose padding is noise."""
     run = checks.run
-    tokens, lengths = batched(ragged(rows), run.device)
+    tokens, _, lengths = collate(ragged(rows), 0, run.device)
     with run.autocast():
         together = model.hidden(noise(model, tokens, lengths))
         alone = [model.hidden(tokens[i:i + 1, :n])[0] for i, n in enumerate(lengths.tolist())]
@@ -72,7 +67,7 @@ def padding(checks, model, rows, name):
 def cache(checks, model, rows):
     """Half of each row at once, the rest token by token with a KV cache: hidden states are those without one."""
     run, rows = checks.run, ragged(rows)
-    tokens, lengths = batched(rows, run.device)
+    tokens, _, lengths = collate(rows, 0, run.device)
     halves = (lengths + 1) // 2
     with run.autocast():
         plain = model.hidden(tokens)
@@ -136,12 +131,16 @@ def stillness(checks, model, optimizers):
            "something besides the optimizers changes the weights")
 
 
+def texts(tokenizer, rows):
+    """[(prompt, completion), ...] as the rows' ids decode."""
+    return [(tokenizer.decode(row.ids[:row.prompt_length]), tokenizer.decode(row.ids[row.prompt_length:]))
+            for row in rows]
+
+
 def same_ids(checks, tokenizer, rows):
     """Text that came from ids gives these ids again. rows: data.Row, none of them cut."""
-    texts = [[tokenizer.decode(ids) for ids in (row.ids[:row.prompt_length], row.ids[row.prompt_length:])]
-             for row in rows]
     same = sum(tokenizer.encode_prompt(prompt) + tokenizer.encode_completion(completion) == row.ids
-               for (prompt, completion), row in zip(texts, rows))
+               for (prompt, completion), row in zip(texts(tokenizer, rows), rows))
     checks("prompts and completions have the same ids wherever they are encoded", same == len(rows),
            f"{same} of {len(rows)}",
            "prompt and completion were encoded together in one place and apart in another, or by another tokenizer")

@@ -59,12 +59,11 @@ def parse(cls, argv=None):
             kind = _boolean
         else:
             extra["metavar"] = kind.__name__.upper()
-        parser.add_argument(f"--{field.name}", type=kind, default=field.default, help=(text + shown).replace("%", "%%"),
-                            **extra)
-    values = vars(parser.parse_args(argv))
-    given = vars(parser.parse_args(argv, argparse.Namespace(**{field.name: None for field in fields(cls)})))
-    options = cls(**values)
-    options.given = {name for name, value in given.items() if value is not None}  # what --resume may not overrule
+        parser.add_argument(f"--{field.name}", type=kind, default=argparse.SUPPRESS,
+                            help=(text + shown).replace("%", "%%"), **extra)
+    given = vars(parser.parse_args(argv))
+    options = cls(**given)
+    options.given = set(given)  # what --resume may not overrule
     for field in fields(cls):
         _check_range(field.name, getattr(options, field.name), comments[field.name])
     return options
