@@ -20,7 +20,7 @@ from minirlhf.data import Row, encode_prompts, encode_row, endless_batch, finger
 from minirlhf.generate import generate
 from minirlhf.model import GPT
 from minirlhf.objectives import (adaptive_kl_coef, best_of_n_kl, credit_length, entropy, explained_variance, gae, k1,
-                                 k3, log_ratio, mean_interval, policy_clipped, policy_loss, shape_rewards,
+                                 k3, log_ratio, mean_interval, moments, policy_clipped, policy_loss, shape_rewards,
                                  token_logprobs, value_clipped, value_loss, whiten, wilson_interval)
 
 
@@ -59,13 +59,16 @@ class Options(RunOptions):
     missing_eos_penalty: float = 1.0  # subtracted from the score of an answer that did not end; 0 = off [0..]
     whiten_rewards: bool = False  # divide rewards by their deviation, their mean kept
     target_kl: float = 0.0  # k3 between new and old policy above which a batch's epochs end; 0 = never [0..]
-    max_kl: float = 60.0  # nats a response; three batches in a row with more end the run; 0 = never [0..]
+    max_kl: float = 60.0  # nats a response from SFT; above it a batch has one epoch, three in a row end the run [0..]
     long_prompts: Literal["drop", "trim"] = "drop"  # prompts too long for the context: drop, or trim at the left
     eval_interval: int = 20  # steps between looks at held-out prompts and checkpoints; the last step always does [1..]
     num_eval_prompts: int = 128  # held-out prompts at each look [1..]
     num_final_prompts: int = 512  # held-out prompts for the closing comparison [1..]
     num_samples: int = 4  # answers shown at each look [0..]
     best_of_n: int = 4  # the closing report compares with the best of n SFT answers; 0 = leave it out [0..]
+
+
+BLOWN_UP = 1.0  # nats a decision (k3) between new and old policy: a sound update moves by a hundredth of it
 
 
 # ---- what judges an answer
@@ -81,7 +84,13 @@ class Judge:
         """Rollout -> scores (B,), float32, on the run's device."""
         if self.model is not None:
             with self.run.autocast():
-                return self.model.score(rollout.tokens, rollout.lengths)
+                scores = self.model.score(rollout.tokens, rollout.lengths)
+            if not scores.isfinite().all():
+                row = int(scores.isfinite().int().argmin())
+                fail(f"{self.name}: gives the score {float(scores[row])} to the completion "
+                     f"{self.tokenizer.decode(rollout.responses()[row])[:60]!r}: stopped before the update; try "
+                     "--dtype float32")
+            return scores
         prompts = [self.tokenizer.decode(row[:n]) for row, n in
                    zip(rollout.tokens.tolist(), rollout.prompt_lengths.tolist())]
         completions = [self.tokenizer.decode(ids) for ids in rollout.responses()]
@@ -229,9 +238,10 @@ def minibatch_gradients(nets, rollout, judged, advantages, returns, rows, learn_
 
 
 def update(nets, optimizers, rollout, judged, advantages, returns, step, o, run):
-    """Epochs x minibatches of clipped losses -> (sums (7,), their count, mean ratio of each minibatch, stopped early).
+    """Epochs x minibatches of clipped losses -> (sums (7,), their count, mean ratio of each minibatch, ended).
 
-    In the first value_warmup steps the policy rests. Exits 2, before the optimizer's step, on what is not finite.
+    In the first value_warmup steps the policy rests. ended: the k3 between new and old policy at which the epochs ended
+    early, its gradients dropped, or 0. Exits 2, before the optimizer's step, on what is not finite.
     """
     learn_policy = step >= o.value_warmup
     learning = list(zip((nets.policy, nets.value), optimizers))[not learn_policy:]
@@ -241,22 +251,19 @@ def update(nets, optimizers, rollout, judged, advantages, returns, step, o, run)
         for minibatch in shuffled.tensor_split(o.num_mini_batches):
             sums, count = minibatch_gradients(nets, rollout, judged, advantages, returns, minibatch, learn_policy, o,
                                               run)
-            if o.target_kl and float(sums[6] / count) > o.target_kl:
+            pg_loss, vf_loss, moved = (sums[[0, 1, 6]] / count).tolist()
+            if moved > min(o.target_kl or BLOWN_UP, BLOWN_UP):
                 for _, optimizer in learning:
                     optimizer.zero_grad(set_to_none=True)
-                return totals, counted, ratios, True
-            norms = [torch.nn.utils.clip_grad_norm_(model.parameters(), o.max_grad_norm or math.inf)
-                     for model, _ in learning]
-            if not torch.stack([sums.sum(), *norms]).isfinite().all():
-                fail(f"step {step + 1}, epoch {epoch + 1}: a loss or gradient is not finite (policy loss "
-                     f"{float(sums[0] / count)}, value loss {float(sums[1] / count)}): stopped before the update; a "
-                     f"checkpoint, if any, is in {o.out_dir}; try a --learning_rate below {o.learning_rate:g}")
+                return totals, counted, ratios, moved
+            for model, _ in learning:
+                runtime.clip_gradients(model, pg_loss + vf_loss, f"step {step + 1}, epoch {epoch + 1}", o)
             for _, optimizer in learning:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
             totals, counted = totals + sums, counted + count
             ratios.append(sums[5] / count)
-    return totals, counted, ratios, False
+    return totals, counted, ratios, 0.0
 
 
 # ---- looking at held-out prompts
@@ -322,6 +329,30 @@ def report(run, before, after):
             run.say("".join([f"{label:<38}", *(f"{cell:>24}" for cell in cells)]))
 
 
+def concerns(record, spread, base, o):
+    """Yields (what about, a warning) where a step's figures have left those of the SFT model's answers, `base`.
+
+    spread: the variance of the step's scores.
+    """
+    done, score, kl_coef = (record[k] for k in ("step", "objective/scores", "objective/kl_coef"))
+    length, H, eos = (record[k] for k in ("completions/mean_length", "policy/entropy_avg", "completions/eos_rate"))
+    usual_length, usual_H = base["mean_length"], -base["ref_logprob_per_token"]
+    if spread <= 1e-12 * (1 + score ** 2) and o.batch_size > 1:
+        yield "variance", f"all scores of step {done} are {score:.4f}: there is nothing to learn from"
+    if eos < 0.5:
+        yield "eos", (f"{eos:.0%} of the answers of step {done} ended within {o.response_length} tokens; raise "
+                      f"--response_length, or --missing_eos_penalty above {o.missing_eos_penalty:g}")
+    if length < 0.5 * usual_length:
+        yield "length", (f"answers have shrunk to {length:.1f} tokens from the SFT model's {usual_length:.1f}; raise "
+                         f"--kl_length_credit above {o.kl_length_credit:g} or --kl_coef above {kl_coef:g}")
+    if length > 2 * usual_length:
+        yield "length", (f"answers have grown to {length:.1f} tokens from the SFT model's {usual_length:.1f}; lower "
+                         f"--kl_length_credit below {o.kl_length_credit:g} or raise --kl_coef above {kl_coef:g}")
+    if H < 0.5 * usual_H:
+        yield "entropy", (f"entropy has fallen to {H:.2f} nats a decision from the SFT model's {usual_H:.2f}: answers "
+                          f"grow alike; raise --ent_coef above {o.ent_coef:g} or --kl_coef above {kl_coef:g}")
+
+
 def run_checks(nets, judge, tokenizer, prompts, room, first, o, run):
     """--check: what must hold of this stage, on one batch of answers.
 
@@ -385,7 +416,8 @@ def run_checks(nets, judge, tokenizer, prompts, room, first, o, run):
 
 
 def main():
-    o, start = checkpoint.resume(parse(Options), "ppo", (
+    given = parse(Options)
+    o, start, start_path = checkpoint.resume(given, "ppo", (
         "seed", "init_from", "reward_model", "reward", "value_init", "batch_size", "total_episodes", "temperature",
         "response_length", "long_prompts", "data_dir"))
     world = int(os.environ.get("WORLD_SIZE", 1))
@@ -406,17 +438,17 @@ def main():
             reward_model, judges = None, [Judge(run, tokenizer, function=load_function(o.reward), name=o.reward)]
         else:
             reward_model, rm_tokenizer, _ = checkpoint.load(o.reward_model, ["rm"], run.device)
-            checkpoint.same_tokenizer(tokenizer, o.init_from, rm_tokenizer, o.reward_model)
-            judges = [Judge(run, rm_tokenizer, reward_model)]
+            checkpoint.compatible((ref, tokenizer), o.init_from, (reward_model, rm_tokenizer), o.reward_model)
+            judges = [Judge(run, rm_tokenizer, reward_model, name=o.reward_model)]
         if o.judge:
             judge_model, judge_tokenizer, _ = checkpoint.load(o.judge, ["rm"], run.device)
-            checkpoint.same_tokenizer(tokenizer, o.init_from, judge_tokenizer, o.judge)
-            judges.append(Judge(run, tokenizer, judge_model))
+            checkpoint.compatible((ref, tokenizer), o.init_from, (judge_model, judge_tokenizer), o.judge)
+            judges.append(Judge(run, tokenizer, judge_model, name=o.judge))
         if reward_model is not None and o.value_init == "rm":
             value_model = reward_model.with_head("scalar")
         else:
             value_model = ref.with_head("scalar")
-        context = min(m.config.block_size for m in (policy, *(j.model for j in judges if j.model is not None)))
+        context = policy.config.block_size
         room = context - o.response_length
         if room < 2:
             fail(f"--response_length {o.response_length}: leaves no room for a prompt in a context of {context} tokens")
@@ -436,14 +468,15 @@ def main():
                                         fused=True) for model in (policy, value_model)]
         first, kl_coef, high, prints = 0, o.kl_coef, 0, fingerprint(*paths)
         if o.resume:
-            state = start["training"]
-            if state["data"] != prints:
-                fail(f"--resume: the prompts of {o.data_dir} are not those that this run began with")
-            checkpoint.load_weights(policy, start["model"], run.path("ckpt.pt"))
-            checkpoint.load_weights(value_model, state["value_model"], run.path("ckpt.pt"))
-            for optimizer, saved in zip(optimizers, state["optimizers"]):
-                optimizer.load_state_dict(saved)
-            first, kl_coef, high = state["step"], state["kl_coef"], state["high"]
+            with checkpoint.fitting(start_path):
+                state = start["training"]
+                if state["data"] != prints:
+                    fail(f"--resume: the prompts of {o.data_dir} are not those that this run began with")
+                checkpoint.load_weights(policy, start["model"], start_path)
+                checkpoint.load_weights(value_model, state["value_model"], start_path)
+                checkpoint.load_optimizers(optimizers, state["optimizers"], start_path)
+                first, high = int(state["step"]), int(state["high"])
+                kl_coef = o.kl_coef if "kl_coef" in given.given else float(state["kl_coef"])
         nets = Networks(policy, ref, value_model, o.compile)
         if o.check:
             run_checks(nets, judges[0], tokenizer, prompts[:64], room, first, o, run)
@@ -466,12 +499,7 @@ def main():
         if first >= steps:
             run.say(f"     this run is finished ({first} steps); its closing report again:")
         before = answer(ref, ref, judges, run, tokenizer, final_prompts, o)
-        warned = set()
-
-        def warn(key, text):
-            if key not in warned:
-                warned.add(key)
-                run.say(f"warning: {text}")
+        base, warned = summary(before, before), set()
 
         for step in range(first, steps):
             began = time.perf_counter()
@@ -489,22 +517,23 @@ def main():
 
             # ---- JUDGEMENT: old and reference log-probabilities, values, scores; no gradients
             judged = judgement(nets, rollout, judges[0], o, run)
+            n = run.total(torch.tensor([float(len(batch))], device=run.device))
+            mean_kl = float(run.total(k1(judged.old_logprobs, judged.ref_logprobs).sum()) / n)
+            far = 0 < o.max_kl < mean_kl
 
             # ---- CREDIT: a KL penalty a token, the score at the last decision, GAE, whitening
             advantages, returns, charged, paid = credit(rollout, judged, kl_coef, o, run.total)
 
             # ---- UPDATE: epochs x minibatches x microbatches of the clipped losses
-            totals, counted, ratios, stopped_early = update(nets, optimizers, rollout, judged, advantages, returns,
-                                                            step, o, run)
+            totals, counted, ratios, ended = update(nets, optimizers, rollout, judged, advantages, returns, step,
+                                                    replace(o, num_ppo_epochs=1) if far else o, run)
 
             # ---- LOOK: one log line, now and then held-out prompts and a checkpoint
-            B, mask = len(batch), rollout.response_mask
-            n = run.total(torch.tensor([float(B)], device=run.device))
+            mask = rollout.response_mask
             means = run.total(torch.stack([x.float().sum() for x in (
-                k1(judged.old_logprobs, judged.ref_logprobs), k3(judged.old_logprobs, judged.ref_logprobs),
-                -judged.old_logprobs, judged.scores, paid, kl_coef * charged, mask, rollout.finished, judged.entropies,
+                k3(judged.old_logprobs, judged.ref_logprobs), -judged.old_logprobs, judged.scores, paid, kl_coef * charged, mask, rollout.finished, judged.entropies,
                 (judged.old_logprobs - rollout.sampler_logprobs).abs())])) / n
-            mean_kl, mean_k3, neg_logprob, score, rewarded, priced_kl, length, eos_rate, H, gap = means.tolist()
+            mean_k3, neg_logprob, score, rewarded, priced_kl, length, eos_rate, H, gap = means.tolist()
             H, gap = H / length, gap / length  # a decision, over all decisions of all ranks
             policy_avg, value_avg, approxkl, clipfrac, value_clipfrac, _, _ = (totals / max(1, counted)).tolist()
             ratios = torch.stack(ratios) if ratios else torch.ones(1)
@@ -523,38 +552,35 @@ def main():
                 "val/ratio_var": float(ratios.var(correction=0)), "val/sampler_gap": gap,
                 "val/explained_variance": float(explained_variance(judged.values, returns, mask, run.total)),
                 "completions/mean_length": length, "completions/eos_rate": eos_rate,
-                "epochs_ended_by_target_kl": stopped_early}
+                "policy/epochs_ended_at_kl": ended}
             run.say(f"{run.progress(done, steps, first)}  score {score:+.3f}  kl {mean_kl:.2f} (k3 {mean_k3:.2f})  "
                     f"entropy {H:.2f}  clip {clipfrac:.3f}  value ev {record['val/explained_variance']:+.2f}  length "
                     f"{length:.1f}  eos {eos_rate:.2f}  {record['tokens_per_second']:,.0f} tokens/s"
                     + ("  (value warm-up)" if step < o.value_warmup else ""))
-            if B > 1 and judged.scores.max() == judged.scores.min():
-                warn("variance", f"all scores of step {done} are {score:.4f}: there is nothing to learn from")
-            if eos_rate == 0:
-                warn("eos", f"no answer of step {done} ended within {o.response_length} tokens; raise "
-                     f"--response_length or --missing_eos_penalty (now {o.missing_eos_penalty})")
+            _, spread = moments(judged.scores, torch.ones_like(judged.scores, dtype=torch.bool), run.total)
+            for about, text in concerns(record, float(spread), base, o):
+                if about not in warned:
+                    warned.add(about)
+                    run.say(f"warning: {text}")
+            blown = ended > BLOWN_UP
+            high = high + 1 if far or blown else 0
+            if far:
+                trouble = f"the KL from the SFT model is {mean_kl:.1f} nats a response, --max_kl is {o.max_kl:g}"
+                advice = f"raise --kl_coef above {kl_coef:g} or lower --learning_rate below {o.learning_rate:g}"
+            elif blown:
+                trouble = f"one update moved the policy by {ended:.2g} nats a decision (k3), more than {BLOWN_UP:g}"
+                advice = (f"lower --learning_rate below {o.learning_rate:g}"
+                          + (f" or --num_ppo_epochs below {o.num_ppo_epochs}" if o.num_ppo_epochs > 1 else ""))
+            if high:
+                run.say(f"warning: {trouble}: this batch's epochs ended early ({high} in a row; the third ends the run)")
             if o.kl_target:
                 kl_coef = adaptive_kl_coef(kl_coef, mean_kl, o.kl_target, o.batch_size)
-            high = high + 1 if o.max_kl and mean_kl > o.max_kl else 0
-            if high:
-                run.say(f"warning: the KL from the SFT model is above --max_kl {o.max_kl:g} for the {high}. batch; the "
-                        "third in a row ends the run")
-
-            def save():
-                if run.main:
-                    checkpoint.save(run.path("ckpt.pt"), stage="ppo", model=policy, tokenizer=tokenizer, options=o,
-                                    info=record, training={
-                                        "step": done, "value_model": value_model.state_dict(), "kl_coef": kl_coef,
-                                        "high": high, "data": prints,
-                                        "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
 
             if high == 3:
                 run.write("metrics.jsonl", record)
-                raise SystemExit(
-                    f"error: step {done}: the KL from the SFT model has been above --max_kl {o.max_kl:g} for three "
-                    f"batches (now {mean_kl:.1f} nats a response): the policy is leaving the language it knows. Raise "
-                    f"--kl_coef above {o.kl_coef:g} or lower --learning_rate below {o.learning_rate:g}. A checkpoint "
-                    f"of an earlier policy, if any, is in {o.out_dir}.")
+                raise SystemExit(f"error: step {done}: for the third batch in a row {trouble}: the policy is leaving "
+                                 f"the language it knows; {advice}. A checkpoint of an earlier policy, if any, is in "
+                                 f"{o.out_dir}: --resume goes on from it, with other options if they are named.")
             scheduled = done % o.eval_interval == 0 or done == steps
             if scheduled:
                 now = answer(policy, ref, judges, run, tokenizer, val_prompts[:look], o)
@@ -566,15 +592,18 @@ def main():
                     run.say(f"    {row['prompt']} |{row['completion']}  ({old_row['score']:+.2f} -> "
                             f"{row['score']:+.2f})")
                     run.write("samples.jsonl", {"step": done, **{k: row[k] for k in ("prompt", "completion", "score")}})
-            if scheduled or stopping:
-                save()
             run.write("metrics.jsonl", record)
+            if (scheduled or stopping) and run.main:
+                run.say(checkpoint.save(
+                    run.path("ckpt.pt"), stage="ppo", model=policy, tokenizer=tokenizer, options=o, info=record,
+                    training={"step": done, "value_model": value_model.state_dict(), "kl_coef": kl_coef, "high": high,
+                              "data": prints, "optimizers": [optimizer.state_dict() for optimizer in optimizers]}))
             if stopping:
                 run.exit_stopped()
 
         # ---- before and after, on held-out prompts
         after = answer(policy, ref, judges, run, tokenizer, final_prompts, o)
-        final = {"before": summary(before, before), "after": summary(after, before)}
+        final = {"before": base, "after": summary(after, before)}
         run.write("metrics.jsonl", {"step": max(first, steps), "final": final})
         run.say()
         report(run, **final)
@@ -588,11 +617,10 @@ def main():
         for old_row, row in list(zip(before, after))[:8]:
             run.say(f"\n  {row['prompt']} ...\n    SFT {old_row['score']:+.2f} |{old_row['completion']}\n"
                     f"    PPO {row['score']:+.2f} |{row['completion']}")
-        if first < steps:
-            for old_row, row in zip(before, after):
-                run.write("samples.jsonl", {"step": steps, "prompt": row["prompt"], "completion": row["completion"],
-                                            "score": row["score"], "sft_completion": old_row["completion"],
-                                            "sft_score": old_row["score"]})
+        for old_row, row in zip(before, after):
+            run.write("samples.jsonl", {"step": max(first, steps), "final": True, "prompt": row["prompt"],
+                                        "completion": row["completion"], "score": row["score"],
+                                        "sft_completion": old_row["completion"], "sft_score": old_row["score"]})
         run.say(f"\nsaved {run.path('ckpt.pt')} after {runtime.clock(time.perf_counter() - run.started)}; next: python "
                 f"-m minirlhf.sample {shlex.quote(o.init_from)} {shlex.quote(run.path('ckpt.pt'))} --prompt "
                 f"{shlex.quote(tokenizer.decode(val_prompts[0]))}")

@@ -246,7 +246,7 @@ def run_checks(model, tokenizer, batch, optimizers, o, run):
 
 
 def main():
-    o, start = checkpoint.resume(parse(Options), "rm", (
+    o, start, start_path = checkpoint.resume(parse(Options), "rm", (
         "seed", "init_from", "preferences", "batch_size", "num_train_epochs", "optimizer", "long_prompts", "data_dir"))
     if os.path.normpath(o.data_dir) == Options.data_dir:
         prepare.ensure(o.data_dir)
@@ -258,8 +258,8 @@ def main():
         # ---- the SFT model's trunk under a new head, or the run to resume
         sft, tokenizer, _ = checkpoint.load(o.init_from, ["sft"], run.device)
         if o.resume:
-            model, own_tokenizer = checkpoint.build(start, run.path("ckpt.pt"), run.device, o.dropout)
-            checkpoint.same_tokenizer(own_tokenizer, run.path("ckpt.pt"), tokenizer, o.init_from)
+            model, own_tokenizer = checkpoint.build(start, start_path, run.device, o.dropout)
+            checkpoint.compatible((sft, tokenizer), o.init_from, (model, own_tokenizer), start_path)
         else:
             model = sft.with_head("scalar", o.dropout).init_score(runtime.generator(o.seed, 0, 0, "head"))
         block_size = model.config.block_size
@@ -280,12 +280,14 @@ def main():
         optimizers = runtime.make_optimizers(model, o)
         first, prints = 0, fingerprint(train_path, val_path)
         if start:
-            if start["training"]["data"] != prints:
-                fail(f"--resume: the files {o.preferences}.*.jsonl of {o.data_dir} are not those this run began with")
-            for optimizer, saved in zip(optimizers, start["training"]["optimizers"]):
-                optimizer.load_state_dict(saved)
-            first = start["training"]["step"]
-            if start["training"]["finished"]:
+            with checkpoint.fitting(start_path):
+                state = start["training"]
+                if state["data"] != prints:
+                    fail(f"--resume: the files {o.preferences}.*.jsonl of {o.data_dir} are not those this run began "
+                         "with")
+                checkpoint.load_optimizers(optimizers, state["optimizers"], start_path)
+                first, finished = int(state["step"]), state["finished"]
+            if finished:
                 run.say(f"{o.out_dir}: this run is finished ({first} steps)")
                 return
         if o.check:
@@ -315,9 +317,10 @@ def main():
 
         def save(step, info, finished=False):
             if run.main:
-                checkpoint.save(run.path("ckpt.pt"), stage="rm", model=model, tokenizer=tokenizer, options=o, info=info,
-                                training={"step": step, "data": prints, "finished": finished,
-                                          "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
+                run.say(checkpoint.save(
+                    run.path("ckpt.pt"), stage="rm", model=model, tokenizer=tokenizer, options=o, info=info,
+                    training={"step": step, "data": prints, "finished": finished,
+                              "optimizers": [optimizer.state_dict() for optimizer in optimizers]}))
 
         model.train()
         seen, seen_seconds, right, judged = 0, 0.0, 0, 0
@@ -329,10 +332,7 @@ def main():
             batch = [train_set[i] for i in order.batch(step)]
             run.seed_dropout(step)
             loss, correct, count = batch_gradients(model, forward, batch, tokenizer.eos, o, run)
-            norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), o.max_grad_norm or math.inf))
-            if not math.isfinite(loss) or not math.isfinite(norm):
-                fail(f"step {step + 1}: loss {loss}, gradient norm {norm}: stopped before the update; try a lower "
-                     f"--learning_rate; a checkpoint, if any, is in {o.out_dir}")
+            norm = runtime.clip_gradients(model, loss, f"step {step + 1}", o)
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
@@ -356,9 +356,9 @@ def main():
                                                    if "margin" not in name))
                 show_pairs(model, run, tokenizer, val_set, done, o.num_samples)
             run.write("metrics.jsonl", record)
-            if scheduled or stopping:
+            if scheduled or stopping and done < steps:
                 save(done, {})
-            if stopping:
+            if stopping and done < steps:  # after the last step what is left is short
                 run.exit_stopped()
 
         # ---- the reward's scale, then what the model is worth
@@ -366,7 +366,6 @@ def main():
         figures, differences = evaluate(model, run, val_set, tokenizer.eos, longer)
         calibrated = calibration(differences)
         info = {"figures": figures, "calibration": calibrated, "verdict": verdict(figures, calibrated)}
-        save(steps, info, finished=True)
         run.write("metrics.jsonl", {"step": steps, "final": info})
         run.say(f"\nscale: scores of {o.num_scale_samples} SFT samples had mean {mean:.3f} and deviation {std:.3f}; "
                 "gain and bias make them 0 and 1")
@@ -378,6 +377,7 @@ def main():
         run.say(f"calibration: ECE {calibrated['ece']:.3f}; {calibrated['ece_with_temperature']:.3f} after dividing "
                 f"score differences by a temperature of {calibrated['temperature']:.2f}")
         run.say(info["verdict"])
+        save(steps, info, finished=True)
         done = f"saved {run.path('ckpt.pt')} after {runtime.clock(time.perf_counter() - run.started)}"
         names = {"data_dir": o.data_dir, "init_from": o.init_from, "reward_model": run.path("ckpt.pt")}
         usual = {"data_dir": Options.data_dir, "init_from": Options.init_from, "reward_model": "out/rm/ckpt.pt"}

@@ -21,6 +21,8 @@ from minirlhf.model import GPT, GPTConfig
 from minirlhf.objectives import sft_loss
 from minirlhf.tokenizer import Tokenizer
 
+SIZES = ("tokenizer", "vocab_size", "n_layer", "n_head", "n_embd", "block_size")  # options of a model from scratch
+
 
 @dataclass
 class Options(RunOptions):
@@ -143,9 +145,9 @@ def run_checks(model, tokenizer, batch, optimizers, o, run):
 
 
 def main():
-    o, start = checkpoint.resume(parse(Options), "sft", (
-        "seed", "init_from", "tokenizer", "vocab_size", "n_layer", "n_head", "n_embd", "block_size", "batch_size",
-        "num_train_epochs", "optimizer", "long_prompts", "data_dir"))
+    given = parse(Options)
+    o, start, start_path = checkpoint.resume(given, "sft", (
+        *SIZES, "seed", "init_from", "batch_size", "num_train_epochs", "optimizer", "long_prompts", "data_dir"))
     if o.n_embd % o.n_head:
         fail(f"--n_head {o.n_head}: must divide --n_embd {o.n_embd}")
     if os.path.normpath(o.data_dir) == Options.data_dir:
@@ -153,18 +155,21 @@ def main():
     train_path, val_path = (os.path.join(o.data_dir, f"sft.{split}.jsonl") for split in ("train", "val"))
     train, val = load_demonstrations(train_path), load_demonstrations(val_path)
     with runtime.Run(o, "sft") as run:
-        # ---- tokenizer, model, optimizers: new, of a checkpoint, or of the run to resume
+        # ---- tokenizer and rows, then model and optimizers: new, of a checkpoint, or of the run to resume
         if o.init_from != "scratch" and not o.resume:
-            start = checkpoint.read(o.init_from, ["sft"])
+            start, start_path = checkpoint.read(o.init_from, ["sft"]), o.init_from
         if start:
-            path = run.path("ckpt.pt") if o.resume else o.init_from
-            model, tokenizer = checkpoint.build(start, path, run.device, o.dropout)
+            model, tokenizer = checkpoint.build(start, start_path, run.device, o.dropout)
+            config, own = model.config, {name: start["options"].get(name, getattr(o, name)) for name in SIZES}
+            for name in own.keys() & given.given:
+                if getattr(o, name) != own[name]:
+                    fail(f"--{name} {getattr(o, name)}: {start_path} has {own[name]}; leave the option out")
+            o = replace(o, **own)
         else:
             tokenizer = Tokenizer.gpt2() if o.tokenizer == "gpt2" else Tokenizer.train(
                 [d.prompt + d.completion for d in train], o.vocab_size)
             config = GPTConfig(o.n_layer, o.n_head, o.n_embd, tokenizer.vocab_size, o.block_size, o.dropout)
-            model = GPT(config).init_weights(runtime.generator(o.seed, 0, 0, "init")).to(run.device)
-        block_size = model.config.block_size
+        block_size = config.block_size
         encoded = [[encode_row(tokenizer, d.prompt, d.completion, block_size, o.long_prompts) for d in part]
                    for part in (train, val)]
         train_rows = [row for row in encoded[0] if row]
@@ -172,20 +177,22 @@ def main():
         if not train_rows or not val_rows:
             fail(f"{train_path if not train_rows else val_path}: every row is longer than the context of {block_size} "
                  "tokens; use --long_prompts trim or a larger --block_size")
+        if not start:
+            model = GPT(config).init_weights(runtime.generator(o.seed, 0, 0, "init")).to(run.device)
         order = Order([len(row.ids) for row in train_rows], o.batch_size, o.seed)
         steps = max(1, round(o.num_train_epochs * order.steps_per_epoch))
         optimizers, first = runtime.make_optimizers(model, o), 0
         best, best_state, best_figures = math.inf, None, None
         prints = fingerprint(train_path, val_path)
         if o.resume:
-            state = start["training"]
-            if state["data"] != prints:
-                fail(f"--resume: the files of {o.data_dir} are not those that {run.path('ckpt.pt')} was trained on")
-            checkpoint.load_weights(model, state["model"], run.path("ckpt.pt"))
-            for optimizer, saved in zip(optimizers, state["optimizers"]):
-                optimizer.load_state_dict(saved)
-            first, best, best_state = state["step"], start["info"]["nats_per_token"], state["best"]
-            best_figures = start["info"]["held_out"]
+            with checkpoint.fitting(start_path):
+                state = start["training"]
+                if state["data"] != prints:
+                    fail(f"--resume: the files of {o.data_dir} are not those that {start_path} was trained on")
+                checkpoint.load_weights(model, state["model"], start_path)
+                checkpoint.load_optimizers(optimizers, state["optimizers"], start_path)
+                first, best, best_state = int(state["step"]), float(start["info"]["nats_per_token"]), state["best"]
+                best_figures = start["info"]["held_out"]
             if first >= steps:
                 run.say(f"{o.out_dir}: this run is finished ({first} steps)")
                 return
@@ -226,10 +233,7 @@ def main():
             batch = [train_rows[i] for i in order.batch(step)]
             run.seed_dropout(step)
             loss = batch_gradients(model, forward, batch, tokenizer.eos, o, run)
-            norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), o.max_grad_norm or math.inf))
-            if not math.isfinite(loss) or not math.isfinite(norm):
-                fail(f"step {step + 1}: loss {loss}, gradient norm {norm}: stopped before the update; a checkpoint, if "
-                     f"any, is in {o.out_dir}; try a --learning_rate below {o.learning_rate:g}")
+            norm = runtime.clip_gradients(model, loss, f"step {step + 1}", o)
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
@@ -257,11 +261,11 @@ def main():
                     best_state = {name: value.clone() for name, value in model.state_dict().items()}
             run.write("metrics.jsonl", record)
             if (done % o.eval_interval == 0 or done == steps or stopping) and run.main:
-                checkpoint.save(
+                run.say(checkpoint.save(
                     run.path("ckpt.pt"), stage="sft", model=model, weights=best_state, tokenizer=tokenizer, options=o,
                     info={"nats_per_token": best, "held_out": best_figures},
                     training={"step": done, "model": model.state_dict(), "best": best_state, "data": prints,
-                              "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
+                              "optimizers": [optimizer.state_dict() for optimizer in optimizers]}))
             if stopping:
                 run.exit_stopped()
         run.say(f"\nbest held-out loss: {describe(best_figures)}")

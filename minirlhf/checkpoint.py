@@ -1,52 +1,151 @@
 """Checkpoints: one file that holds a stage's weights, tokenizer and options, and what it takes to go on training.
 
-    {"format", "stage", "config", "head", "tokenizer", "model", "options", "info", "training"}
+    {"format", "stage", "config", "head", "tokenizer", "model", "options", "info", "environment", "training"}
 
 "model" is what other programs use (the best, or the last); "training" holds the last weights, the optimizers' state,
 the step and the data's fingerprint.
 
-Invariant: written to a temporary file in the same folder, synced, then renamed, so that the name always holds a whole
-file; read with weights_only=True, so that no code in it can run.
+Invariant: the name always holds a whole file, whose SHA-256 stands at its end as the zip's comment; the good file
+before it is kept as ckpt.previous.pt. Files are read with weights_only=True, so that no code in them can run.
 """
+import contextlib
+import hashlib
+import json
 import os
+import pickle
+import time
 import zipfile
 from dataclasses import asdict, fields, replace
 
 import torch
 
-from minirlhf.config import fail
+from minirlhf.config import check_ranges, fail
 from minirlhf.model import GPT, GPTConfig
 from minirlhf.tokenizer import Tokenizer
 
 FORMAT = 1
 STAGES = {"sft": "an SFT model", "rm": "a reward model", "ppo": "a PPO policy"}
 MADE_BY = {"sft": "train_sft.py", "rm": "train_rm.py", "ppo": "train_ppo.py"}
+PARTS = {"stage": str, "config": dict, "head": str, "tokenizer": dict, "model": dict, "options": dict, "info": dict,
+         "environment": dict, "training": dict}
+SEAL = b"\x20\0"  # the last two bytes of a zip file without a comment are 0; these announce one of 32 bytes
+WRONG = (LookupError, TypeError, ValueError, AttributeError, AssertionError, ArithmeticError, RuntimeError)
 
+
+class Damaged(Exception):
+    """What is not, or no longer, a whole checkpoint."""
+
+
+# ---- writing
 
 def save(path, *, stage, model, tokenizer, options, info, training, weights=None):
-    """Write atomically. weights: what others shall use where that is not the model's last (the best, say).
+    """Write, read back, rename; the good file that was there becomes ckpt.previous.pt -> a line with size and seconds.
 
-    Exits 1 naming path and size when the disk is full or the folder is gone; the file that was there stays.
+    weights: what others shall use where that is not the model's last (the best, say). Exits 1 and leaves what was there
+    when a weight is not finite, or, naming path and size, when the disk is full or the folder gone.
     """
+    began, temporary, size = time.perf_counter(), f"{path}.tmp", 0
     payload = {"format": FORMAT, "stage": stage, "config": asdict(model.config), "head": model.head,
                "tokenizer": tokenizer.state(), "model": weights or model.state_dict(), "options": asdict(options),
-               "info": info, "training": training}
-    temporary = f"{path}.tmp"
+               "info": info, "environment": environment(), "training": training}
+    if name := not_finite(payload):
+        raise SystemExit(f"error: {path}: not written, for {name} is no longer finite; try a lower --learning_rate; "
+                         "what was there before is untouched")
     try:
-        with open(temporary, "wb") as f:
-            torch.save(payload, f)
-            f.flush()
-            os.fsync(f.fileno())
+        try:
+            with open(temporary, "wb") as f:
+                digesting = Digesting(f)
+                torch.save(payload, digesting)
+                f.seek(-2, os.SEEK_END)
+                f.write(SEAL + digesting.sha.digest())
+                f.flush()
+                os.fsync(f.fileno())
+        finally:
+            size = os.path.getsize(temporary) if os.path.exists(temporary) else 0
+        unpack(temporary, mmap=True)  # whole, and readable
+        keep_previous(path)
         os.replace(temporary, path)
         folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)
-    except (OSError, RuntimeError) as error:
-        size = os.path.getsize(temporary) if os.path.exists(temporary) else 0
-        if os.path.exists(temporary):
+    except (OSError, RuntimeError, Damaged) as error:
+        with contextlib.suppress(OSError):
             os.remove(temporary)
         raise SystemExit(f"error: {path}: could not be written ({error}) after {size:,} bytes; what was there before "
                          "is untouched")
+    return f"  saved {path}: {size / 1e6:.1f} MB in {time.perf_counter() - began:.2f} s"
+
+
+class Digesting:
+    """A file that knows the SHA-256 of what was written to it."""
+
+    def __init__(self, file):
+        self.file, self.sha, self.flush = file, hashlib.sha256(), file.flush
+
+    def write(self, data):
+        self.sha.update(data)
+        return self.file.write(data)
+
+
+def previous_of(path):
+    return os.path.join(os.path.dirname(path), "ckpt.previous.pt")
+
+
+def keep_previous(path):
+    """A second name for the file, which is never without one; unless it is damaged, and an older one worth more."""
+    with contextlib.suppress(FileNotFoundError, Damaged):
+        check_whole(path)
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(previous_of(path))
+        os.link(path, previous_of(path))
+
+
+def environment():
+    """What must not change, besides options and data, if a resumed run shall be the same to the last bit."""
+    return {"torch": str(torch.__version__), "threads": torch.get_num_threads(),
+            "ranks": int(os.environ.get("WORLD_SIZE", 1))}
+
+
+def not_finite(value, name=""):
+    """Dotted name of the first tensor in nested dicts and lists that holds NaN or infinity, or ""."""
+    if isinstance(value, torch.Tensor):
+        return "" if value.isfinite().all() else name
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
+    return next(filter(None, (not_finite(v, f"{name}.{k}".lstrip(".")) for k, v in inside)), "")
+
+
+# ---- reading
+
+def check_whole(path):
+    """Raises Damaged where a byte is not as it was written. What torch.save alone wrote has the zip's CRCs only."""
+    with open(path, "rb") as f:
+        left, sha = os.fstat(f.fileno()).st_size - len(SEAL) - 32, hashlib.sha256()
+        while left > 0 and (block := f.read(min(left, 1 << 20))):
+            sha.update(block)
+            left -= len(block)
+        seal = f.read()
+    sha.update(b"\0\0")  # where the seal begins, torch.save had left these
+    if seal[-22:-18] == b"PK\5\6" and seal[-2:] == b"\0\0":
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():
+                raise Damaged(f"{damaged} fails its checksum")
+    elif seal != SEAL + sha.digest():
+        raise Damaged("cut short, or a byte of it has changed")
+
+
+def unpack(path, mmap=False):
+    """-> what the file holds, on the CPU. Raises Damaged."""
+    try:
+        check_whole(path)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except Damaged:
+        raise
+    except FileNotFoundError:
+        raise Damaged("no such file")
+    except pickle.UnpicklingError:
+        raise Damaged("refused: it holds more than tensors and plain values, and could run code")
+    except Exception as error:
+        raise Damaged((str(error).splitlines() or [type(error).__name__])[0][:200])
 
 
 def read(path, stages):
@@ -59,74 +158,84 @@ def read(path, stages):
         needed = " or ".join(MADE_BY[s] for s in stages)
         fail(f"{path}: no such checkpoint; run {needed} first, or name another")
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch does not check the CRCs
-        if damaged:
-            fail(f"{path}: damaged ({damaged} fails its checksum)")
-        payload = torch.load(path, map_location="cpu", weights_only=True)
-    except SystemExit:
-        raise
-    except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        fail(f"{path}: not a checkpoint, or damaged ({reason})")
+        return verified(unpack(path), path, stages)
+    except Damaged as error:
+        earlier = previous_of(path)
+        fail(f"{path}: not a checkpoint, or damaged ({error})"
+             + (f"; there is an earlier one: {earlier}" if os.path.isfile(earlier) and earlier != path else ""))
+
+
+def verified(payload, path, stages):
+    """The payload. Exits 2 unless it is one of these stages', of this format or an older one, and finite."""
     if not isinstance(payload, dict) or type(payload.get("format")) is not int:
         fail(f"{path}: not a minirlhf checkpoint")
     if payload["format"] > FORMAT:
         fail(f"{path}: format {payload['format']}, this program reads up to {FORMAT}")
-    missing = {"stage", "config", "head", "tokenizer", "model", "options", "info", "training"} - payload.keys()
-    if missing:
-        fail(f"{path}: lacks {', '.join(sorted(missing))}")
+    if wrong := [part for part, kind in PARTS.items() if not isinstance(payload.get(part), kind)]:
+        fail(f"{path}: lacks {', '.join(wrong)}, or holds something else there")
     if payload["stage"] not in stages:
         expected = " or ".join(STAGES[s] for s in stages)
         fail(f"{path}: holds {STAGES.get(payload['stage'], payload['stage'])}, expected {expected}")
+    with fitting(path):
+        if name := not_finite(payload):
+            fail(f"{path}: {name} holds values that are not finite")
     return payload
 
 
-def resume(o, stage, structural):
-    """Options of --resume -> (options to go on with, payload), or (o, None) without --resume.
-
-    What the command line does not name stays as the run had it; what it names and changes is listed, and refused where
-    the run would no longer be the same one: `structural`.
-    """
-    if not o.resume:
-        return o, None
-    path = os.path.join(o.out_dir, "ckpt.pt")
-    if not os.path.exists(path):
-        fail(f"--resume: {path} does not exist; start without --resume")
-    payload = read(path, [stage])
-    own, changes = {f.name for f in fields(o)} - {"resume", "overwrite", "check", "out_dir"}, {}
-    for name, value in payload["options"].items():
-        if name in own and name not in o.given:
-            changes[name] = value
-        elif name in own and value != getattr(o, name):
-            text = f"--{name} {getattr(o, name)}: this run had {value}"
-            if name in structural:
-                fail(f"--resume: {text}, which cannot change; leave the option out or start another run")
-            print(f"resume: {text}")
-    return replace(o, **changes), payload
+@contextlib.contextmanager
+def fitting(path):
+    """What goes wrong within comes from the file's contents: exits 2 naming it."""
+    try:
+        yield
+    except WRONG as error:
+        fail(f"{path}: does not fit: {type(error).__name__}: {' '.join(str(error).split())[:400]}")
 
 
 def build(payload, path, device, dropout=0.0):
-    """-> (model, tokenizer) of a payload, strictly: exits 2 on missing or extra keys, other shapes, or NaN."""
-    try:
-        model = GPT(GPTConfig(**{**payload["config"], "dropout": dropout}), payload["head"])
+    """-> (model, tokenizer) of a payload, strictly: exits 2 on missing or extra weights, or other shapes."""
+    with fitting(path):
+        config, head = GPTConfig(**{**payload["config"], "dropout": dropout}), payload["head"]
         tokenizer = Tokenizer.from_state(payload["tokenizer"])
-        if tokenizer.vocab_size != model.config.vocab_size:
-            fail(f"{path}: its tokenizer has {tokenizer.vocab_size} tokens, its model {model.config.vocab_size}")
-    except (TypeError, ValueError, KeyError, AttributeError, AssertionError, RuntimeError) as error:
-        fail(f"{path}: its model or tokenizer cannot be built ({type(error).__name__}: {error})")
+        if tokenizer.vocab_size != config.vocab_size:
+            fail(f"{path}: its tokenizer has {tokenizer.vocab_size} tokens, its model {config.vocab_size}")
+        if config.n_layer > len(payload["model"]):
+            fail(f"{path}: does not fit: {config.n_layer} layers of {len(payload['model'])} weights")
+        with torch.device("meta"):  # takes no memory, whatever sizes a wrong config asks for
+            check_shapes(GPT(config, head), payload["model"], path)
+        model = GPT(config, head)
     load_weights(model, payload["model"], path)
     return model.to(device), tokenizer
 
 
+def check_shapes(model, state, path):
+    own, wrong = model.state_dict(), []
+    for name in own | state:
+        wanted, found = (tuple(x[name].shape) if name in x else None for x in (own, state))
+        if wanted != found:
+            wrong.append(f"missing {name}" if found is None else f"unexpected {name}" if wanted is None else
+                         f"{name} has shape {found}, not {wanted}")
+    if wrong:
+        fail(f"{path}: does not fit the model: {', '.join(wrong[:4])}"
+             + (f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""))
+
+
 def load_weights(model, state, path):
-    try:
+    with fitting(path):
+        check_shapes(model, state, path)
         model.load_state_dict(state)
-    except (RuntimeError, TypeError, AttributeError) as error:
-        fail(f"{path}: does not fit the model: {' '.join(str(error).split())[:400]}")
-    for name, p in model.state_dict().items():
-        if not p.isfinite().all():
-            fail(f"{path}: {name} holds values that are not finite")
+
+
+def load_optimizers(optimizers, states, path):
+    """Moments and step counts; rates and the like stay those of the options."""
+    with fitting(path):
+        for optimizer, state in zip(optimizers, states, strict=True):
+            own = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+            optimizer.load_state_dict(state)
+            for group, values in zip(optimizer.param_groups, own):
+                group.update(values)
+            for p, moments in optimizer.state.items():
+                if wrong := [name for name, m in moments.items() if m.dim() and m.shape != p.shape]:
+                    fail(f"{path}: does not fit: {wrong[0]} of a weight of shape {tuple(p.shape)}")
 
 
 def load(path, stages, device):
@@ -136,9 +245,65 @@ def load(path, stages, device):
     return model.eval(), tokenizer, payload
 
 
-def same_tokenizer(first, first_path, second, second_path):
-    """Exits 2 unless both checkpoints turn text into the same ids."""
-    if first.ranks != second.ranks:
-        at = next((n for n, (a, b) in enumerate(zip(first.ranks, second.ranks)) if a != b), "its end")
-        fail(f"{first_path} and {second_path} have different tokenizers ({first.name} with {first.vocab_size} tokens, "
-             f"{second.name} with {second.vocab_size}; they differ from token {at} on)")
+def compatible(first, first_path, second, second_path):
+    """Exits 2 unless two (model, tokenizer) turn text into the same ids and take as many of them."""
+    (model, tokenizer), (other, other_tokenizer) = first, second
+    if tokenizer.ranks != other_tokenizer.ranks:
+        at = next((n for n, (a, b) in enumerate(zip(tokenizer.ranks, other_tokenizer.ranks)) if a != b), "its end")
+        fail(f"{first_path} and {second_path} have different tokenizers ({tokenizer.name} with {tokenizer.vocab_size} "
+             f"tokens, {other_tokenizer.name} with {other_tokenizer.vocab_size}; they differ from token {at} on)")
+    if model.config.block_size != other.config.block_size:
+        fail(f"{first_path} has a context of {model.config.block_size} tokens, {second_path} one of "
+             f"{other.config.block_size}; make the second from the first")
+
+
+# ---- going on
+
+def resume(o, stage, structural):
+    """Options of --resume -> (options to go on with, payload or None, where it came from).
+
+    What the command line does not name stays as the run had it; what it names and changes is listed, and refused where
+    the run would no longer be the same one: `structural`. A damaged checkpoint gives way to the one before it; a run
+    that ended before its first starts again.
+    """
+    if not o.resume:
+        return o, None, None
+    say = print if os.environ.get("RANK", "0") == "0" else lambda text: None
+    if o.overwrite:
+        fail("--resume and --overwrite exclude each other")
+    path, payload = os.path.join(o.out_dir, "ckpt.pt"), None
+    try:
+        payload = unpack(path)
+    except Damaged as error:
+        earlier, begun = previous_of(path), os.path.join(o.out_dir, "config.json")
+        if os.path.isfile(earlier):
+            say(f"resume: {path} cannot be used ({error}): goes on from {earlier}")
+            path, payload = earlier, read(earlier, [stage])
+        elif os.path.exists(path) or not os.path.isfile(begun):
+            fail(f"--resume: {path}: {error}; start without --resume")
+    if payload:
+        was = verified(payload, path, [stage])["options"]
+        for name, value in environment().items():
+            if (before := payload["environment"].get(name)) != value:
+                say(f"warning: this run had {name} {before}, now {value}: it goes on, but not the same to the last bit")
+    else:
+        say(f"resume: the run in {o.out_dir} ended before its first checkpoint: it starts again")
+        with open(begun, encoding="utf-8") as f, fitting(begun):
+            was = dict(json.load(f))
+    own, changes = {f.name for f in fields(o)} - {"resume", "overwrite", "check", "out_dir"}, {}
+    for name, value in was.items():
+        if name in own and (not isinstance(value, (str, float, int))
+                            or isinstance(value, str) != isinstance(getattr(o, name), str)):
+            fail(f"{path}: its option {name} is {str(value)[:40]!r}")
+        if name in own and name not in o.given:
+            changes[name] = value
+        elif name in own and value != getattr(o, name):
+            text = f"--{name} {getattr(o, name)}: this run had {value}"
+            if name in structural:
+                fail(f"--resume: {text}, which cannot change; leave the option out or start another run")
+            say(f"resume: {text}")
+    if payload is None:
+        changes |= {"resume": False, "overwrite": True}
+    o = replace(o, **changes)
+    check_ranges(o)
+    return o, payload, path

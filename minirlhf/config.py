@@ -64,9 +64,15 @@ def parse(cls, argv=None):
     given = vars(parser.parse_args(argv))
     options = cls(**given)
     options.given = set(given)  # what --resume may not overrule
-    for field in fields(cls):
-        _check_range(field.name, getattr(options, field.name), comments[field.name])
+    check_ranges(options)
     return options
+
+
+def check_ranges(options):
+    """Exits 2 where a value is not within the range of its comment."""
+    comments = _comments(type(options))
+    for field in fields(options):
+        _check_range(field.name, getattr(options, field.name), comments[field.name])
 
 
 def _comments(cls):

@@ -22,6 +22,9 @@ import torch
 
 from minirlhf.config import fail
 
+LOGS = ("metrics.jsonl", "samples.jsonl")
+KEPT = ("ckpt.pt", "ckpt.previous.pt", *LOGS)  # what makes a folder that of a run
+
 
 def seed_of(seed: int, step: int, rank: int, purpose: str) -> int:
     digest = hashlib.blake2b(f"{seed} {step} {rank} {purpose}".encode(), digest_size=8).digest()
@@ -67,63 +70,80 @@ class Run:
 
     def _claim_out_dir(self):
         o = self.options
-        if o.resume and o.overwrite:
-            fail("--resume and --overwrite exclude each other")
         folder, self.made = os.path.abspath(self.out_dir), []
         while not os.path.exists(folder):
             self.made.append(folder)
             folder = os.path.dirname(folder)
         try:
             os.makedirs(self.out_dir, exist_ok=True)
-            self.lock = open(self.path("lock"), "a+")
+            self.lock = open(self.path("lock"), "a+b", buffering=0)
         except OSError as error:
             fail(f"--out_dir {self.out_dir}: cannot be written ({error.strerror})")
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a dead process holds none, whoever has its pid
         except OSError:
             self.lock.seek(0)
-            fail(f"--out_dir {self.out_dir}: a run with pid {self.lock.read()} is writing there; wait for it or choose "
+            fail(f"--out_dir {self.out_dir}: a run with pid {self.lock.read().decode()} is writing there; wait for it or choose "
                  "another folder")
-        self.lock.truncate(0)
-        print(os.getpid(), end="", file=self.lock, flush=True)
-        held = [name for name in ("ckpt.pt", "metrics.jsonl") if os.path.exists(self.path(name))]
-        if o.resume and not os.path.exists(self.path("ckpt.pt")):
+        try:
+            self.lock.truncate(0)
+            self.lock.write(str(os.getpid()).encode())
+        except OSError as error:
             self.release()
-            fail(f"--resume: {self.path('ckpt.pt')} does not exist; start without --resume")
-        if held and not o.resume:
-            if not o.overwrite:
-                self.release()
-                fail(f"--out_dir {self.out_dir} holds a run ({', '.join(held)}); use --resume, --overwrite or another "
-                     "folder")
+            fail(f"--out_dir {self.out_dir}: cannot be written ({error.strerror})")
+        held = [name for name in KEPT if os.path.exists(self.path(name))]
+        if held and not o.resume and not o.overwrite:
+            self.release()
+            fail(f"--out_dir {self.out_dir} holds a run ({', '.join(held)}); use --resume, --overwrite or another "
+                 "folder")
 
     def start_logs(self, step):
-        """Begin to write: remove an old run, or cut from its logs what is torn or later than `step`; write config.json.
+        """Begin to write: remove an old run, or cut from its logs what will be written again; write config.json.
 
-        Call it when all inputs have been checked: until then an old run is untouched.
+        That is what is torn, later than `step`, or of a closing report. Call it when all inputs have been checked:
+        until then an old run is untouched.
         """
         if not self.main:
             return
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(self.path("ckpt.pt.tmp"))  # of a save that was killed
         if not self.options.resume:
-            for name in ("ckpt.pt", "metrics.jsonl", "samples.jsonl"):
+            for name in KEPT:
                 with contextlib.suppress(FileNotFoundError):
                     os.remove(self.path(name))
-        with open(self.path("config.json"), "w") as f:
-            json.dump({"stage": self.stage, **asdict(self.options)}, f, indent=2)
-        for name in ("metrics.jsonl", "samples.jsonl"):
+        for name in LOGS:
             kept = []
             with contextlib.suppress(FileNotFoundError), open(self.path(name), "rb") as f:
                 for line in f:
-                    with contextlib.suppress(ValueError):  # a torn last line
-                        if json.loads(line)["step"] <= step:
+                    with contextlib.suppress(ValueError, LookupError, TypeError):  # a torn last line
+                        row = json.loads(line)
+                        if row["step"] <= step and "final" not in row:
                             kept.append(line.rstrip(b"\n") + b"\n")
-            with open(self.path(name), "wb") as f:
-                f.writelines(kept)
+            self.replace(name, b"".join(kept))
+        self.replace("config.json", json.dumps({"stage": self.stage, **asdict(self.options)}, indent=2).encode())
+
+    def replace(self, name, content):
+        """Write out_dir/name whole: whenever the process dies, the old content or the new one is there."""
+        with self.writing(name):
+            with open(self.path(f"{name}.tmp"), "wb") as f:
+                f.write(content)
+            os.replace(self.path(f"{name}.tmp"), self.path(name))
 
     def write(self, name, record):
         """Append one JSON object to out_dir/name."""
         if self.main:
-            with open(self.path(name), "a", encoding="utf-8") as f:
+            with self.writing(name), open(self.path(name), "a", encoding="utf-8") as f:
                 f.write(json.dumps(finite(record), ensure_ascii=False) + "\n")
+
+    @contextlib.contextmanager
+    def writing(self, name):
+        """Exits 1 naming the file when the disk is full or the folder gone."""
+        try:
+            yield
+        except OSError as error:
+            size = os.path.getsize(self.path(name)) if os.path.exists(self.path(name)) else 0
+            raise SystemExit(f"error: {self.path(name)}: could not be written ({error.strerror}) at {size:,} bytes; a "
+                             f"checkpoint, if any, is whole: go on with --resume")
 
     def release(self):
         if self.lock is not None:
@@ -152,7 +172,9 @@ class Run:
             os._exit(128 + number)
         self.stop = number
         if self.main:  # not print, which a signal may have interrupted
-            os.write(2, f"{signal.Signals(number).name}: finishing this step, then saving; once more quits\n".encode())
+            with contextlib.suppress(OSError):
+                os.write(2, f"{signal.Signals(number).name}: finishing this step, then saving; once more "
+                            "quits\n".encode())
 
     def should_stop(self):
         """True when any rank got a signal: all ranks stop after the same step."""
@@ -208,10 +230,10 @@ class Run:
 
 
 def say(text=""):
-    """Print a line at once; a reader that went away (| head) does not stop the run."""
+    """Print a line at once; a reader that went away (| head), or a log file on a full disk, does not stop the run."""
     try:
         print(text, flush=True)
-    except BrokenPipeError:
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -306,6 +328,20 @@ def warmup_cosine(step, steps, warmup_ratio):
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def clip_gradients(model, loss, where, o):
+    """Scale the gradient down to o.max_grad_norm (0 = never) -> its norm before.
+
+    Exits 2, before the update, where the loss, the gradient or a weight is not finite. where: the batch, for the message.
+    """
+    norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), o.max_grad_norm or math.inf))
+    weights = float(torch.nn.utils.get_total_norm([p.detach() for p in model.parameters()]))
+    if not all(map(math.isfinite, (loss, norm, weights))):
+        fail(f"{where}: not finite (loss {loss:.4g}, norm of the gradient {norm:.4g}, of the weights {weights:.4g}): "
+             f"stopped before the update; the last good checkpoint, if any, is in {o.out_dir}; try a --learning_rate "
+             f"below {o.learning_rate:g}")
+    return norm
 
 
 def count_parameters(model):

@@ -52,7 +52,11 @@ class Tokenizer:
 
     @classmethod
     def from_state(cls, state: dict) -> "Tokenizer":
-        return cls({token.encode("latin-1"): rank for rank, token in enumerate(state["ranks"])}, state["name"])
+        """Raises ValueError where these are no ranks: a token twice, or a byte that could not be encoded."""
+        ranks = {token.encode("latin-1"): rank for rank, token in enumerate(state["ranks"])}
+        if len(ranks) != len(state["ranks"]) or not {bytes([b]) for b in range(256)} <= ranks.keys():
+            raise ValueError("the ranks of its tokenizer hold a token twice, or not every byte")
+        return cls(ranks, state["name"])
 
     @classmethod
     def gpt2(cls) -> "Tokenizer":

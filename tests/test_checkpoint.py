@@ -159,8 +159,8 @@ def test_a_newer_format_is_refused(save, refused):
 
 
 @pytest.mark.parametrize("change, words", [
-    (lambda state: state.pop("wpe.weight"), ["Missing", "wpe.weight"]),
-    (lambda state: state.update(extra=torch.zeros(2)), ["Unexpected", "extra"]),
+    (lambda state: state.pop("wpe.weight"), ["missing wpe.weight"]),
+    (lambda state: state.update(extra=torch.zeros(2)), ["unexpected extra"]),
     (lambda state: state.update({"ln_f.bias": torch.zeros(17)}), ["ln_f.bias", "17", "16"]),
     (lambda state: state["h.1.mlp.c_fc.bias"].__setitem__(3, torch.nan), ["h.1.mlp.c_fc.bias", "not finite"]),
     (lambda state: state["wte.weight"].__setitem__((0, 0), -torch.inf), ["wte.weight", "not finite"]),
@@ -174,12 +174,15 @@ def test_weights_that_do_not_fit_are_refused(save, refused, change, words):
 
 
 @pytest.mark.parametrize("change, words", [
-    (lambda p: p["config"].update(rope=True), ["cannot be built", "rope"]),
-    (lambda p: p.update(head="critic"), ["cannot be built"]),
-    (lambda p: p.update(model=[1, 2]), ["does not fit"]),
+    (lambda p: p["config"].update(rope=True), ["does not fit", "rope"]),
+    (lambda p: p.update(head="critic"), ["does not fit"]),
+    (lambda p: p.update(model=[1, 2]), ["lacks model"]),
     (lambda p: p["tokenizer"]["ranks"].pop(), ["257 tokens", "258"]),
-    (lambda p: p["tokenizer"].pop("ranks"), ["cannot be built", "ranks"]),
-], ids=["config", "head", "model", "rank", "ranks"])
+    (lambda p: p["tokenizer"]["ranks"].__setitem__(3, "ab"), ["does not fit", "twice"]),
+    (lambda p: p["config"].update(n_layer=10 ** 9), ["does not fit", "1000000000 layers"]),
+    (lambda p: p["config"].update(n_embd=10 ** 6), ["does not fit", "1000000"]),
+    (lambda p: p["tokenizer"].pop("ranks"), ["does not fit", "ranks"]),
+], ids=["config", "head", "model", "rank", "twice", "layers", "width", "ranks"])
 def test_parts_that_do_not_fit_are_refused(save, refused, change, words):
     """A model of another program, or a tokenizer that lost a token: one line, no traceback."""
     path, _ = save()
@@ -195,12 +198,15 @@ def test_a_scalar_head_s_nan_scale_is_refused(save, refused):
     assert "gain" in refused(checkpoint.load, path, ["rm"], "cpu")
 
 
-def test_other_tokenizers_are_refused(refused):
-    """Names, vocabularies and files of both; equal ranks pass."""
+def test_other_tokenizers_and_contexts_are_refused(make_model, refused):
+    """Names, vocabularies, contexts and files of both; equal ranks and contexts pass."""
     first, second = Tokenizer.train(["abab"] * 3, 258), Tokenizer.train(["xyxy"] * 3, 258)
-    checkpoint.same_tokenizer(first, "a.pt", Tokenizer.from_state(first.state()), "b.pt")
-    error = refused(checkpoint.same_tokenizer, first, "a.pt", second, "b.pt")
+    model, longer = make_model(vocab_size=258), make_model(vocab_size=258, block_size=64)
+    checkpoint.compatible((model, first), "a.pt", (model, Tokenizer.from_state(first.state())), "b.pt")
+    error = refused(checkpoint.compatible, (model, first), "a.pt", (model, second), "b.pt")
     assert "a.pt" in error and "b.pt" in error and "258" in error
+    error = refused(checkpoint.compatible, (model, first), "a.pt", (longer, first), "b.pt")
+    assert "a.pt has a context of 32 tokens, b.pt one of 64" in error
 
 
 # Writing
@@ -227,7 +233,7 @@ def test_a_save_that_fails_leaves_the_old_file(save, monkeypatch, broken):
             save(info={"accuracy": 0.9})
     assert path in stop.value.code and "No space left" in stop.value.code
     assert "12,345 bytes" in stop.value.code or broken != "torch.save"
-    assert open(path, "rb").read() == before and os.listdir(os.path.dirname(path)) == ["ckpt.pt"]
+    assert open(path, "rb").read() == before and not os.path.exists(f"{path}.tmp")
     assert checkpoint.read(path, ["sft"])["info"] == {"accuracy": 0.8}
 
 
@@ -237,7 +243,7 @@ def test_a_stale_temporary_is_replaced(save):
     open(path + ".tmp", "wb").write(b"half of a file" * 100_000)
     save(info={"accuracy": 0.9})
     assert checkpoint.read(path, ["sft"])["info"] == {"accuracy": 0.9}
-    assert os.listdir(os.path.dirname(path)) == ["ckpt.pt"]
+    assert sorted(os.listdir(os.path.dirname(path))) == ["ckpt.previous.pt", "ckpt.pt"]
 
 
 def test_the_file_is_synced_before_it_is_renamed(save, monkeypatch):

@@ -190,9 +190,9 @@ def shifted(extend):
     return lambda self, layer, at, k, v: extend(self, layer, (at + 1).clamp_max(self.k.shape[3] - 1), k, v)
 
 
-def other_tokenizer(same_tokenizer):
+def other_tokenizer(compatible):
     def spoil(first, first_path, second, second_path):
-        second.encode = lambda text: [*text.encode()]  # bytes, unmerged
+        second[1].encode = lambda text: [*text.encode()]  # bytes, unmerged
     return spoil
 
 
@@ -218,7 +218,7 @@ SABOTAGE = {
     "the ratio is 1 before the first update": (
         "ppo", "train_ppo.log_ratio", lambda f: lambda new, old: f(new, 1.01 * old)),
     "policy and reward model see the same ids for the same text": (
-        "ppo", "minirlhf.checkpoint.same_tokenizer", other_tokenizer),
+        "ppo", "minirlhf.checkpoint.compatible", other_tokenizer),
     "the KL from the SFT model is 0 at the start": (
         "ppo", "minirlhf.model.GPT.with_head", spoiled),
     "at learning rate 0 KL, approxkl and clipfrac stay 0": (
@@ -325,7 +325,7 @@ def test_a_kl_blow_up_ends_the_run_with_advice(folder, stages):
     """Three batches above --max_kl: exit 1, and the options that help, with this run's numbers."""
     error = run(script("ppo"), "--data_dir", "data", *PPO, "--max_kl", "0.0001", "--out_dir", "out/far", cwd=folder,
                 code=1)
-    assert "--max_kl 0.0001 for three batches" in error and "Raise --kl_coef above 0.05" in error
+    assert "third batch in a row" in error and "--max_kl is 0.0001" in error and "raise --kl_coef above 0.05" in error
     assert "or lower --learning_rate below 0.001" in error and "Traceback" not in error
 
 

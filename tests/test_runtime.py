@@ -180,19 +180,6 @@ def test_resume_keeps_everything(start, held):
     assert names(held) == sorted(["ckpt.pt", "config.json", "lock", "metrics.jsonl", "notes.txt", "samples.jsonl"])
 
 
-def test_resume_without_a_checkpoint_is_refused(start, held, refused):
-    """The path is named, the lock released."""
-    (held / "ckpt.pt").unlink()
-    assert str(held / "ckpt.pt") in refused(start, resume=True)
-    assert "lock" not in names(held)
-
-
-def test_resume_and_overwrite_exclude_each_other(start, held, refused):
-    """Both: neither."""
-    error = refused(start, resume=True, overwrite=True)
-    assert "--resume" in error and "--overwrite" in error and (held / "ckpt.pt").read_text() == "old"
-
-
 def test_a_lock_of_a_live_run_is_refused_and_a_dead_one_taken_over(start, tmp_path, refused):
     """The second run names the first's pid, even with --overwrite, and leaves its lock and files; once that process has
     ended, its lock is ours."""

@@ -180,9 +180,10 @@ def optimizers(nets, o, lr):
     {"num_ppo_epochs": 3, "num_mini_batches": 5, "max_grad_norm": 0.01, "missing_eos_penalty": 2.0,
      "reward_clip": 0.5, "vf_coef": 1.0},
 ], ids=["defaults", "other credit", "other update"])
-def test_a_step_equals_the_naive_one(world, changes):
+def test_a_step_equals_the_naive_one(world, monkeypatch, changes):
     """Same weights, same rollout: log-probabilities, advantages and returns, and the weights after all epochs and
     minibatches, are those of loops over rows and tokens, in float64; ratios were clipped on the way."""
+    monkeypatch.setattr(train_ppo, "BLOWN_UP", math.inf)  # the steps are large, so that clips bite
     o = options(**changes)
     nets, judge, rollout = world(o)
     run, kl_coef, lr = run_of(o), 0.3, 3e-3
@@ -380,13 +381,15 @@ def test_target_kl_ends_the_epochs(world, monkeypatch):
         return len(ratios), stopped
 
     monkeypatch.setattr(train_ppo, "minibatch_gradients", watched)
-    assert minibatches(0.0) == (10, False)
+    assert minibatches(0.0) == (10, 0.0)
     highest = max(k3)
     where = k3.index(highest)
     assert k3[0] < 1e-9 and 0 < where  # the first minibatch's ratio is 1
     assert minibatches(highest * 1.01) == (10, False)
     first = next(i for i, value in enumerate(k3) if value > highest / 2)
-    assert minibatches(highest / 2) == (first, True)
+    assert minibatches(highest / 2) == (first, k3[-1]) and k3[-1] > highest / 2
+    monkeypatch.setattr(train_ppo, "BLOWN_UP", highest / 2)  # without target_kl too
+    assert minibatches(0.0) == (first, k3[-1]) == minibatches(2 * highest)
 
 
 def test_what_is_not_finite_stops_before_the_update(world, refused):
@@ -397,9 +400,48 @@ def test_what_is_not_finite_stops_before_the_update(world, refused):
     returns[rollout.response_mask] = math.inf
     error = refused(train_ppo.update, nets, optimizers(nets, o, 1e-2), rollout, judged, advantages, returns, 4, o,
                     run_of(o))
-    assert "step 5, epoch 1" in error and "value loss inf" in error
+    assert "step 5, epoch 1" in error and "loss inf" in error
     for m, n in ((nets.policy, before.policy), (nets.value, before.value)):
         assert all(torch.equal(p, q) for p, q in zip(m.parameters(), n.parameters()))
+
+
+def test_a_weight_that_is_not_finite_stops_before_the_update(world, refused):
+    """Also one that no row of the batch reads, whose loss and gradient are fine."""
+    o = options()
+    nets, *rest = ready(world, o)
+    nets.policy.wpe.weight.data[-1] = math.nan
+    error = refused(train_ppo.update, nets, optimizers(nets, o, 1e-2), *rest, 4, o, run_of(o))
+    assert "step 5, epoch 1" in error and "of the weights nan" in error
+
+
+def test_a_score_that_is_not_finite_is_refused(world, refused):
+    """The reward model's name and the completion are named, before anything is learned from it."""
+    o = options()
+    _, judge, rollout = world(o)
+    judge.model.gain.fill_(math.inf)
+    tokenizer = types.SimpleNamespace(decode=lambda ids: f"<{len(ids)} tokens>")
+    error = refused(train_ppo.Judge(run_of(o), tokenizer, judge.model, name="rm.pt"), rollout)
+    assert "rm.pt: gives the score" in error and "inf" in error and "tokens>" in error
+
+
+FIGURES = {"step": 7, "objective/scores": 0.5, "objective/kl_coef": 0.05, "completions/mean_length": 10.0,
+           "policy/entropy_avg": 4.0, "completions/eos_rate": 0.9}
+
+
+@pytest.mark.parametrize("changes, spread, words", [
+    ({}, 1.0, []),
+    ({"objective/scores": 3.25}, 0.0, ["variance", "all scores of step 7 are 3.2500"]),
+    ({"completions/eos_rate": 0.25}, 1.0, ["eos", "25% of the answers", "--missing_eos_penalty above 1"]),
+    ({"completions/mean_length": 4.9}, 1.0, ["length", "shrunk to 4.9 tokens", "10.0; raise --kl_length_credit above"]),
+    ({"completions/mean_length": 20.1}, 1.0, ["length", "grown to 20.1 tokens", "--kl_coef above 0.05"]),
+    ({"policy/entropy_avg": 1.9}, 1.0, ["entropy", "1.90 nats a decision", "4.00", "--ent_coef above 0"]),
+])
+def test_what_a_person_is_warned_about(changes, spread, words):
+    """Half the SFT model's length or entropy, twice its length, fewer than half ended, equal scores; else nothing."""
+    base = {"mean_length": 10.0, "ref_logprob_per_token": -4.0}
+    found = [*train_ppo.concerns(FIGURES | changes, spread, base, options())]
+    assert len(found) == (1 if words else 0)
+    assert all(word in " ".join(found[0]) for word in words)
 
 
 def test_every_row_once_an_epoch_in_as_many_minibatches_as_asked(world, monkeypatch):
