@@ -480,7 +480,6 @@ def main():
         nets = Networks(policy, ref, value_model, o.compile)
         if o.check:
             run_checks(nets, judges[0], tokenizer, prompts[:64], room, first, o, run)
-        run.start_logs(first)
 
         # ---- what is about to happen
         run.say(f"PPO: {len(prompts):,} prompts for training, {len(val_prompts):,} held out, from {o.data_dir}")
@@ -500,6 +499,7 @@ def main():
             run.say(f"     this run is finished ({first} steps); its closing report again:")
         before = answer(ref, ref, judges, run, tokenizer, final_prompts, o)
         base, warned = summary(before, before), set()
+        run.start_logs(first)  # an old run stays until the reward has worked once
 
         for step in range(first, steps):
             began = time.perf_counter()

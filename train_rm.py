@@ -292,7 +292,6 @@ def main():
                 return
         if o.check:
             run_checks(model, tokenizer, [train_set[i] for i in order.batch(0)], optimizers, o, run)
-        run.start_logs(first)
         forward = torch.compile(model.hidden, dynamic=True) if o.compile else model.hidden
 
         # ---- what is about to happen
@@ -324,6 +323,7 @@ def main():
 
         model.train()
         seen, seen_seconds, right, judged = 0, 0.0, 0, 0
+        run.start_logs(first)
         for step in range(first, steps):
             began = time.perf_counter()
             # ---- one optimizer step over all pairs of all records, divided once by their number

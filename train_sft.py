@@ -202,7 +202,6 @@ def main():
         shown = shown[:o.num_samples]
         if o.check:
             run_checks(model, tokenizer, [train_rows[i] for i in order.batch(0)], optimizers, o, run)
-        run.start_logs(first)
         forward = torch.compile(model.hidden, dynamic=True) if o.compile else model.hidden
 
         # ---- what is about to happen
@@ -225,6 +224,7 @@ def main():
         byte_counts = [tokenizer.count_bytes(row.ids[row.prompt_length:]) for row in val_rows]
         kinds = [str(d.extra.get("domain", "")) for d in val]
         seen, seen_seconds = 0, 0.0
+        run.start_logs(first)
         for step in range(first, steps):
             began = time.perf_counter()
             # ---- one optimizer step: the loss is summed over microbatches and ranks and divided once

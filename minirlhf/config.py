@@ -61,7 +61,13 @@ def parse(cls, argv=None):
             extra["metavar"] = kind.__name__.upper()
         parser.add_argument(f"--{field.name}", type=kind, default=argparse.SUPPRESS,
                             help=(text + shown).replace("%", "%%"), **extra)
-    given = vars(parser.parse_args(argv))
+    words = []
+    for word in sys.argv[1:] if argv is None else argv:
+        if words and re.fullmatch(r"--\w+", words[-1]) and re.fullmatch(r"-[\d.]+(e[-+]?\d+)?|-inf|-nan", word.lower()):
+            words[-1] += "=" + word  # argparse takes -1e-4 for an option
+        else:
+            words.append(word)
+    given = vars(parser.parse_args(words))
     options = cls(**given)
     options.given = set(given)  # what --resume may not overrule
     check_ranges(options)

@@ -111,15 +111,15 @@ class Run:
             for name in KEPT:
                 with contextlib.suppress(FileNotFoundError):
                     os.remove(self.path(name))
-        for name in LOGS:
+        for name in filter(os.path.exists, map(self.path, LOGS)):
             kept = []
-            with contextlib.suppress(FileNotFoundError), open(self.path(name), "rb") as f:
+            with open(name, "rb") as f:
                 for line in f:
                     with contextlib.suppress(ValueError, LookupError, TypeError):  # a torn last line
                         row = json.loads(line)
                         if row["step"] <= step and "final" not in row:
                             kept.append(line.rstrip(b"\n") + b"\n")
-            self.replace(name, b"".join(kept))
+            self.replace(os.path.basename(name), b"".join(kept))
         self.replace("config.json", json.dumps({"stage": self.stage, **asdict(self.options)}, indent=2).encode())
 
     def replace(self, name, content):
@@ -151,7 +151,10 @@ class Run:
                 os.remove(self.path("lock"))
             self.lock.close()
             self.lock = None
-            with contextlib.suppress(OSError):  # a folder made for a run that wrote nothing
+            if not any(os.path.exists(self.path(name)) for name in KEPT):  # the run has left nothing: nor does this
+                with contextlib.suppress(OSError):
+                    os.remove(self.path("config.json"))
+            with contextlib.suppress(OSError):
                 for folder in self.made:
                     os.rmdir(folder)
 

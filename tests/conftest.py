@@ -1,13 +1,20 @@
-"""What the test files share: the package on the path, and small models whose leaks would show."""
+"""What the test files share: the package on the path, small models whose leaks would show, and the command line."""
+import multiprocessing
+import os
+import resource
+import runpy
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
 from minirlhf.model import GPT, GPTConfig  # noqa: E402
+
+torch.set_num_threads(1)  # the models are small, and a machine that does other things slows two threads down most
 
 
 @pytest.fixture
@@ -38,3 +45,68 @@ def refused(capsys):
         assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
         return error
     return check
+
+
+class Command:
+    """A command line, `train_sft.py --help` or `minirlhf.sample --help` for -m, running as a process in folder `cwd`.
+
+    The process is forked from one that has imported torch, which saves the second that this takes, and has one thread.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch._dynamo", "minirlhf.check"])
+    count, running = 0, []
+
+    def __init__(self, *argv, cwd, env=(), largest_file=None):
+        Command.count += 1
+        logs = [os.path.join(cwd, f".{name}.{Command.count}") for name in ("out", "err")]
+        for log in logs:
+            Path(log).touch()
+        self.process = self.context.Process(target=self.run, daemon=True, args=(
+            [*map(str, argv)], str(cwd), logs, dict(env), largest_file))
+        threads, path = os.environ.get("OMP_NUM_THREADS"), os.environ.get("PYTHONPATH")
+        os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}  # for the first process, which the others fork
+        self.process.start()
+        for name, value in (("OMP_NUM_THREADS", threads), ("PYTHONPATH", path)):
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+        self.pid, self.logs = self.process.pid, logs
+        Command.running.append(self.process)
+
+    @staticmethod
+    def run(argv, cwd, logs, env, largest_file):
+        for number, log in enumerate(logs, 1):
+            os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), number)
+        os.chdir(cwd)
+        os.environ.update(env)
+        if largest_file:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+        sys.argv = argv
+        if argv[0].endswith(".py"):
+            sys.argv[0] = str(ROOT / argv[0])
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        else:
+            runpy.run_module(argv[0], run_name="__main__", alter_sys=True)
+
+    def wait(self, timeout=120):
+        """-> exit status (128 + N where signal N killed it), standard output, standard error."""
+        self.process.join(timeout)
+        status = self.process.exitcode
+        assert status is not None, "still running"
+        return 128 - status if status < 0 else status, *(Path(log).read_text("utf-8") for log in self.logs)
+
+
+@pytest.fixture(autouse=True)
+def no_process_outlives_its_test():
+    yield
+    while Command.running:
+        Command.running.pop().kill()
+
+
+@pytest.fixture(scope="session")
+def command():
+    """command(*argv, cwd, code=0) -> standard output and error of a command that ends with that status, no traceback."""
+    def call(*argv, cwd, code=0, **surroundings):
+        status, out, error = Command(*argv, cwd=cwd, **surroundings).wait()
+        assert status == code, f"{argv}: exit {status}\n{out[-3000:]}\n{error[-3000:]}"
+        assert "Traceback" not in error
+        return out, error
+    return call

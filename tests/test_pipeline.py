@@ -12,6 +12,7 @@ import time
 
 import pytest
 
+from conftest import Command
 from minirlhf.data import Row
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -27,12 +28,18 @@ PPO = ("--device cpu --total_episodes 640 --batch_size 32 --learning_rate 1e-3 -
 TWO_RANKS = ["-m", "torch.distributed.run", "--nproc_per_node=2"]
 
 
-def run(*command, cwd, code=0, timeout=170):
-    env = {**os.environ, "PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *map(str, command)], cwd=cwd, env=env, capture_output=True, text=True,
-                          timeout=timeout)
-    assert done.returncode == code, f"{command}: exit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-    return done.stdout if code == 0 else done.stderr
+def run(*command, cwd, code=0):
+    """Standard output of a command that succeeds, standard error of one that ends with that status."""
+    if command[0] == "-m":
+        command = command[1:]
+    if command[0] == "torch.distributed.run":
+        done = subprocess.run([sys.executable, "-m", *map(str, command)], cwd=cwd, capture_output=True, text=True,
+                              env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=170)
+        status, out, error = done.returncode, done.stdout, done.stderr
+    else:
+        status, out, error = Command(*command, cwd=cwd).wait()
+    assert status == code, f"{command}: exit {status}\n{out[-3000:]}\n{error[-3000:]}"
+    return out if code == 0 else error
 
 
 def script(stage):
@@ -302,14 +309,12 @@ def test_resume_is_exact(folder, stages, stage, options):
     options = [*options, "--data_dir", "data", "--out_dir", f"out/{stage}_again", "--eval_interval", "5"]
     straight = [*options[:-4], "--out_dir", f"out/{stage}_straight", "--eval_interval", "5"]
     run(script(stage), *straight, cwd=folder)
-    process = subprocess.Popen([sys.executable, script(stage), *options], cwd=folder, text=True, stdout=subprocess.PIPE,
-                               env={**os.environ, "PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1"})
+    process = Command(script(stage), *options, cwd=folder)
     log = folder / "out" / f"{stage}_again" / "metrics.jsonl"
-    while process.poll() is None and not (log.exists() and len(log.read_text().splitlines()) >= 3):
+    while process.process.is_alive() and not (log.exists() and len(log.read_text().splitlines()) >= 3):
         time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.wait()[0] == 128 + signal.SIGTERM
     run(script(stage), *options, "--resume", cwd=folder)
     a, b = (torch.load(folder / "out" / f"{stage}_{kind}" / "ckpt.pt", weights_only=True)["model"]
             for kind in ("straight", "again"))

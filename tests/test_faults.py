@@ -1,0 +1,812 @@
+"""Bad input and faults: what each must do, seen from outside, on the commands that a person runs.
+
+A refusal is one line on standard error that names the file, line, flag or value, exit status 2, and nothing written.
+What kills a run costs it nothing: it goes on to the same last bit.
+"""
+import json
+import os
+import pickle
+import random
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from conftest import ROOT, Command
+
+NOUNS, WORDS = ["cat", "dog", "sun", "sea", "king", "tree"], ["kind", "bright", "warm", "calm", "cold", "rude"]
+SFT = ("train_sft.py --data_dir data --device cpu --dtype float32 --n_layer 1 --n_head 2 --n_embd 16 --vocab_size 300 "
+       "--block_size 32 --batch_size 8 --num_train_epochs 1 --eval_interval 3 --log_interval 4 --num_samples 1 "
+       "--response_length 8 --out_dir out/sft").split()
+RM = ("train_rm.py --data_dir data --device cpu --dtype float32 --batch_size 8 --eval_interval 3 --num_samples 1 "
+      "--num_scale_samples 16 --response_length 8 --out_dir out/rm").split()
+PPO = ("train_ppo.py --data_dir data --device cpu --total_episodes 64 --batch_size 8 --response_length 8 "
+       "--eval_interval 3 --num_eval_prompts 4 --num_final_prompts 8 --num_samples 1 --num_ppo_epochs 1 "
+       "--value_warmup 1 --best_of_n 0 --out_dir out/ppo").split()
+STAGES = {"sft": SFT, "rm": RM, "ppo": PPO}
+READS = {"sft": "sft.train.jsonl", "rm": "preferences.train.jsonl", "ppo": "prompts.train.jsonl"}
+EVERY = pytest.mark.parametrize("stage", STAGES)
+CLOCKS = ("tokens_per_second", "eps", "seconds", "rollout_seconds")
+
+
+def write(path, records):
+    path.write_text("".join(json.dumps(r) + "\n" for r in records), "utf-8")
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, command):
+    """A folder with a small data set and all three stages run on it."""
+    folder, rng = tmp_path_factory.mktemp("finished"), random.Random(0)
+    (folder / "data").mkdir()
+    for split, n in (("train", 64), ("val", 12)):
+        texts = sorted({f"the {rng.choice(NOUNS)} is {' and '.join(rng.sample(WORDS, 2))}." for _ in range(4 * n)})
+        rng.shuffle(texts)
+        rows = [{"prompt": t[:7], "completion": t[7:]} for t in texts[:n]]
+        write(folder / "data" / f"sft.{split}.jsonl", rows)
+        write(folder / "data" / f"preferences.{split}.jsonl",
+              [{"prompt": "", "chosen": min(pair), "rejected": max(pair)} for pair in zip(texts, texts[1:])][:n])
+        write(folder / "data" / f"prompts.{split}.jsonl", [{"prompt": f"the {noun}"} for noun in NOUNS])
+    for options in STAGES.values():
+        command(*options, cwd=folder)
+    return folder
+
+
+@pytest.fixture
+def folder(finished, tmp_path):
+    """A copy of it to spoil."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+@pytest.fixture
+def rejected(command):
+    """rejected(*argv, cwd) -> the line that a command printed which was refused and has written nothing."""
+    def call(*argv, cwd, code=2, **surroundings):
+        def state():
+            return {path: path.stat().st_mtime_ns for path in cwd.rglob("*")
+                    if path.is_file() and not path.name.startswith((".out", ".err"))}
+        before = state()
+        _, error = command(*argv, cwd=cwd, code=code, **surroundings)
+        lines = error.splitlines()
+        assert lines[-1].startswith("error: ") and not [x for x in lines if x.startswith("error")][1:], error
+        assert state() == before
+        return lines[-1]
+    return call
+
+
+def fresh(stage, *more):
+    """The stage's command with a new out_dir."""
+    return [*STAGES[stage][:-1], "out/new", *more]
+
+
+def again(stage, *more):
+    return [*STAGES[stage], *more]
+
+
+# ---- data
+
+
+@EVERY
+@pytest.mark.parametrize("line, words", [
+    (b'{"prompt": "a",}', ["not JSON"]),
+    (b'["a"]', ["expected an object"]),
+    (b'{"prompt": null, "completion": 3, "chosen": 1, "rejected": 2}', ["must be a string", "has: 'prompt', 'complet"]),
+    (b'{"prompt": "caf\xe9"}', ["not UTF-8", "byte 15"]),
+], ids=["JSON", "object", "field", "UTF-8"])
+def test_a_bad_line_is_named(folder, rejected, stage, line, words):
+    """Rows 1-4: file:line and the reason."""
+    path = folder / "data" / READS[stage]
+    path.write_bytes(b"\n".join([*path.read_bytes().splitlines()[:2], line, b""]))
+    error = rejected(*fresh(stage), cwd=folder)
+    assert f"data/{READS[stage]}:3: " in error and all(word in error for word in words)
+
+
+def test_a_bad_line_of_sample_s_prompts_is_named(folder, rejected):
+    """Rows 1-4 for python -m minirlhf.sample --prompts."""
+    (folder / "p.jsonl").write_text('{"prompt": "a"}\n{"prompt": 1}\n')
+    assert "p.jsonl:2: 'prompt' must be a string" in rejected("minirlhf.sample", "out/sft", "--prompts", "p.jsonl",
+                                                              cwd=folder)
+
+
+@EVERY
+def test_forms_of_files_are_accepted(folder, command, stage):
+    """Row 5: a byte order mark, CRLF, blank lines and no final newline give the run that plain files gave."""
+    for path in (folder / "data").iterdir():
+        path.write_bytes(b"\xef\xbb\xbf\r\n" + path.read_bytes().replace(b"\n", b"\r\n\r\n").rstrip())
+    command(*fresh(stage), cwd=folder)
+    assert same_weights(folder / "out" / stage, folder / "out" / "new")
+
+
+@EVERY
+def test_a_file_without_records_is_named(folder, rejected, stage):
+    """Row 6: nothing in it."""
+    (folder / "data" / READS[stage]).write_text("\n\n")
+    assert f"data/{READS[stage]}: holds no records" in rejected(*fresh(stage), cwd=folder)
+
+
+@pytest.mark.parametrize("stage, options, words", [
+    ("sft", ["--block_size", "5"], ["sft.train.jsonl", "every row is longer", "5 tokens"]),
+    ("rm", ["--response_length", "31"], ["--response_length 31", "32 tokens"]),
+    ("ppo", ["--response_length", "30"], ["prompts.train.jsonl", "no prompt fits 2 tokens"]),
+])
+def test_when_every_row_is_dropped(folder, rejected, stage, options, words):
+    """Row 6: there are rows, none fits."""
+    error = rejected(*fresh(stage, *options), cwd=folder)
+    assert all(word in error for word in words)
+
+
+def test_empty_completions(folder, command):
+    """Row 7: SFT trains their eos alone, a preference may prefer silence, a policy may answer nothing: no NaN."""
+    for name in ("sft.train", "sft.val"):
+        write(folder / "data" / f"{name}.jsonl", [{"prompt": f"the {noun}", "completion": ""} for noun in NOUNS] * 4)
+    write(folder / "data" / "preferences.train.jsonl",
+          [{"prompt": f"the {noun}", "chosen": "", "rejected": " is rude."} for noun in NOUNS])
+    out, _ = command(*fresh("sft", "--num_train_epochs", "40", "--learning_rate", "0.03"), cwd=folder)
+    assert "24 of them count" in out
+    command(*again("rm", "--overwrite", "--init_from", "out/new"), cwd=folder)
+    command(*again("ppo", "--overwrite", "--init_from", "out/new"), cwd=folder)
+    rows = metrics(folder / "out" / "ppo")
+    assert rows[0]["completions/mean_length"] < 3 and all(row["objective/kl"] is not None for row in rows[:-1])
+    for stage in ("new", "rm", "ppo"):
+        assert all(tensor.isfinite().all() for tensor in load(folder / "out" / stage)["model"].values())
+
+
+@pytest.mark.parametrize("how, word", [("drop", "dropped"), ("trim", "trimmed at the left")])
+@EVERY
+def test_long_prompts_are_counted(folder, command, stage, how, word):
+    """Row 8: three prompts beyond the context are dropped or trimmed, and the first lines say how many."""
+    path, long = folder / "data" / READS[stage], "so " * 40
+    more = {"sft": {"completion": " x"}, "rm": {"chosen": " x", "rejected": " y"}, "ppo": {}}[stage]
+    with path.open("a") as f:
+        f.writelines(json.dumps({"prompt": f"{long}{noun}", **more}) + "\n" for noun in NOUNS[:3])
+    out, _ = command(*fresh(stage, "--long_prompts", how), cwd=folder)
+    assert any(f"{n} of " in out and word in out for n in (3, 6)), out  # a preference has two texts
+
+
+def test_pairs_of_equal_texts(folder, command, rejected):
+    """Row 9: dropped and counted; nothing else left, refused."""
+    path = folder / "data" / "preferences.train.jsonl"
+    same = [{"prompt": noun, "chosen": " a", "rejected": " a"} for noun in NOUNS]
+    whole = path.read_text()
+    with path.open("a") as f:
+        f.writelines(json.dumps(record) + "\n" for record in same)
+    out, _ = command(*fresh("rm"), cwd=folder)
+    assert "training records without two texts that differ and are not tied: 6 dropped" in out
+    write(path, same)
+    assert "no record is left" in rejected(*fresh("rm", "--overwrite"), cwd=folder)
+    path.write_text(whole)
+    cut = [{"prompt": noun, "chosen": " a" * 50 + "b", "rejected": " a" * 50 + "c"} for noun in NOUNS]
+    write(path, cut)  # the same ids once they are cut to the context
+    assert "no record is left" in rejected(*fresh("rm", "--overwrite", "--long_prompts", "trim"), cwd=folder)
+
+
+@EVERY
+def test_repeats_are_warned_about(folder, command, stage):
+    """Row 10: rows twice in training, and rows that are held out as well, each with their number."""
+    path = folder / "data" / READS[stage]
+    rows = path.read_text().splitlines()
+    path.write_text("\n".join([*rows, *rows[:5]]) + "\n")
+    held_out = folder / "data" / READS[stage].replace("train", "val")
+    held_out.write_text("\n".join([*rows[:4], '{"prompt": "a", "completion": "b", "chosen": "c", "rejected": "d"}']))
+    out, _ = command(*fresh(stage), cwd=folder)
+    assert f"warning: 5 of {len(rows) + 5}" in out and "for training are repeats" in out
+    assert "warning: 4 " in out and "both training and held-out" in out
+
+
+def test_odd_text_goes_through_everything(folder, command):
+    """Rows 11, 12: the end-of-text marker is text; emoji and NUL survive, a lone surrogate becomes U+FFFD."""
+    odd = ["a<|endoftext|>b", "\U0001f600 \u0000 \u2028", "lone \ud83d here", "\ufeff"]
+    write(folder / "data" / "sft.train.jsonl", [{"prompt": t, "completion": " " + t} for t in odd] * 3)
+    write(folder / "data" / "preferences.train.jsonl", [{"prompt": t, "chosen": " yes " + t, "rejected": t} for t in odd])
+    write(folder / "data" / "prompts.train.jsonl", [{"prompt": t} for t in odd])
+    write(folder / "data" / "prompts.val.jsonl", [{"prompt": t} for t in odd])
+    for stage in STAGES:
+        command(*again(stage, "--overwrite", "--long_prompts", "trim"), cwd=folder)
+    command("minirlhf.sample", "out/sft", "out/ppo", "--prompts", "data/prompts.val.jsonl", "--output", "o.jsonl",
+            cwd=folder)
+    prompts = [json.loads(line)["prompt"] for line in (folder / "o.jsonl").open(encoding="utf-8")]
+    assert prompts[::2] == [odd[0], odd[1], "lone \ufffd here", odd[3]]
+
+
+@EVERY
+def test_one_row_is_enough(folder, command, stage):
+    """Row 13: less data than a batch gives a run of at least a step, its figures finite."""
+    for name in ("sft", "preferences", "prompts"):
+        for split in ("train", "val"):
+            path = folder / "data" / f"{name}.{split}.jsonl"
+            path.write_text(path.read_text().splitlines()[0])
+    command(*fresh(stage, "--batch_size", "64", *(["--value_warmup", "0"] if stage == "ppo" else [])), cwd=folder)
+    rows = [row for row in metrics(folder / "out" / "new") if "lr" in row]
+    assert rows and all(row[key] is not None for row in rows for key in ("loss", "objective/kl") if key in row)
+
+
+# ---- options
+
+
+@pytest.mark.parametrize("stage, options, words", [
+    ("sft", ["--batch_size", "0"], ["--batch_size 0", "at least 1"]),
+    ("sft", ["--learning_rate", "-1"], ["--learning_rate -1", "at least 0"]),
+    ("sft", ["--learning_rate", "nan"], ["--learning_rate nan", "finite"]),
+    ("sft", ["--n_head", "3"], ["--n_head 3", "--n_embd 16"]),
+    ("sft", ["--vocab_size", "200"], ["--vocab_size 200", "257"]),
+    ("rm", ["--batch_size", "-3"], ["--batch_size -3", "at least 1"]),
+    ("rm", ["--num_train_epochs", "0"], ["--num_train_epochs 0", "greater than 0"]),
+    ("ppo", ["--learning_rate", "-1e-4"], ["--learning_rate -0.0001", "at least 0"]),
+    ("ppo", ["--num_mini_batches", "3"], ["--num_mini_batches 3", "--batch_size 8"]),
+    ("ppo", ["--temperature", "0"], ["--temperature 0", "greater than 0"]),
+    ("ppo", ["--gamma", "1.5"], ["--gamma 1.5", "at most 1"]),
+    ("ppo", ["--value_warmup", "8"], ["--value_warmup 8", "8 steps"]),
+    ("ppo", ["--response_length", "31"], ["--response_length 31", "32 tokens"]),
+    *[(stage, ["--device", "cuda"], ["--device cuda", "use --device cpu"]) for stage in STAGES],
+])
+def test_a_bad_value_is_named(finished, rejected, stage, options, words):
+    """Rows 14, 16: the flag and its value."""
+    if "cuda" in options and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    error = rejected(*fresh(stage, *options), cwd=finished)
+    assert all(word in error for word in words)
+
+
+@pytest.mark.parametrize("argv, words", [
+    *[(fresh(stage, "--lerning_rate", "1"), ["unrecognized arguments: --lerning_rate"]) for stage in STAGES],
+    *[(fresh(stage, "--dtype", "float8"), ["--dtype", "invalid choice"]) for stage in STAGES],
+    *[(fresh(stage, "--batch_size", "x"), ["--batch_size", "invalid int value: 'x'"]) for stage in STAGES],
+    (["minirlhf.sample", "out/sft", "--top_k", "3"], ["unrecognized arguments: --top_k"]),
+    (["minirlhf.prepare", "nothing"], ["invalid choice: 'nothing'"]),
+], ids=str)
+def test_the_parser_refuses(finished, command, argv, words):
+    """Row 15: an unknown flag, a bad choice, a word for a number: usage, then the reason."""
+    _, error = command(*argv, cwd=finished, code=2)
+    assert error.startswith("usage: ") and all(word in error for word in words)
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["nowhere.pt"], ["nowhere.pt", "no such checkpoint"]),
+    (["out/rm"], ["holds a reward model", "expected an SFT model or a PPO policy"]),
+    (["out/sft", "--prompt", "a", "--response_length", "99"], ["--response_length 99", "32 tokens"]),
+    (["out/sft", "--prompt", "a", "--output", "nowhere/o.jsonl"], ["--output nowhere/o.jsonl", "cannot be written"]),
+    (["out/sft", "--prompt", "a", "--device", "cuda:9"], ["--device cuda:9"]),
+])
+def test_what_sample_refuses(finished, rejected, argv, words):
+    """Rows 16, 19, 23 for python -m minirlhf.sample."""
+    error = rejected("minirlhf.sample", *argv, cwd=finished)
+    assert all(word in error for word in words)
+
+
+# ---- the output folder
+
+
+@EVERY
+def test_a_run_is_not_overwritten(folder, command, rejected, stage):
+    """Row 17: refused without --resume or --overwrite; then --overwrite makes the same run again."""
+    assert f"out/{stage} holds a run" in rejected(*again(stage), cwd=folder)
+    before = load(folder / "out" / stage)["model"]
+    command(*again(stage, "--overwrite"), cwd=folder)
+    assert equal(before, load(folder / "out" / stage)["model"])
+
+
+@EVERY
+def test_two_runs_do_not_share_a_folder(folder, rejected, stage):
+    """Row 18: the second names the first's pid; killed, its lock is taken over."""
+    first = begin(folder, *fresh(stage, *LONG[stage]))
+    for option in ("--overwrite", "--resume"):
+        error = command_error(folder, *fresh(stage, *LONG[stage], option))
+        assert f"a run with pid {first.pid} is writing there" in error
+    os.kill(first.pid, signal.SIGKILL)
+    assert first.wait()[0] == 128 + signal.SIGKILL
+    second = begin(folder, *fresh(stage, *LONG[stage], "--overwrite"))
+    assert (folder / "out" / "new" / "lock").read_text() == str(second.pid)
+    os.kill(second.pid, signal.SIGKILL)
+    second.wait()
+
+
+@EVERY
+@pytest.mark.parametrize("place", ["file", "file/below", "/proc/minirlhf"])
+def test_a_folder_that_cannot_be_written(folder, rejected, stage, place):
+    """Row 19: a file, a folder below a file, a file system that takes no folders: before training."""
+    (folder / "file").write_text("mine")
+    error = rejected(*STAGES[stage][:-1], place, cwd=folder)
+    assert f"--out_dir {place}: cannot be written" in error
+
+
+# ---- checkpoints
+
+
+def truncated(path):
+    os.truncate(path, os.path.getsize(path) * 2 // 3)
+
+
+def emptied(path):
+    os.truncate(path, 0)
+
+
+def flipped(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+@EVERY
+@pytest.mark.parametrize("damage", [truncated, emptied, flipped, os.remove], ids=lambda f: f.__name__)
+def test_resume_falls_back_to_the_checkpoint_before(folder, command, stage, damage):
+    """Rows 20, 21: it says so, and ends as the run that was never harmed."""
+    straight = snapshot(folder / "out" / stage)
+    path = folder / "out" / stage / "ckpt.pt"
+    damage(path)
+    out, _ = command(*again(stage, "--resume"), cwd=folder)
+    assert f"out/{stage}/ckpt.pt cannot be used" in out and "goes on from out/" in out and "goes on from step 6" in out
+    same_run(snapshot(folder / "out" / stage), straight)
+
+
+USES = {"sft": fresh("sft", "--init_from", "BAD"), "rm": fresh("rm", "--init_from", "BAD"),
+        "ppo": fresh("ppo", "--init_from", "BAD"), "sample": ["minirlhf.sample", "BAD", "--prompt", "a"],
+        "reward": fresh("ppo", "--reward_model", "BAD"), "judge": fresh("ppo", "--judge", "BAD")}
+
+
+def use(name):
+    """A command that reads the checkpoint bad/ckpt.pt, and the stage that it expects there."""
+    return ["bad/ckpt.pt" if x == "BAD" else x for x in USES[name]], "rm" if name in ("reward", "judge") else "sft"
+
+
+def spoil(folder, stage, damage=None, change=None):
+    """bad/ckpt.pt: a stage's checkpoint with its file damaged, or with its content changed."""
+    (folder / "bad").mkdir()
+    path = folder / "bad" / "ckpt.pt"
+    shutil.copy(folder / "out" / stage / "ckpt.pt", path)
+    if damage:
+        damage(path)
+    else:
+        payload = torch.load(path, weights_only=True)
+        change(payload)
+        torch.save(payload, path)
+
+
+@pytest.mark.parametrize("name", USES)
+@pytest.mark.parametrize("damage", [truncated, emptied, flipped], ids=lambda f: f.__name__)
+def test_a_damaged_checkpoint_is_named(folder, rejected, name, damage):
+    """Rows 20, 21, wherever one is read; without an earlier one, resume refuses too."""
+    argv, stage = use(name)
+    spoil(folder, stage, damage)
+    assert "bad/ckpt.pt: not a checkpoint, or damaged" in rejected(*argv, cwd=folder)
+
+
+@EVERY
+def test_resume_without_a_good_checkpoint(folder, rejected, stage):
+    """Rows 20, 21: both are damaged."""
+    for path in (folder / "out" / stage).glob("*.pt"):
+        flipped(path)
+    assert f"out/{stage}/ckpt.previous.pt: not a checkpoint, or damaged" in rejected(*again(stage, "--resume"), cwd=folder)
+
+
+class Payload:
+    def __reduce__(self):
+        return os.mkdir, ("ran",)
+
+
+@pytest.mark.parametrize("name", USES)
+@pytest.mark.parametrize("bare", [True, False], ids=["pickle", "torch"])
+def test_code_in_a_checkpoint_never_runs(folder, rejected, name, bare):
+    """Row 22: refused, and what the pickle would have done is not done."""
+    argv, _ = use(name)
+    (folder / "bad").mkdir()
+    (pickle.dump if bare else torch.save)({"format": 1, "model": Payload()}, open(folder / "bad" / "ckpt.pt", "wb"))
+    assert "bad/ckpt.pt" in rejected(*argv, cwd=folder) and not (folder / "ran").exists()
+
+
+@pytest.mark.parametrize("name", USES)
+def test_another_stage_s_checkpoint(folder, rejected, name):
+    """Row 23: stage found, stage expected."""
+    argv, stage = use(name)
+    spoil(folder, {"sft": "rm", "rm": "sft"}[stage], change=lambda payload: None)
+    error = rejected(*argv, cwd=folder)
+    assert ("holds a reward model, expected an SFT model" if stage == "sft" else
+            "holds an SFT model, expected a reward model") in error
+
+
+def test_another_tokenizer_or_context(folder, command, rejected):
+    """Row 24: a reward model of another SFT model; sizes named beside a checkpoint that has others. Both values."""
+    for name, option, value in (("vocab", "--vocab_size", "290"), ("context", "--block_size", "40")):
+        command(*SFT[:-1], f"{name}/sft", option, value, cwd=folder)
+        command(*RM[:-1], f"{name}/rm", "--init_from", f"{name}/sft", cwd=folder)
+    error = rejected(*fresh("ppo", "--reward_model", "vocab/rm"), cwd=folder)
+    assert "out/sft/ckpt.pt and vocab/rm have different tokenizers" in error and "with 290" in error
+    error = rejected(*fresh("ppo", "--reward_model", "context/rm"), cwd=folder)
+    assert "out/sft/ckpt.pt has a context of 32 tokens, context/rm one of 40" in error
+    error = rejected(*fresh("sft", "--init_from", "vocab/sft"), cwd=folder)
+    assert "--vocab_size 300: vocab/sft has 290" in error
+    error = rejected(*again("rm", "--resume", "--init_from", "vocab/sft"), cwd=folder)
+    assert "--init_from vocab/sft: this run had out/sft/ckpt.pt" in error
+
+
+@pytest.mark.parametrize("name", USES)
+@pytest.mark.parametrize("change, words", [
+    (lambda p: [p["model"].pop(k) for k in [*p["model"]][:9]], ["missing wte.weight, missing wpe.weight", "5 more"]),
+    (lambda p: p["model"].update(extra=torch.zeros(2)), ["unexpected extra"]),
+    (lambda p: p["model"].update({"ln_f.bias": torch.zeros(17)}), ["ln_f.bias has shape (17,), not (16,)"]),
+    (lambda p: p["model"]["ln_f.bias"].fill_(torch.nan), ["ln_f.bias", "not finite"]),
+    (lambda p: p.update(format=99), ["format 99", "up to 1"]),
+], ids=["missing", "extra", "shape", "NaN", "newer"])
+def test_contents_that_do_not_fit(folder, rejected, name, change, words):
+    """Rows 25-27: strict, finite, and of a format that is known."""
+    argv, stage = use(name)
+    spoil(folder, stage, change=change)
+    error = rejected(*argv, cwd=folder)
+    assert "bad/ckpt.pt" in error and all(word in error for word in words)
+
+
+# ---- stops, and going on
+
+
+LONG = {"sft": ["--num_train_epochs", "10000"], "rm": ["--num_train_epochs", "10000"],
+        "ppo": ["--total_episodes", "1000000"]}
+
+
+def metrics(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").open()]
+
+
+def begin(folder, *argv, rows=1, **surroundings):
+    """The command, running, once its metrics hold a few rows."""
+    log, since = folder / argv[argv.index("--out_dir") + 1] / "metrics.jsonl", time.time()
+    running = Command(*argv, cwd=folder, **surroundings)
+    while not (log.exists() and log.stat().st_mtime > since and log.read_bytes().count(b"\n") >= rows):
+        assert running.process.is_alive() and time.time() < since + 60, running.wait(1)
+        time.sleep(0.005)
+    return running
+
+
+def command_error(folder, *argv):
+    status, _, error = Command(*argv, cwd=folder).wait()
+    assert status == 2 and error.count("\n") == 1
+    return error
+
+
+def load(run):
+    return torch.load(run / "ckpt.pt", weights_only=True)
+
+
+def equal(a, b):
+    """The same to the last bit, whatever they hold."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a if k not in CLOCKS)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b or a != a and b != b
+
+
+def snapshot(run):
+    """What a run leaves: its checkpoint's weights, optimizer and figures, its metrics and its samples."""
+    payload = load(run)
+    return {**{k: payload[k] for k in ("model", "training", "info")}, "metrics": metrics(run),
+            "samples": (run / "samples.jsonl").read_text("utf-8")}
+
+
+def same_run(a, b):
+    for part in a:
+        assert equal(a[part], b[part]), part
+
+
+def same_weights(a, b):
+    return equal(load(a)["model"], load(b)["model"])
+
+
+@EVERY
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_run_after_its_step(folder, stage, number, status):
+    """Row 29: it finishes the step, saves, says how to go on, and exits with 128 + the signal's number."""
+    running = begin(folder, *fresh(stage, *LONG[stage]), rows=2)
+    os.kill(running.pid, number)
+    code, out, error = running.wait()
+    assert code == status and "finishing this step" in error and "Traceback" not in error
+    assert f"python train_{stage}.py" in out and "--resume" in out.splitlines()[-1]
+    rows = metrics(folder / "out" / "new")
+    assert load(folder / "out" / "new")["training"]["step"] == rows[-1]["step"] >= 2
+    assert not (folder / "out" / "new" / "lock").exists()
+
+
+def test_a_second_signal_quits_at_once(folder):
+    """Row 29: in the middle of a step that does not end, with the checkpoint that was there."""
+    (folder / "slow.py").write_text("import time\ndef f(prompts, completions):\n    if len(prompts) == 8:\n"
+                                    "        print('in', flush=True); time.sleep(1000)\n    return [0.0] * len(prompts)\n")
+    running = Command(*fresh("ppo", "--reward", "slow.py:f", "--num_final_prompts", "4"), cwd=folder)
+    while "in" not in open(running.logs[0]).read().split():
+        time.sleep(0.01)
+    os.kill(running.pid, signal.SIGTERM)
+    time.sleep(0.2)
+    assert running.process.is_alive()
+    os.kill(running.pid, signal.SIGTERM)
+    assert running.wait(10)[0] == 143
+
+
+@EVERY
+def test_two_stops_change_nothing(folder, command, stage):
+    """Row 30: stopped by SIGTERM, resumed and killed, and resumed again: weights, optimizer, metrics and samples are
+    those of the run that went straight, to the last bit."""
+    running = begin(folder, *fresh(stage), rows=1 + random.randrange(2))
+    os.kill(running.pid, signal.SIGTERM)
+    code = running.wait()[0]
+    if code == 143:
+        running = begin(folder, *fresh(stage, "--resume"), rows=random.randrange(3, 6))
+        os.kill(running.pid, signal.SIGKILL)
+        running.wait()
+    command(*fresh(stage, "--resume"), cwd=folder)
+    same_run(snapshot(folder / "out" / "new"), snapshot(folder / "out" / stage))
+
+
+KILLER = """
+import os, signal
+import torch
+from minirlhf import checkpoint
+saves = 0
+def when(moment):
+    global saves
+    saves += moment == "a save begins"
+    if saves == 2 and moment == "MOMENT":
+        os.kill(os.getpid(), signal.SIGKILL)
+def before(owner, name, moment):
+    real = getattr(owner, name)
+    def call(*arguments, **options):
+        when(moment)
+        return real(*arguments, **options)
+    setattr(owner, name, call)
+write = checkpoint.Digesting.write
+def half(self, data):
+    if len(data) > 1000:
+        when("while it is written")
+    return write(self, data)
+checkpoint.Digesting.write = half
+before(checkpoint, "save", "a save begins")
+before(checkpoint, "unpack", "before it is read back")
+before(checkpoint, "keep_previous", "before the old one gets its second name")
+before(os, "link", "when the old second name is gone")
+link = os.link
+def linked(*arguments):
+    link(*arguments)
+    when("before the rename")
+os.link = linked
+before(os, "fsync", "before it is on the disk")
+def f(prompts, completions):
+    return [len(c) / 10 for c in completions]
+"""
+
+
+@pytest.mark.parametrize("moment", ["a save begins", "while it is written", "before it is on the disk",
+                                    "before it is read back", "before the old one gets its second name", "when the old second name is gone",
+                                    "before the rename"])
+def test_killed_while_it_saves(folder, command, moment):
+    """Row 28: at whatever moment of the second save, the first checkpoint loads; the run ends as if nothing had been,
+    and what the save had begun is gone."""
+    reward = ["--reward", "r.py:f", "--eval_interval", "2"]
+    (folder / "r.py").write_text(KILLER)
+    command(*PPO[:-1], "straight", *reward, cwd=folder)
+    (folder / "r.py").write_text(KILLER.replace("MOMENT", moment))
+    code, _, _ = Command(*fresh("ppo", *reward), cwd=folder).wait()
+    assert code == 128 + signal.SIGKILL
+    new = folder / "out" / "new"
+    assert load(new)["training"]["step"] == 2 and metrics(new)[-1]["step"] == 4
+    (folder / "r.py").write_text(KILLER)
+    command(*fresh("ppo", *reward, "--resume"), cwd=folder)
+    same_run(snapshot(new), snapshot(folder / "straight"))
+    assert not [*new.glob("*.tmp")]
+
+
+@pytest.mark.slow
+@EVERY
+def test_killed_at_random(folder, command, stage):
+    """Rows 28, 30: twenty kill -9 a stage, many of them within saves, in runs that are resumed until they end."""
+    rng, kills = random.Random(stage), 0
+    options = ["--eval_interval", "1"]  # a checkpoint every step: kills hit saves
+    command(*[*STAGES[stage][:-1], "straight", *options], cwd=folder)
+    expected, new = snapshot(folder / "straight"), folder / "out" / "new"
+    while kills < 20:
+        shutil.rmtree(new, ignore_errors=True)
+        resume = []
+        while True:
+            running = Command(*fresh(stage, *options, *resume), cwd=folder)
+            wait, since = rng.uniform(0.1, 1.0), time.monotonic()
+            while running.process.is_alive() and time.monotonic() < since + wait:
+                time.sleep(0.002)
+                if (new / "ckpt.pt.tmp").exists() and rng.random() < 0.3:
+                    break
+            if not running.process.is_alive():
+                assert running.wait()[0] == 0
+                break
+            os.kill(running.pid, signal.SIGKILL)
+            kills += running.wait()[0] == 128 + signal.SIGKILL
+            resume = ["--resume"] if (new / "config.json").exists() else ["--overwrite"]
+        same_run(snapshot(new), expected)
+    assert not [*new.glob("*.tmp")]
+
+
+@EVERY
+def test_a_run_killed_before_its_first_checkpoint_starts_again(folder, command, stage):
+    """With --resume and its own options, from step 0."""
+    running = begin(folder, *fresh(stage, "--eval_interval", "1000000", *LONG[stage], "--num_samples", "2"))
+    os.kill(running.pid, signal.SIGKILL)
+    running.wait()
+    running = begin(folder, f"train_{stage}.py", "--resume", "--max_grad_norm", "0.5", "--out_dir", "out/new")
+    os.kill(running.pid, signal.SIGTERM)
+    code, out, _ = running.wait()
+    assert code == 143 and "ended before its first checkpoint: it starts again" in out
+    assert "resume: --max_grad_norm 0.5: this run had 1.0" in out
+    assert load(folder / "out" / "new")["options"]["num_samples"] == 2
+
+
+@EVERY
+def test_resume_lists_what_differs(folder, command, rejected, stage):
+    """Row 31: other hyperparameters are listed, and hold from there on; what would make it another run is refused."""
+    running = begin(folder, *fresh(stage), rows=2)
+    os.kill(running.pid, signal.SIGTERM)
+    running.wait()
+    before = snapshot(folder / "out" / "new")
+    error = rejected(*fresh(stage, "--resume", "--batch_size", "4"), cwd=folder)
+    assert "--batch_size 4: this run had 8, which cannot change" in error
+    error = rejected(*fresh(stage, "--resume", "--seed", "1"), cwd=folder)
+    assert "--seed 1: this run had 1337" in error
+    out, _ = command(*fresh(stage, "--resume", "--learning_rate", "0"), cwd=folder)
+    assert "resume: --learning_rate 0.0: this run had" in out
+    after = load(folder / "out" / "new")
+    rows = [row for row in metrics(folder / "out" / "new") if "lr" in row]
+    assert rows[-1]["lr"] == 0 < rows[0]["lr"] and after["training"]["step"] == 8 > before["training"]["step"]
+    if stage == "ppo":
+        assert equal(after["model"], before["model"])
+
+
+def test_resume_warns_of_other_surroundings(folder, command):
+    """Another number of threads, another torch: bits may differ, and it says so."""
+    path = folder / "out" / "ppo" / "ckpt.pt"
+    payload = torch.load(path, weights_only=True)
+    payload["environment"].update(torch="2.0", threads=64)
+    torch.save(payload, path)
+    out, _ = command(*again("ppo", "--resume"), cwd=folder)
+    for text in (f"warning: this run had torch 2.0, now {torch.__version__}", "had threads 64, now 1", "to the last bit"):
+        assert text in out
+
+
+@EVERY
+def test_a_finished_run_says_so(folder, command, stage):
+    """Row 32: exit 0, nothing repeated."""
+    before = snapshot(folder / "out" / stage)
+    out, _ = command(*again(stage, "--resume"), cwd=folder)
+    assert "this run is finished (8 steps)" in out
+    same_run(snapshot(folder / "out" / stage), before)
+
+
+@EVERY
+def test_a_full_disk(folder, command, stage):
+    """Row 33: a file system that takes no more than a part of a checkpoint: path and size, the old checkpoint whole."""
+    running = begin(folder, *fresh(stage), rows=4)
+    os.kill(running.pid, signal.SIGTERM)
+    running.wait()
+    new = folder / "out" / "new"
+    before = (new / "ckpt.pt").read_bytes()
+    _, error = command(*fresh(stage, "--resume", "--overwrite", "false"), cwd=folder, code=1, largest_file=len(before) // 2)
+    assert "out/new/ckpt.pt: could not be written" in error and f"{len(before) // 2:,} bytes" in error
+    assert (new / "ckpt.pt").read_bytes() == before and not [*new.glob("*.tmp")]
+    command(*fresh(stage, "--resume"), cwd=folder)
+    same_run(snapshot(new), snapshot(folder / "out" / stage))
+
+
+@EVERY
+def test_a_full_disk_under_the_log(folder, command, stage):
+    """Row 33: not even a line of metrics fits."""
+    _, error = command(*fresh(stage), cwd=folder, code=1, largest_file=200)
+    assert "out/new/" in error and "could not be written" in error and error.count("\n") == 1
+
+
+@EVERY
+def test_logs_are_repaired(folder, command, stage):
+    """Row 34: a torn last line and rows later than the checkpoint go, no step stands twice."""
+    running = begin(folder, *fresh(stage), rows=2)
+    os.kill(running.pid, signal.SIGTERM)
+    running.wait()
+    new = folder / "out" / "new"
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        with open(new / name, "ab") as f:
+            f.write(b'{"step": 7, "loss": 1}\n{"step": 9, "completion": "caf\xc3')
+    command(*fresh(stage, "--resume"), cwd=folder)
+    same_run(snapshot(new), snapshot(folder / "out" / stage))
+    steps = [row["step"] for row in metrics(new) if "final" not in row]
+    assert steps == [*range(1, 9)]
+
+
+# ---- guards
+
+
+@EVERY
+def test_what_is_not_finite_stops_the_run(folder, command, stage):
+    """Row 35: a learning rate that ruins the weights: the next step stops before its update, the last good checkpoint
+    is whole."""
+    running = begin(folder, *fresh(stage), rows=2)
+    os.kill(running.pid, signal.SIGTERM)
+    running.wait()
+    new = folder / "out" / "new"
+    before = (new / "ckpt.pt").read_bytes()
+    status, _, error = Command(*fresh(stage, "--resume", "--learning_rate", "1e38", "--eval_interval", "100"),
+                               cwd=folder).wait()
+    assert status == 2 and "Traceback" not in error and "finite" in error or "score" in error
+    assert f"out/new" in error or "before the update" in error
+    assert (new / "ckpt.pt").read_bytes() == before
+
+
+def test_a_policy_that_runs_away_ends_the_run(folder, command):
+    """Row 36: each batch's epochs end early with a warning; the third in a row ends the run with advice."""
+    out, error = command(*fresh("ppo", "--learning_rate", "0.3", "--num_ppo_epochs", "4", "--num_mini_batches", "4"),
+                         cwd=folder, code=1)
+    assert "this batch's epochs ended early (2 in a row; the third ends the run)" in out
+    assert "for the third batch in a row" in error and "--learning_rate below 0.3" in error
+    assert error.count("\n") == 1
+
+
+def test_equal_rewards_are_warned_about_once(folder, command):
+    """Row 37: no NaN in weights or metrics but where there is no variance to explain."""
+    (folder / "flat.py").write_text("def f(prompts, completions):\n    return [0.5] * len(prompts)\n")
+    out, _ = command(*fresh("ppo", "--reward", "flat.py:f", "--missing_eos_penalty", "0"), cwd=folder)
+    assert out.count("warning: all scores of step 1 are 0.5000") == 1 == out.count("there is nothing to learn from")
+    rows = [row for row in metrics(folder / "out" / "new") if "lr" in row]
+    assert all(value is not None for row in rows for key, value in row.items() if key != "val/explained_variance")
+
+
+@pytest.mark.parametrize("body, words", [
+    ("raise KeyError('boom')", ["raised KeyError", "boom"]),
+    ("return [1.0]", ["returned 1 scores for"]),
+    ("return [1.0] * (len(prompts) - 1) + [float('nan')]", ["row 5", "nan"]),
+    ("return [1.0] * (len(prompts) - 1) + ['x']", ["row 5", "expected a number, found str"]),
+    ("return None", ["raised TypeError"]),
+])
+def test_a_bad_reward_function(finished, rejected, body, words):
+    """Row 38: the function and the row."""
+    (finished / "bad.py").write_text(f"def f(prompts, completions):\n    {body}\n")
+    error = rejected(*fresh("ppo", "--reward", "bad.py:f"), cwd=finished)
+    assert "--reward bad.py:f" in error and all(word in error for word in words)
+
+
+def test_answers_that_do_not_end_are_warned_about_once(folder, command):
+    """Row 39: with the rate."""
+    out, _ = command(*fresh("ppo", "--response_length", "1"), cwd=folder)
+    assert out.count("of the answers of step 1 ended within 1 tokens") == 1 == out.count("tokens; raise --response_length")
+
+
+# ---- the network, and the terminal
+
+
+OFFLINE = {"HTTPS_PROXY": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9",
+           "http_proxy": "http://127.0.0.1:9", "NO_PROXY": "", "no_proxy": ""}
+
+
+def test_gpt2_s_ranks_without_a_network(folder, rejected):
+    """Row 40: where they were looked for and what to do, within seconds."""
+    since = time.monotonic()
+    error = rejected(*fresh("sft", "--tokenizer", "gpt2"), cwd=folder, env={**OFFLINE, "TIKTOKEN_CACHE_DIR": "cache"})
+    assert "GPT-2's ranks are not in cache" in error and "TIKTOKEN_CACHE_DIR" in error and "--tokenizer bpe" in error
+    assert time.monotonic() < since + 20
+
+
+@pytest.mark.parametrize("argv", [["train_sft.py"], ["train_rm.py"], ["train_ppo.py"], ["minirlhf.prepare", "sentiment"]])
+def test_the_data_set_without_a_network(tmp_path, command, argv):
+    """Row 41: what to download by hand and where to put it."""
+    _, error = command(*argv, cwd=tmp_path, code=2, env={**OFFLINE, "PIP_RETRIES": "0", "PIP_CONFIG_FILE": os.devnull,
+                                                         "PIP_INDEX_URL": "http://127.0.0.1:9/simple"})
+    assert "vaderSentiment-3.3.2.tar.gz" in error and "https://pypi.org" in error and f"{tmp_path}/data" in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("argv", [fresh("sft"), ["-m", "minirlhf.sample", "out/sft", "--prompt", "the cat", "--n", "50"]],
+                         ids=["script", "sample"])
+def test_a_reader_that_goes_away(folder, argv):
+    """Row 42: `| head -1` sees its line, the run goes on to its end, in plain lines."""
+    argv = [str(ROOT / argv[0]) if argv[0].endswith(".py") else argv[0], *argv[1:]]
+    command = f"{shlex.join([sys.executable, *argv])} | head -1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], cwd=folder, capture_output=True, text=True, timeout=60,
+                          env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0 and not done.stderr and done.stdout.count("\n") == 1
+    assert "\x1b" not in done.stdout
+    if argv[0].endswith(".py"):
+        assert same_weights(folder / "out" / "sft", folder / "out" / "new")
