@@ -536,7 +536,7 @@ def main():
             mean_k3, neg_logprob, score, rewarded, priced_kl, length, eos_rate, H, gap = means.tolist()
             H, gap = H / length, gap / length  # a decision, over all decisions of all ranks
             policy_avg, value_avg, approxkl, clipfrac, value_clipfrac, _, _ = (totals / max(1, counted)).tolist()
-            ratios = torch.stack(ratios) if ratios else torch.ones(1)
+            updates, ratios = len(ratios), torch.stack(ratios) if ratios else torch.ones(1)
             seconds = time.perf_counter() - began
             done, stopping = step + 1, run.should_stop()
             record = {
@@ -552,7 +552,7 @@ def main():
                 "val/ratio_var": float(ratios.var(correction=0)), "val/sampler_gap": gap,
                 "val/explained_variance": float(explained_variance(judged.values, returns, mask, run.total)),
                 "completions/mean_length": length, "completions/eos_rate": eos_rate,
-                "policy/epochs_ended_at_kl": ended}
+                "policy/updates": updates}
             run.say(f"{run.progress(done, steps, first)}  score {score:+.3f}  kl {mean_kl:.2f} (k3 {mean_k3:.2f})  "
                     f"entropy {H:.2f}  clip {clipfrac:.3f}  value ev {record['val/explained_variance']:+.2f}  length "
                     f"{length:.1f}  eos {eos_rate:.2f}  {record['tokens_per_second']:,.0f} tokens/s"

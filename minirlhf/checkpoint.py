@@ -97,7 +97,10 @@ def keep_previous(path):
         check_whole(path)
         with contextlib.suppress(FileNotFoundError):
             os.remove(previous_of(path))
-        os.link(path, previous_of(path))
+        try:
+            os.link(path, previous_of(path))
+        except OSError:  # a file system without second names
+            os.replace(path, previous_of(path))
 
 
 def environment():

@@ -91,6 +91,8 @@ class Command:
         self.process.join(timeout)
         status = self.process.exitcode
         assert status is not None, "still running"
+        Command.running.remove(self.process)
+        self.process.close()
         return 128 - status if status < 0 else status, *(Path(log).read_text("utf-8") for log in self.logs)
 
 

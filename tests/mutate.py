@@ -16,7 +16,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 NEAREST = {"minirlhf/objectives.py": ["objectives", "train_ppo"], "minirlhf/generate.py": ["generate", "parity"],
            "minirlhf/model.py": ["model", "generate", "parity"], "minirlhf/data.py": ["data"],
-           "train_ppo.py": ["train_ppo"]}
+           "train_ppo.py": ["train_ppo"], "minirlhf/checkpoint.py": ["checkpoint", "faults"],
+           "minirlhf/runtime.py": ["runtime", "train_ppo", "faults"]}
 
 OBJECTIVES = [
     ("mean = sum_x / n", "mean = sum_x / mask.numel()"),  # over padding
@@ -159,10 +160,11 @@ PPO = [
     ("((pg_loss - bonus + o.vf_coef * vf_loss).sum() / count)", "(pg_loss - bonus + o.vf_coef * vf_loss).mean()"),
     ("learn_policy = step >= o.value_warmup", "learn_policy = step > o.value_warmup"),
     ("generator=run.generator(step, f\"epoch {epoch}\")", "generator=run.generator(step, \"epoch\")"),
-    ("if o.target_kl and float(sums[6] / count) > o.target_kl:", "if o.target_kl and float(sums[6]) > o.target_kl:"),
-    ("norms = [torch.nn.utils.clip_grad_norm_(model.parameters(), o.max_grad_norm or math.inf)",
-     "norms = [torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])"),
-    ("if not torch.stack([sums.sum(), *norms]).isfinite().all():", "if False:"),
+    ("pg_loss, vf_loss, moved = (sums[[0, 1, 6]] / count)", "pg_loss, vf_loss, moved = sums[[0, 1, 6]]"),
+    ("pg_loss, vf_loss, moved = (sums[[0, 1, 6]] / count)", "pg_loss, vf_loss, moved = (sums[[0, 1, 2]] / count)"),
+    ("if moved > min(o.target_kl or BLOWN_UP, BLOWN_UP):", "if moved > (o.target_kl or math.inf):"),
+    ("if moved > min(o.target_kl or BLOWN_UP, BLOWN_UP):", "if moved > BLOWN_UP:"),
+    ("pg_loss + vf_loss, f\"step", "pg_loss, f\"step"),
     ("optimizer.step()\n                optimizer.zero_grad(set_to_none=True)", "optimizer.step()"),  # they pile up
     ("@torch.no_grad()\ndef judgement", "def judgement"),
     ("d.exp(), k3(old, new))])", "d.exp(), k3(new, old))])"),
@@ -176,15 +178,44 @@ PPO = [
     ("-judged.old_logprobs, judged.scores, paid", "judged.old_logprobs, judged.scores, paid"),
     ("\"objective/non_score_reward\": -priced_kl", "\"objective/non_score_reward\": priced_kl"),
     ("\"objective/rlhf_reward\": rewarded - priced_kl", "\"objective/rlhf_reward\": rewarded + priced_kl"),
-    ("H, gap = H / length, gap / length", "H, gap = H / B, gap / B"),
+    ("H, gap = H / length, gap / length", "H, gap = H / n, gap / n"),
     ("kl_coef = adaptive_kl_coef(kl_coef, mean_kl,", "kl_coef = adaptive_kl_coef(kl_coef, mean_kl / length,"),
-    ("high = high + 1 if o.max_kl and mean_kl > o.max_kl else 0", "high = high + 1"),
+    ("high = high + 1 if far or blown else 0", "high = high + 1"),
+    ("high = high + 1 if far or blown else 0", "high = high + 1 if far else 0"),
+    ("replace(o, num_ppo_epochs=1) if far else o", "o"),
     ("rollout = rollout.take(rollout.lengths.argsort(stable=True))",
      "rollout.lengths = rollout.lengths.sort().values"),
 ]
+CHECKPOINT = [
+    ('return "" if value.isfinite().all() else name', 'return ""'),
+    ("elif seal != SEAL + sha.digest():", "elif False:"),
+    ("            sha.update(block)\n", "            sha.update(block[:1])\n"),
+    ("if damaged := archive.testzip():", "if damaged := None:"),
+    ('map_location="cpu", weights_only=True', 'map_location="cpu", weights_only=False'),
+    ("        keep_previous(path)\n", ""),
+    ("        check_whole(path)\n        with contextlib.suppress", "        with contextlib.suppress"),
+    ("                os.fsync(f.fileno())\n", ""),
+    ("        if wanted != found:\n", "        if False:\n"),
+    ("                group.update(values)\n", "                pass\n"),
+    ("if m.dim() and m.shape != p.shape", "if False"),
+    ('if payload["format"] > FORMAT:', "if False:"),
+    ('if payload["stage"] not in stages:', "if False:"),
+    ("            if name in structural:\n", "            if False:\n"),
+    ("if config.n_layer > len(payload[\"model\"]):", "if False:"),
+]
+RUNTIME = [
+    ('if row["step"] <= step and "final" not in row:', 'if row["step"] <= step:'),
+    ('if row["step"] <= step and "final" not in row:', 'if "final" not in row:'),
+    ("all(map(math.isfinite, (loss, norm, weights)))", "all(map(math.isfinite, (loss, norm)))"),
+    ("all(map(math.isfinite, (loss, norm, weights)))", "all(map(math.isfinite, (norm, weights)))"),
+    ("o.max_grad_norm or math.inf", "o.max_grad_norm"),
+    ("o.max_grad_norm or math.inf", "math.inf"),
+    ("            self.lock.truncate(0)\n", ""),
+]
 MUTATIONS = [(file, *pair) for file, pairs in (
     ("minirlhf/objectives.py", OBJECTIVES), ("minirlhf/generate.py", GENERATE), ("minirlhf/model.py", MODEL),
-    ("minirlhf/data.py", DATA), ("train_ppo.py", PPO)) for pair in pairs]
+    ("minirlhf/data.py", DATA), ("train_ppo.py", PPO), ("minirlhf/checkpoint.py", CHECKPOINT),
+    ("minirlhf/runtime.py", RUNTIME)) for pair in pairs]
 
 
 def misplaced():

@@ -1,6 +1,8 @@
 """A checkpoint gives back every bit, and a file that is not one is named and refused before it can do harm."""
+import hashlib
 import os
 import pickle
+import re
 import zipfile
 from dataclasses import dataclass
 
@@ -96,17 +98,30 @@ def test_code_in_a_checkpoint_never_runs(save, tmp_path, refused):
 
 
 def test_a_flipped_byte_is_found(save, refused):
-    """Any one bit wrong in the weights, which torch would load in silence, or in the pickled part."""
+    """One bit wrong anywhere: in each part of the zip, in its headers and directory, in the seal itself."""
     path, _ = save()
     good = open(path, "rb").read()
     with zipfile.ZipFile(path) as archive:
-        members = [m for m in archive.infolist() if m.file_size >= 64]
-        assert any("data.pkl" in m.filename for m in members) and len(members) > 5
-        places = [good.index(archive.read(m), m.header_offset) + m.file_size // 2 for m in members]
-    for place in places:
+        parts = [m.header_offset for m in archive.infolist()]
+        assert len(parts) > 5 and archive.comment == hashlib.sha256(good[:-34] + b"\0\0").digest()
+    for place in [*range(0, len(good), 997), *parts, *range(len(good) - 60, len(good))]:
         with open(path, "wb") as f:
             f.write(good[:place] + bytes([good[place] ^ 1]) + good[place + 1:])
         assert f"{path}: " in refused(checkpoint.read, path, ["sft"])
+
+
+def test_a_file_without_a_seal_is_read(save, refused):
+    """What torch.save alone wrote has its CRCs: a checkpoint edited by a person loads, a wrong bit in a weight is found."""
+    path, _ = save()
+    rewrite(path, lambda payload: payload["info"].update(mine=1))
+    assert checkpoint.read(path, ["sft"])["info"]["mine"] == 1
+    good = open(path, "rb").read()
+    with zipfile.ZipFile(path) as archive:
+        weight = max(archive.infolist(), key=lambda m: m.file_size)
+        place = good.index(archive.read(weight), weight.header_offset) + 100
+    with open(path, "wb") as f:
+        f.write(good[:place] + bytes([good[place] ^ 1]) + good[place + 1:])
+    assert "fails its checksum" in refused(checkpoint.read, path, ["sft"])
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99, 0.9999])
@@ -244,6 +259,74 @@ def test_a_stale_temporary_is_replaced(save):
     save(info={"accuracy": 0.9})
     assert checkpoint.read(path, ["sft"])["info"] == {"accuracy": 0.9}
     assert sorted(os.listdir(os.path.dirname(path))) == ["ckpt.previous.pt", "ckpt.pt"]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_the_good_file_before_is_kept(save, monkeypatch, links):
+    """A second save leaves the first as ckpt.previous.pt; a third the second; a damaged one never takes its place. Also
+    on a file system that knows no second names."""
+    if not links:
+        def link(*names):
+            raise OSError(95, "Operation not supported")
+        monkeypatch.setattr(os, "link", link)
+    path, _ = save()
+    previous = os.path.join(os.path.dirname(path), "ckpt.previous.pt")
+    assert not os.path.exists(previous)
+    for step in (1, 2):
+        save(training={"step": step})
+    assert [checkpoint.read(p, ["sft"])["training"]["step"] for p in (path, previous)] == [2, 1]
+    os.truncate(path, 1000)
+    save(training={"step": 3})
+    assert [checkpoint.read(p, ["sft"])["training"]["step"] for p in (path, previous)] == [3, 1]
+
+
+def test_a_damaged_file_points_at_the_one_before(save, refused):
+    """Who reads it is told of the earlier one."""
+    path, _ = save()
+    save()
+    os.truncate(path, 1000)
+    assert "there is an earlier one: " + path.replace("ckpt", "ckpt.previous") in refused(checkpoint.read, path, ["sft"])
+
+
+def test_what_is_not_finite_is_not_saved(save, make_model):
+    """Exit 1 naming the weight; what was there stays."""
+    path, _ = save()
+    ruined = make_model(vocab_size=258)
+    ruined.h[1].attn.c_proj.bias.data[2] = torch.nan
+    with pytest.raises(SystemExit) as stop:
+        save(model=ruined)
+    assert f"{path}: not written, for model.h.1.attn.c_proj.bias is no longer finite" in stop.value.code
+    assert os.listdir(os.path.dirname(path)) == ["ckpt.pt"]
+
+
+def test_a_save_says_what_it_cost(save, tmp_path, make_model):
+    """Size and seconds."""
+    path = str(tmp_path / "x.pt")
+    said = checkpoint.save(path, stage="sft", model=make_model(vocab_size=258), tokenizer=Tokenizer.train([], 257),
+                           options=Options(), info={}, training={})
+    assert re.fullmatch(rf"  saved {path}: {os.path.getsize(path) / 1e6:.1f} MB in \d\.\d\d s", said)
+
+
+def optimised(learning_rate, steps=3, width=4):
+    """A parameter and its AdamW after a few steps."""
+    w = torch.nn.Parameter(torch.arange(1.0, width + 1))
+    optimizer = torch.optim.AdamW([w], lr=learning_rate)
+    for _ in range(steps):
+        w.square().sum().backward(), optimizer.step(), optimizer.zero_grad()
+    return w, optimizer
+
+
+def test_optimizers_keep_the_options_rates(refused):
+    """Moments come from the file, the learning rate and the like from this run's options; other shapes are refused."""
+    _, old = optimised(0.1)
+    w, new = optimised(0.7, steps=0)
+    checkpoint.load_optimizers([new], [old.state_dict()], "x.pt")
+    assert new.param_groups[0]["lr"] == 0.7 and int(new.state[w]["step"]) == 3
+    assert torch.equal(new.state[w]["exp_avg"], old.state_dict()["state"][0]["exp_avg"])
+    _, other = optimised(0.1, width=5)
+    assert "x.pt: does not fit: exp_avg of a weight of shape (4,)" in refused(
+        checkpoint.load_optimizers, [new], [other.state_dict()], "x.pt")
+    assert "x.pt: does not fit" in refused(checkpoint.load_optimizers, [new], [], "x.pt")
 
 
 def test_the_file_is_synced_before_it_is_renamed(save, monkeypatch):

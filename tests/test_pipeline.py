@@ -331,6 +331,8 @@ def test_a_kl_blow_up_ends_the_run_with_advice(folder, stages):
     error = run(script("ppo"), "--data_dir", "data", *PPO, "--max_kl", "0.0001", "--out_dir", "out/far", cwd=folder,
                 code=1)
     assert "third batch in a row" in error and "--max_kl is 0.0001" in error and "raise --kl_coef above 0.05" in error
+    updates = [row["policy/updates"] for row in metrics(folder, "far")]
+    assert updates == [8, 8, 8, 4, 4, 4]  # 2 epochs x 4 minibatches; one epoch where the KL is too high
     assert "or lower --learning_rate below 0.001" in error and "Traceback" not in error
 
 
