@@ -475,7 +475,7 @@ def main():
                 checkpoint.load_weights(policy, start["model"], start_path)
                 checkpoint.load_weights(value_model, state["value_model"], start_path)
                 checkpoint.load_optimizers(optimizers, state["optimizers"], start_path)
-                first, high = int(state["step"]), int(state["high"])
+                first, high = checkpoint.step_of(state, steps, start_path), int(state["high"])
                 kl_coef = o.kl_coef if "kl_coef" in given.given else float(state["kl_coef"])
         nets = Networks(policy, ref, value_model, o.compile)
         if o.check:

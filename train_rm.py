@@ -286,7 +286,7 @@ def main():
                     fail(f"--resume: the files {o.preferences}.*.jsonl of {o.data_dir} are not those this run began "
                          "with")
                 checkpoint.load_optimizers(optimizers, state["optimizers"], start_path)
-                first, finished = int(state["step"]), state["finished"]
+                first, finished = checkpoint.step_of(state, steps, start_path), bool(state["finished"])
             if finished:
                 run.say(f"{o.out_dir}: this run is finished ({first} steps)")
                 return

@@ -167,7 +167,7 @@ def main():
             o = replace(o, **own)
         else:
             tokenizer = Tokenizer.gpt2() if o.tokenizer == "gpt2" else Tokenizer.train(
-                [d.prompt + d.completion for d in train], o.vocab_size)
+                (d.prompt + d.completion for d in train), o.vocab_size)
             config = GPTConfig(o.n_layer, o.n_head, o.n_embd, tokenizer.vocab_size, o.block_size, o.dropout)
         block_size = config.block_size
         encoded = [[encode_row(tokenizer, d.prompt, d.completion, block_size, o.long_prompts) for d in part]
@@ -191,8 +191,10 @@ def main():
                     fail(f"--resume: the files of {o.data_dir} are not those that {start_path} was trained on")
                 checkpoint.load_weights(model, state["model"], start_path)
                 checkpoint.load_optimizers(optimizers, state["optimizers"], start_path)
-                first, best, best_state = int(state["step"]), float(start["info"]["nats_per_token"]), state["best"]
-                best_figures = start["info"]["held_out"]
+                first, best = checkpoint.step_of(state, steps, start_path), float(start["info"]["nats_per_token"])
+                if best < math.inf:  # what cannot be described is refused now, not at the end
+                    best_state, best_figures = start["model"], start["info"]["held_out"]
+                    describe(best_figures)
             if first >= steps:
                 run.say(f"{o.out_dir}: this run is finished ({first} steps)")
                 return
@@ -264,7 +266,7 @@ def main():
                 run.say(checkpoint.save(
                     run.path("ckpt.pt"), stage="sft", model=model, weights=best_state, tokenizer=tokenizer, options=o,
                     info={"nats_per_token": best, "held_out": best_figures},
-                    training={"step": done, "model": model.state_dict(), "best": best_state, "data": prints,
+                    training={"step": done, "model": model.state_dict(), "data": prints,
                               "optimizers": [optimizer.state_dict() for optimizer in optimizers]}))
             if stopping:
                 run.exit_stopped()

@@ -179,6 +179,8 @@ def verified(payload, path, stages):
     if payload["stage"] not in stages:
         expected = " or ".join(STAGES[s] for s in stages)
         fail(f"{path}: holds {STAGES.get(payload['stage'], payload['stage'])}, expected {expected}")
+    if (payload["head"] == "scalar") != (payload["stage"] == "rm"):
+        fail(f"{path}: holds {STAGES[payload['stage']]} with the head {payload['head']!r}")
     with fitting(path):
         if name := not_finite(payload):
             fail(f"{path}: {name} holds values that are not finite")
@@ -197,7 +199,10 @@ def fitting(path):
 def build(payload, path, device, dropout=0.0):
     """-> (model, tokenizer) of a payload, strictly: exits 2 on missing or extra weights, or other shapes."""
     with fitting(path):
-        config, head = GPTConfig(**{**payload["config"], "dropout": dropout}), payload["head"]
+        sizes, head = {k: v for k, v in payload["config"].items() if k != "dropout"}, payload["head"]
+        if wrong := [name for name, size in sizes.items() if type(size) is not int or size < 1]:
+            fail(f"{path}: does not fit: {wrong[0]} is {str(sizes[wrong[0]])[:40]!r}")
+        config = GPTConfig(**sizes, dropout=dropout)
         tokenizer = Tokenizer.from_state(payload["tokenizer"])
         if tokenizer.vocab_size != config.vocab_size:
             fail(f"{path}: its tokenizer has {tokenizer.vocab_size} tokens, its model {config.vocab_size}")
@@ -239,6 +244,14 @@ def load_optimizers(optimizers, states, path):
             for p, moments in optimizer.state.items():
                 if wrong := [name for name, m in moments.items() if m.dim() and m.shape != p.shape]:
                     fail(f"{path}: does not fit: {wrong[0]} of a weight of shape {tuple(p.shape)}")
+
+
+def step_of(training, steps, path):
+    """The steps that were taken. Exits 2 where that is no number from 0 to `steps`."""
+    step = training["step"]
+    if type(step) is not int or not 0 <= step <= steps:
+        fail(f"{path}: does not fit: step {str(step)[:40]!r} of {steps}")
+    return step
 
 
 def load(path, stages, device):

@@ -67,7 +67,12 @@ def parse(cls, argv=None):
             words[-1] += "=" + word  # argparse takes -1e-4 for an option
         else:
             words.append(word)
-    given = vars(parser.parse_args(words))
+    try:
+        given = vars(parser.parse_args(words))
+    except UnicodeDecodeError as error:
+        parser.error(f"a file of options is not UTF-8: {error}")
+    if [] in given.values():  # what Python before 3.13 makes of --name=--
+        parser.error("expected a value, found '--'")
     options = cls(**given)
     options.given = set(given)  # what --resume may not overrule
     check_ranges(options)

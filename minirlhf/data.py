@@ -81,6 +81,11 @@ def clean(text):
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
+def other_columns(record, *known):
+    """What stands beside a row; the scripts print some of it."""
+    return {k: clean(v) if isinstance(v, str) else v for k, v in record.items() if k not in known}
+
+
 def take_text(where, record, name):
     if not isinstance(record.get(name), str):
         found = "is missing" if name not in record else f"must be a string, found {type(record[name]).__name__}"
@@ -126,8 +131,7 @@ def load_demonstrations(path) -> list[Demonstration]:
             prompt, completion = "", take_text(where, record, "text")
         else:
             prompt, completion = take_text(where, record, "prompt"), take_text(where, record, "completion")
-        extra = {k: v for k, v in record.items() if k not in ("prompt", "completion", "text", "messages")}
-        rows.append(Demonstration(prompt, completion, extra))
+        rows.append(Demonstration(prompt, completion, other_columns(record, "prompt", "completion", "text", "messages")))
     return rows
 
 
@@ -171,8 +175,8 @@ def load_preferences(path) -> list[Preference]:
         else:
             prompt = shared_prompt(texts)
             texts = [t[len(prompt):] for t in texts]
-        known = ("prompt", "chosen", "rejected", "completions", "scores")
-        rows.append(Preference(prompt, texts, scores, {k: v for k, v in record.items() if k not in known}))
+        extra = other_columns(record, "prompt", "chosen", "rejected", "completions", "scores")
+        rows.append(Preference(prompt, texts, scores, extra))
     return rows
 
 

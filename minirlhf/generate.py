@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from minirlhf.config import fail
+
 
 class KVCache:
     """Keys and values of all layers: (L, B, H, S, D), S = slots; `filled` slots are in use."""
@@ -71,7 +73,7 @@ def sample(logits, temperature, u):
     total = cdf[:, -1]
     # the cap keeps u * total below total after rounding, so that a token of probability 0 is never taken
     target = torch.minimum(u * total, torch.nextafter(total, torch.zeros_like(total)))
-    token = torch.searchsorted(cdf, target[:, None], right=True).squeeze(1)
+    token = torch.searchsorted(cdf, target[:, None], right=True).squeeze(1).clamp(max=logits.shape[1] - 1)  # if NaN
     return token, logprobs.gather(1, token[:, None]).squeeze(1)
 
 
@@ -119,5 +121,7 @@ def generate(model, prompts: list[list[int]], response_length: int, eos: int, te
             rows, at, live = rows[live], at[live], live[live]
         cache.filled = P + n + 1
         last = model.hidden(tokens[rows, at][:, None], cache, at[:, None])[:, 0]
+    if not logprobs.isfinite().all():
+        fail("the model's logits are not finite: its weights are not, or are too large; try a lower --learning_rate")
     T = int(lengths.max())
     return Rollout(tokens[:, :T], prompt_lengths, lengths, finished, logprobs[:, :T - 1])

@@ -27,10 +27,11 @@ class Tokenizer:
         self.ranks, self.name, self.eos = ranks, name, len(ranks)
         self.encoding = tiktoken.Encoding(name, pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={EOS: self.eos})
         self.vocab_size = len(ranks) + 1
+        self.ids = list(range(self.vocab_size))  # one object an id: lists that share them take 8 bytes a token, not 40
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text alone. A lone surrogate becomes U+FFFD."""
-        return self.encoding.encode_ordinary(text)
+        return [self.ids[i] for i in self.encoding.encode_ordinary(text)]
 
     def encode_prompt(self, text: str) -> list[int]:
         return [self.eos] + self.encode(text)
