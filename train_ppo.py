@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 
 from minirlhf import check, checkpoint, prepare, runtime
-from minirlhf.config import RunOptions, fail, parse
+from minirlhf.config import RunOptions, fail, launch, parse
 from minirlhf.data import Row, encode_prompts, encode_row, endless_batch, fingerprint, load_prompts, repeats
 from minirlhf.generate import generate
 from minirlhf.model import GPT
@@ -41,7 +41,7 @@ class Options(RunOptions):
     num_mini_batches: int = 2  # optimizer steps a pass; must divide batch_size [1..]
     micro_batch_size: int = 64  # rows a forward pass: for memory; changes no gradient [1..]
     response_length: int = 48  # longest answer in tokens, eos included [1..]
-    temperature: float = 1.0  # of sampling, and so of every log-probability (0..]
+    temperature: float = 1.0  # of sampling, and so of every log-probability [0.01..]
     learning_rate: float = 3e-4  # of policy and value network; falls linearly to 0 [0..]
     adam_eps: float = 1e-5  # AdamW's epsilon; there is no weight decay (0..]
     max_grad_norm: float = 1.0  # the gradient of each of the two networks is scaled down to this norm; 0 = never [0..]
@@ -103,7 +103,7 @@ class Judge:
         for i, s in enumerate(scores):
             try:
                 scores[i] = float(s)
-            except (TypeError, ValueError):
+            except Exception:
                 fail(f"--reward {self.name}: row {i}: expected a number, found {type(s).__name__}")
             if not abs(scores[i]) < 1e6:
                 fail(f"--reward {self.name}: row {i}: {scores[i]}, no number below a million, for the completion "
@@ -114,7 +114,7 @@ class Judge:
 def load_function(spec):
     """"path/module.py:function" -> the function. Exits 2 where there is none."""
     path, colon, name = spec.rpartition(":")
-    if not colon or not os.path.isfile(path):
+    if not colon or not path.endswith(".py") or not os.path.isfile(path):
         fail(f"--reward {spec}: expected FILE.py:FUNCTION, with a file that exists")
     module_spec = importlib.util.spec_from_file_location("reward", path)
     module = sys.modules["reward"] = importlib.util.module_from_spec(module_spec)
@@ -416,8 +416,7 @@ def run_checks(nets, judge, tokenizer, prompts, room, first, o, run):
 
 
 def main():
-    given = parse(Options)
-    o, start, start_path = checkpoint.resume(given, "ppo", (
+    o, start, start_path = checkpoint.resume(parse(Options), "ppo", (
         "seed", "init_from", "reward_model", "reward", "value_init", "batch_size", "total_episodes", "temperature",
         "response_length", "long_prompts", "data_dir"))
     world = int(os.environ.get("WORLD_SIZE", 1))
@@ -466,17 +465,22 @@ def main():
                  f"{o.total_episodes} / --batch_size {o.batch_size}), or the policy never learns")
         optimizers = [torch.optim.AdamW(model.parameters(), lr=o.learning_rate, eps=o.adam_eps, weight_decay=0.0,
                                         fused=True) for model in (policy, value_model)]
-        first, kl_coef, high, prints = 0, o.kl_coef, 0, fingerprint(*paths)
+        first, kl_coef, high, surroundings = 0, o.kl_coef, 0, run.surroundings()
+        prints = {f"{o.data_dir}/prompts.*.jsonl": fingerprint(*paths)}
+        for path in (o.init_from, o.reward_model)[:1 if o.reward else 2]:
+            prints[path] = fingerprint(checkpoint.file_of(path))
         if o.resume:
             with checkpoint.fitting(start_path):
                 state = start["training"]
-                if state["data"] != prints:
-                    fail(f"--resume: the prompts of {o.data_dir} are not those that this run began with")
+                checkpoint.same_inputs(state["data"], prints, start_path)
                 checkpoint.load_weights(policy, start["model"], start_path)
                 checkpoint.load_weights(value_model, state["value_model"], start_path)
                 checkpoint.load_optimizers(optimizers, state["optimizers"], start_path)
                 first, high = checkpoint.step_of(state, steps, start_path), int(state["high"])
-                kl_coef = o.kl_coef if "kl_coef" in given.given else float(state["kl_coef"])
+                if o.kl_coef == start["options"]["kl_coef"]:
+                    kl_coef = float(state["kl_coef"])  # as far as it has adapted
+                surroundings = run.surroundings(start.get("environment"))
+                start = state = None  # a second copy of weights and moments
         nets = Networks(policy, ref, value_model, o.compile)
         if o.check:
             run_checks(nets, judges[0], tokenizer, prompts[:64], room, first, o, run)
@@ -572,7 +576,7 @@ def main():
                 advice = (f"lower --learning_rate below {o.learning_rate:g}"
                           + (f" or --num_ppo_epochs below {o.num_ppo_epochs}" if o.num_ppo_epochs > 1 else ""))
             if high:
-                run.say(f"warning: {trouble}: this batch's epochs ended early ({high} in a row; the third ends the run)")
+                run.say(f"warning: {trouble}: this batch's epochs end early ({high} in a row; the third ends the run)")
             if o.kl_target:
                 kl_coef = adaptive_kl_coef(kl_coef, mean_kl, o.kl_target, o.batch_size)
 
@@ -594,15 +598,18 @@ def main():
                     run.write("samples.jsonl", {"step": done, **{k: row[k] for k in ("prompt", "completion", "score")}})
             run.write("metrics.jsonl", record)
             if (scheduled or stopping) and run.main:
+                run.sync()
                 run.say(checkpoint.save(
                     run.path("ckpt.pt"), stage="ppo", model=policy, tokenizer=tokenizer, options=o, info=record,
-                    training={"step": done, "value_model": value_model.state_dict(), "kl_coef": kl_coef, "high": high,
+                    environment=surroundings, training={"step": done, "value_model": value_model.state_dict(), "kl_coef": kl_coef, "high": high,
                               "data": prints, "optimizers": [optimizer.state_dict() for optimizer in optimizers]}))
             if stopping:
                 run.exit_stopped()
 
         # ---- before and after, on held-out prompts
         after = answer(policy, ref, judges, run, tokenizer, final_prompts, o)
+        if run.should_stop():
+            run.exit_stopped()
         final = {"before": base, "after": summary(after, before)}
         run.write("metrics.jsonl", {"step": max(first, steps), "final": final})
         run.say()
@@ -627,4 +634,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 
 from minirlhf import check, checkpoint, prepare, runtime
-from minirlhf.config import RunOptions, fail, parse
+from minirlhf.config import RunOptions, fail, launch, parse
 from minirlhf.data import (Order, Row, collate, encode_prompts, encode_row, fingerprint, load_preferences,
                            load_prompts, repeats, too_long)
 from minirlhf.generate import generate
@@ -35,7 +35,7 @@ class Options(RunOptions):
     init_from: str = "out/sft/ckpt.pt"  # the SFT model: its trunk is the start, its samples set the scale of the reward
     dropout: float = 0.0  # in training only [0..1)
     long_prompts: Literal["drop", "trim"] = "drop"  # texts over the context: drop them, or trim the prompt at its left
-    num_train_epochs: float = 1  # passes over the training data; more overfit fast (0..]
+    num_train_epochs: float = 1  # passes over the training data; more overfit fast (0..1000000]
     batch_size: int = 16  # records (pairs or rankings) an optimizer step, over all ranks [1..]
     micro_batch_size: int = 16  # records a backward pass: for memory; changes no gradient [1..]
     optimizer: Literal["muon", "adamw"] = "muon"  # muon: torch.optim.Muon for the blocks' matrices, AdamW for the rest
@@ -278,15 +278,18 @@ def main():
         order = Order([max(len(row.ids) for row in rows) for rows, _, _ in train_set], o.batch_size, o.seed)
         steps = max(1, round(o.num_train_epochs * order.steps_per_epoch))
         optimizers = runtime.make_optimizers(model, o)
-        first, prints = 0, fingerprint(train_path, val_path)
+        first, surroundings = 0, run.surroundings()
+        prints = {f"{o.data_dir}/{o.preferences}.*.jsonl": fingerprint(train_path, val_path),
+                  o.init_from: fingerprint(checkpoint.file_of(o.init_from)),
+                  "prompts.train.jsonl": fingerprint(*filter(os.path.exists, [prompts_path]))}
         if start:
             with checkpoint.fitting(start_path):
                 state = start["training"]
-                if state["data"] != prints:
-                    fail(f"--resume: the files {o.preferences}.*.jsonl of {o.data_dir} are not those this run began "
-                         "with")
+                checkpoint.same_inputs(state["data"], prints, start_path)
                 checkpoint.load_optimizers(optimizers, state["optimizers"], start_path)
                 first, finished = checkpoint.step_of(state, steps, start_path), bool(state["finished"])
+                surroundings = run.surroundings(start.get("environment"))
+                start = state = None  # a second copy of weights and moments
             if finished:
                 run.say(f"{o.out_dir}: this run is finished ({first} steps)")
                 return
@@ -316,9 +319,10 @@ def main():
 
         def save(step, info, finished=False):
             if run.main:
+                run.sync()
                 run.say(checkpoint.save(
                     run.path("ckpt.pt"), stage="rm", model=model, tokenizer=tokenizer, options=o, info=info,
-                    training={"step": step, "data": prints, "finished": finished,
+                    environment=surroundings, training={"step": step, "data": prints, "finished": finished,
                               "optimizers": [optimizer.state_dict() for optimizer in optimizers]}))
 
         model.train()
@@ -390,4 +394,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 
 from minirlhf import check, checkpoint, prepare, runtime
-from minirlhf.config import RunOptions, fail, parse
+from minirlhf.config import RunOptions, fail, launch, parse
 from minirlhf.data import (Order, collate, encode_prompts, encode_row, fingerprint, load_demonstrations, load_prompts,
                            repeats, too_long)
 from minirlhf.generate import generate
@@ -38,7 +38,7 @@ class Options(RunOptions):
     block_size: int = 128  # longest row in tokens, prompt and completion [4..]
     dropout: float = 0.0  # on embeddings, attention and residual branches, in training only [0..1)
     long_prompts: Literal["drop", "trim"] = "drop"  # rows over block_size: drop them, or trim the prompt at its left
-    num_train_epochs: float = 4  # passes over the training data (0..]
+    num_train_epochs: float = 4  # passes over the training data (0..1000000]
     batch_size: int = 64  # rows an optimizer step, over all ranks [1..]
     micro_batch_size: int = 64  # rows a forward and backward pass: for memory; changes no gradient [1..]
     optimizer: Literal["muon", "adamw"] = "muon"  # muon: torch.optim.Muon for the blocks' matrices, AdamW for the rest
@@ -178,23 +178,27 @@ def main():
             fail(f"{train_path if not train_rows else val_path}: every row is longer than the context of {block_size} "
                  "tokens; use --long_prompts trim or a larger --block_size")
         if not start:
-            model = GPT(config).init_weights(runtime.generator(o.seed, 0, 0, "init")).to(run.device)
+            try:
+                model = GPT(config).init_weights(runtime.generator(o.seed, 0, 0, "init")).to(run.device)
+            except RuntimeError as error:  # no room
+                fail(f"a model of --n_layer {o.n_layer} and --n_embd {o.n_embd} cannot be made: {error}")
         order = Order([len(row.ids) for row in train_rows], o.batch_size, o.seed)
         steps = max(1, round(o.num_train_epochs * order.steps_per_epoch))
         optimizers, first = runtime.make_optimizers(model, o), 0
         best, best_state, best_figures = math.inf, None, None
-        prints = fingerprint(train_path, val_path)
+        prints, surroundings = {o.data_dir: fingerprint(train_path, val_path)}, run.surroundings()
         if o.resume:
             with checkpoint.fitting(start_path):
                 state = start["training"]
-                if state["data"] != prints:
-                    fail(f"--resume: the files of {o.data_dir} are not those that {start_path} was trained on")
+                checkpoint.same_inputs(state["data"], prints, start_path)
                 checkpoint.load_weights(model, state["model"], start_path)
                 checkpoint.load_optimizers(optimizers, state["optimizers"], start_path)
                 first, best = checkpoint.step_of(state, steps, start_path), float(start["info"]["nats_per_token"])
                 if best < math.inf:  # what cannot be described is refused now, not at the end
                     best_state, best_figures = start["model"], start["info"]["held_out"]
                     describe(best_figures)
+                surroundings = run.surroundings(start.get("environment"))
+                start = state = None  # a second copy of weights and moments
             if first >= steps:
                 run.say(f"{o.out_dir}: this run is finished ({first} steps)")
                 return
@@ -263,12 +267,13 @@ def main():
                     best_state = {name: value.clone() for name, value in model.state_dict().items()}
             run.write("metrics.jsonl", record)
             if (done % o.eval_interval == 0 or done == steps or stopping) and run.main:
+                run.sync()
                 run.say(checkpoint.save(
                     run.path("ckpt.pt"), stage="sft", model=model, weights=best_state, tokenizer=tokenizer, options=o,
-                    info={"nats_per_token": best, "held_out": best_figures},
+                    environment=surroundings, info={"nats_per_token": best, "held_out": best_figures},
                     training={"step": done, "model": model.state_dict(), "data": prints,
                               "optimizers": [optimizer.state_dict() for optimizer in optimizers]}))
-            if stopping:
+            if stopping and done < steps:
                 run.exit_stopped()
         run.say(f"\nbest held-out loss: {describe(best_figures)}")
         run.say(f"saved {run.path('ckpt.pt')} after {runtime.clock(time.perf_counter() - run.started)}; next: python "
@@ -277,4 +282,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)

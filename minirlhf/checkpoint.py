@@ -19,7 +19,7 @@ from dataclasses import asdict, fields, replace
 
 import torch
 
-from minirlhf.config import check_ranges, fail
+from minirlhf.config import check_ranges, fail, say
 from minirlhf.model import GPT, GPTConfig
 from minirlhf.tokenizer import Tokenizer
 
@@ -27,7 +27,7 @@ FORMAT = 1
 STAGES = {"sft": "an SFT model", "rm": "a reward model", "ppo": "a PPO policy"}
 MADE_BY = {"sft": "train_sft.py", "rm": "train_rm.py", "ppo": "train_ppo.py"}
 PARTS = {"stage": str, "config": dict, "head": str, "tokenizer": dict, "model": dict, "options": dict, "info": dict,
-         "environment": dict, "training": dict}
+         "training": dict}
 SEAL = b"\x20\0"  # the last two bytes of a zip file without a comment are 0; these announce one of 32 bytes
 WRONG = (LookupError, TypeError, ValueError, AttributeError, AssertionError, ArithmeticError, RuntimeError)
 
@@ -38,16 +38,17 @@ class Damaged(Exception):
 
 # ---- writing
 
-def save(path, *, stage, model, tokenizer, options, info, training, weights=None):
+def save(path, *, stage, model, tokenizer, options, info, training, environment=None, weights=None):
     """Write, read back, rename; the good file that was there becomes ckpt.previous.pt -> a line with size and seconds.
 
-    weights: what others shall use where that is not the model's last (the best, say). Exits 1 and leaves what was there
+    weights: what others shall use where that is not the model's last (the best, say); environment: Run.surroundings().
+    Exits 1 and leaves what was there
     when a weight is not finite, or, naming path and size, when the disk is full or the folder gone.
     """
     began, temporary, size = time.perf_counter(), f"{path}.tmp", 0
     payload = {"format": FORMAT, "stage": stage, "config": asdict(model.config), "head": model.head,
                "tokenizer": tokenizer.state(), "model": weights or model.state_dict(), "options": asdict(options),
-               "info": info, "environment": environment(), "training": training}
+               "info": info, "environment": environment or {}, "training": training}
     if name := not_finite(payload):
         raise SystemExit(f"error: {path}: not written, for {name} is no longer finite; try a lower --learning_rate; "
                          "what was there before is untouched")
@@ -103,12 +104,6 @@ def keep_previous(path):
             os.replace(path, previous_of(path))
 
 
-def environment():
-    """What must not change, besides options and data, if a resumed run shall be the same to the last bit."""
-    return {"torch": str(torch.__version__), "threads": torch.get_num_threads(),
-            "ranks": int(os.environ.get("WORLD_SIZE", 1))}
-
-
 def not_finite(value, name=""):
     """Dotted name of the first tensor in nested dicts and lists that holds NaN or infinity, or ""."""
     if isinstance(value, torch.Tensor):
@@ -145,10 +140,16 @@ def unpack(path, mmap=False):
         raise
     except FileNotFoundError:
         raise Damaged("no such file")
+    except OSError as error:  # which says nothing of the file's content
+        fail(f"{path}: cannot be read ({error.strerror or error})")
     except pickle.UnpicklingError:
         raise Damaged("refused: it holds more than tensors and plain values, and could run code")
     except Exception as error:
         raise Damaged((str(error).splitlines() or [type(error).__name__])[0][:200])
+
+
+def file_of(path):
+    return os.path.join(path, "ckpt.pt") if os.path.isdir(path) else path
 
 
 def read(path, stages):
@@ -156,7 +157,7 @@ def read(path, stages):
 
     Exits 2 where it is missing, damaged, newer, or of another stage.
     """
-    path = os.path.join(path, "ckpt.pt") if os.path.isdir(path) else path
+    path = file_of(path)
     if not os.path.isfile(path):
         needed = " or ".join(MADE_BY[s] for s in stages)
         fail(f"{path}: no such checkpoint; run {needed} first, or name another")
@@ -275,6 +276,12 @@ def compatible(first, first_path, second, second_path):
 
 # ---- going on
 
+def same_inputs(was, now, path):
+    """Exits 2 where a file that a run began with has changed: {name: data.fingerprint}."""
+    for name in now:
+        if was[name] != now[name]:
+            fail(f"--resume: {name} is not what the run of {path} began with")
+
 def resume(o, stage, structural):
     """Options of --resume -> (options to go on with, payload or None, where it came from).
 
@@ -284,7 +291,7 @@ def resume(o, stage, structural):
     """
     if not o.resume:
         return o, None, None
-    say = print if os.environ.get("RANK", "0") == "0" else lambda text: None
+    tell = say if os.environ.get("RANK", "0") == "0" else lambda text: None
     if o.overwrite:
         fail("--resume and --overwrite exclude each other")
     path, payload = os.path.join(o.out_dir, "ckpt.pt"), None
@@ -293,31 +300,28 @@ def resume(o, stage, structural):
     except Damaged as error:
         earlier, begun = previous_of(path), os.path.join(o.out_dir, "config.json")
         if os.path.isfile(earlier):
-            say(f"resume: {path} cannot be used ({error}): goes on from {earlier}")
+            tell(f"resume: {path} cannot be used ({error}): goes on from {earlier}")
             path, payload = earlier, read(earlier, [stage])
         elif os.path.exists(path) or not os.path.isfile(begun):
             fail(f"--resume: {path}: {error}; start without --resume")
     if payload:
         was = verified(payload, path, [stage])["options"]
-        for name, value in environment().items():
-            if (before := payload["environment"].get(name)) != value:
-                say(f"warning: this run had {name} {before}, now {value}: it goes on, but not the same to the last bit")
     else:
-        say(f"resume: the run in {o.out_dir} ended before its first checkpoint: it starts again")
+        tell(f"resume: the run in {o.out_dir} ended before its first checkpoint: it starts again")
         with open(begun, encoding="utf-8") as f, fitting(begun):
             was = dict(json.load(f))
+        if was.get("stage") != stage:
+            fail(f"--resume: {begun}: holds the options of {STAGES.get(was.get('stage'), 'no run')}, expected those of "
+                 f"{STAGES[stage]}")
     own, changes = {f.name for f in fields(o)} - {"resume", "overwrite", "check", "out_dir"}, {}
     for name, value in was.items():
-        if name in own and (not isinstance(value, (str, float, int))
-                            or isinstance(value, str) != isinstance(getattr(o, name), str)):
-            fail(f"{path}: its option {name} is {str(value)[:40]!r}")
         if name in own and name not in o.given:
             changes[name] = value
         elif name in own and value != getattr(o, name):
             text = f"--{name} {getattr(o, name)}: this run had {value}"
             if name in structural:
                 fail(f"--resume: {text}, which cannot change; leave the option out or start another run")
-            say(f"resume: {text}")
+            tell(f"resume: {text}")
     if payload is None:
         changes |= {"resume": False, "overwrite": True}
     o = replace(o, **changes)

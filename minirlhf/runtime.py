@@ -20,10 +20,10 @@ from dataclasses import asdict, fields, replace
 
 import torch
 
-from minirlhf.config import fail
+from minirlhf.config import fail, say
 
 LOGS = ("metrics.jsonl", "samples.jsonl")
-KEPT = ("ckpt.pt", "ckpt.previous.pt", *LOGS)  # what makes a folder that of a run
+KEPT = ("ckpt.previous.pt", "ckpt.pt", *LOGS)  # what makes a folder that of a run
 
 
 def seed_of(seed: int, step: int, rank: int, purpose: str) -> int:
@@ -44,7 +44,7 @@ class Run:
     """
 
     def __init__(self, options, stage: str):
-        self.options, self.stage, self.stop, self.lock = options, stage, 0, None
+        self.options, self.stage, self.stop, self.lock, self.begun = options, stage, 0, None, False
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.device = pick_device(options.device)
         if self.world > 1:
@@ -76,21 +76,27 @@ class Run:
             folder = os.path.dirname(folder)
         try:
             os.makedirs(self.out_dir, exist_ok=True)
-            self.lock = open(self.path("lock"), "a+b", buffering=0)
-        except OSError as error:
-            fail(f"--out_dir {self.out_dir}: cannot be written ({error.strerror})")
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a dead process holds none, whoever has its pid
-        except OSError:
-            self.lock.seek(0)
-            fail(f"--out_dir {self.out_dir}: a run with pid {self.lock.read().decode()} is writing there; wait for it or choose "
-                 "another folder")
-        try:
+            while not self.lock:
+                lock = open(self.path("lock"), "a+b", buffering=0)
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a dead process holds none, whoever has its pid
+                with contextlib.suppress(FileNotFoundError):  # the run that held it may just have removed it
+                    self.lock = lock if os.path.samestat(os.fstat(lock.fileno()), os.stat(self.path("lock"))) else None
             self.lock.truncate(0)
             self.lock.write(str(os.getpid()).encode())
+        except BlockingIOError:
+            lock.seek(0)
+            fail(f"--out_dir {self.out_dir}: a run with pid {lock.read().decode()} is writing there; wait for it or "
+                 "choose another folder")
         except OSError as error:
             self.release()
             fail(f"--out_dir {self.out_dir}: cannot be written ({error.strerror})")
+        for name in ("init_from", "reward_model", "judge"):
+            path = getattr(o, name, "")
+            folder = path if os.path.isdir(path) else os.path.dirname(path)
+            if not o.resume and os.path.isfile(path) | os.path.isdir(path) and os.path.samefile(folder or ".", o.out_dir):
+                self.release()
+                fail(f"--out_dir {self.out_dir}: holds --{name} {path}, which the run would replace; choose another "
+                     "folder")
         held = [name for name in KEPT if os.path.exists(self.path(name))]
         if held and not o.resume and not o.overwrite:
             self.release()
@@ -108,7 +114,7 @@ class Run:
         with contextlib.suppress(FileNotFoundError):
             os.remove(self.path("ckpt.pt.tmp"))  # of a save that was killed
         if not self.options.resume:
-            for name in KEPT:
+            for name in ("config.json", *KEPT):  # in this order a death halfway leaves the old run, or none
                 with contextlib.suppress(FileNotFoundError):
                     os.remove(self.path(name))
         for name in filter(os.path.exists, map(self.path, LOGS)):
@@ -120,6 +126,7 @@ class Run:
                         if row["step"] <= step and "final" not in row:
                             kept.append(line.rstrip(b"\n") + b"\n")
             self.replace(os.path.basename(name), b"".join(kept))
+        self.begun = not os.path.exists(self.path("config.json"))
         self.replace("config.json", json.dumps({"stage": self.stage, **asdict(self.options)}, indent=2).encode())
 
     def replace(self, name, content):
@@ -127,6 +134,8 @@ class Run:
         with self.writing(name):
             with open(self.path(f"{name}.tmp"), "wb") as f:
                 f.write(content)
+                f.flush()
+                os.fsync(f.fileno())
             os.replace(self.path(f"{name}.tmp"), self.path(name))
 
     def write(self, name, record):
@@ -134,6 +143,12 @@ class Run:
         if self.main:
             with self.writing(name), open(self.path(name), "a", encoding="utf-8") as f:
                 f.write(json.dumps(finite(record), ensure_ascii=False) + "\n")
+
+    def sync(self):
+        """The logs on the disk, before a checkpoint is that counts on them."""
+        for name in filter(os.path.exists, map(self.path, LOGS)):
+            with open(name, "ab") as f:
+                os.fsync(f.fileno())
 
     @contextlib.contextmanager
     def writing(self, name):
@@ -151,7 +166,7 @@ class Run:
                 os.remove(self.path("lock"))
             self.lock.close()
             self.lock = None
-            if not any(os.path.exists(self.path(name)) for name in KEPT):  # the run has left nothing: nor does this
+            if self.begun and not any(os.path.exists(self.path(name)) for name in KEPT):  # it has come to nothing
                 with contextlib.suppress(OSError):
                     os.remove(self.path("config.json"))
             with contextlib.suppress(OSError):
@@ -166,6 +181,8 @@ class Run:
         if self.world > 1 and kind is None:
             torch.distributed.barrier()  # the first process may still be writing
             torch.distributed.destroy_process_group()
+        if kind is None and self.stop:  # it came when all was done but the last lines
+            raise SystemExit(128 + self.stop)
 
     # ---- signals
 
@@ -209,6 +226,18 @@ class Run:
 
     # ---- precision, seeds
 
+    def surroundings(self, before=None):
+        """What must stay, besides options and data, for a resumed run to be the same to the last bit.
+
+        before: those of the run that is resumed; differences are told.
+        """
+        now = {"torch": str(torch.__version__), "threads": torch.get_num_threads(), "hardware": self.hardware}
+        for name, value in (before or {}).items():
+            if value != now.get(name):
+                self.say(f"warning: this run had {name} {value}, now {now.get(name)}: it goes on, but not the same to "
+                         "the last bit")
+        return now
+
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
@@ -232,14 +261,6 @@ class Run:
         return f"{done:>{len(str(total))}}/{total} {100 * done // total:>3}% {clock(used)}<{clock(left)}"
 
 
-def say(text=""):
-    """Print a line at once; a reader that went away (| head), or a log file on a full disk, does not stop the run."""
-    try:
-        print(text, flush=True)
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 def finite(value):
     """JSON has no NaN or infinity: they become null."""
     if isinstance(value, dict):
@@ -252,8 +273,9 @@ def finite(value):
 def command_line(stage, options, **changes):
     """"python train_STAGE.py --name value ...": the options that differ from their defaults, after `changes`."""
     values = asdict(replace(options, **changes))
-    parts = [f"--{f.name} {shlex.quote(str(values[f.name]))}" for f in fields(options) if values[f.name] != f.default]
-    return " ".join([f"python train_{stage}.py", *parts]).replace(" True", "")
+    parts = [f"--{f.name}" + ("" if values[f.name] is True else f" {shlex.quote(str(values[f.name]))}")
+             for f in fields(options) if values[f.name] != f.default]
+    return " ".join([f"python train_{stage}.py", *parts])
 
 
 def clock(seconds):

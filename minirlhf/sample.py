@@ -7,7 +7,7 @@ import json
 import sys
 
 from minirlhf import checkpoint, runtime
-from minirlhf.config import fail
+from minirlhf.config import fail, launch, say
 from minirlhf.data import clean, load_prompts, trim_left
 from minirlhf.generate import generate
 
@@ -18,9 +18,9 @@ def positive(text):
     return int(text)
 
 
-def not_negative(text):
-    if not 0 <= float(text) < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text}: must be a finite number, 0 or more")
+def a_temperature(text):
+    if float(text) != 0 and not 0.01 <= float(text) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text}: must be 0, or a finite number from 0.01 on")
     return float(text)
 
 
@@ -33,7 +33,7 @@ def parse(argv=None):
     parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; may be given again")
     parser.add_argument("--prompts", metavar="FILE.jsonl", help='prompts from a file of {"prompt": ...} records')
     parser.add_argument("--n", type=positive, default=1, help="completions a prompt (default: 1)")
-    parser.add_argument("--temperature", type=not_negative, default=1.0, help="0 takes the likeliest token (default: "
+    parser.add_argument("--temperature", type=a_temperature, default=1.0, help="0 takes the likeliest token (default: "
                         "%(default)s)")
     parser.add_argument("--seed", type=int, default=1337, help="the same seed gives the same completions (default: "
                         "%(default)s)")
@@ -46,12 +46,17 @@ def parse(argv=None):
     return parser.parse_args(argv)
 
 
+def limits(model, a, path):
+    """Most tokens of a completion and of a prompt."""
+    limit = a.response_length or min(48, model.config.block_size // 2)
+    if limit >= model.config.block_size:
+        fail(f"--response_length {limit}: the context of {path} is {model.config.block_size} tokens")
+    return limit, model.config.block_size - limit
+
+
 def complete(model, tokenizer, prompts, a, path, batch_size=64):
     """Yields (prompt, completion, finished), n for each prompt in order; long prompts are trimmed at the left."""
-    limit = a.response_length or min(48, model.config.block_size // 2)
-    room = model.config.block_size - limit
-    if room < 1:
-        fail(f"--response_length {limit}: the context of {path} is {model.config.block_size} tokens")
+    limit, room = limits(model, a, path)
     rows = [(prompt, tokenizer.encode_prompt(prompt)) for prompt in prompts for _ in range(a.n)]
     long = sum(len(ids) > room for _, ids in rows) // a.n
     if long:
@@ -71,8 +76,9 @@ def main(argv=None):
     models = []
     for path in a.checkpoints:
         models.append((path, *checkpoint.load(path, ["sft", "ppo"], device)[:2]))
+        limits(models[-1][1], a, path)
     try:
-        output = open(a.output, "w", encoding="utf-8") if a.output else None
+        output = open(a.output, "wb", buffering=0) if a.output else None
     except OSError as error:
         fail(f"--output {a.output}: cannot be written ({error.strerror})")
 
@@ -81,14 +87,16 @@ def main(argv=None):
         width = max(len(path) for path, _, _ in models)
         for k in range(len(prompts) * a.n):
             if k % a.n == 0:
-                runtime.say(f"\n{answers[0][k][0]} ...")
+                say(f"\n{answers[0][k][0]} ...")
             for (path, _, _), rows in zip(models, answers):
                 prompt, completion, finished = rows[k]
-                runtime.say(f"  {path:<{width}} |{completion}{'' if finished else ' [cut]'}")
+                say(f"  {path:<{width}} |{completion}{'' if finished else ' [cut]'}")
                 if output:
-                    output.write(json.dumps({"checkpoint": path, "prompt": prompt, "completion": completion,
-                                             "finished": finished}, ensure_ascii=False) + "\n")
-                    output.flush()
+                    row = {"checkpoint": path, "prompt": prompt, "completion": completion, "finished": finished}
+                    try:
+                        output.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+                    except OSError as error:
+                        raise SystemExit(f"error: --output {a.output}: could not be written ({error.strerror})")
 
     if prompts:
         show(prompts)
@@ -96,7 +104,7 @@ def main(argv=None):
         try:
             line = input("prompt> ")
         except (EOFError, KeyboardInterrupt):
-            runtime.say()
+            say()
             break
         show([clean(line)])
     if output:
@@ -104,4 +112,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)

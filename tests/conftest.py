@@ -77,6 +77,7 @@ class Command:
             os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), number)
         os.chdir(cwd)
         os.environ.update(env)
+        sys.stdout.reconfigure(encoding=env.get("PYTHONIOENCODING", "utf-8"))
         if largest_file:
             resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
         sys.argv = argv

@@ -69,8 +69,9 @@ def rejected(command):
     """rejected(*argv, cwd) -> the line that a command printed which was refused and has written nothing."""
     def call(*argv, cwd, code=2, **surroundings):
         def state():
-            return {path: path.stat().st_mtime_ns for path in cwd.rglob("*")
-                    if path.is_file() and not path.name.startswith((".out", ".err"))}
+            return {path: path.stat().st_mtime_ns for path in cwd.rglob("*") if not path.is_dir()
+                    and not path.name.startswith((".out", ".err")) and path.suffix != ".pyc"} | {
+                        path: 0 for path in cwd.rglob("*") if path.is_dir() and path.name != "__pycache__"}
         before = state()
         _, error = command(*argv, cwd=cwd, code=code, **surroundings)
         lines = error.splitlines()
@@ -239,7 +240,10 @@ def test_one_row_is_enough(folder, command, stage):
     ("rm", ["--num_train_epochs", "0"], ["--num_train_epochs 0", "greater than 0"]),
     ("ppo", ["--learning_rate", "-1e-4"], ["--learning_rate -0.0001", "at least 0"]),
     ("ppo", ["--num_mini_batches", "3"], ["--num_mini_batches 3", "--batch_size 8"]),
-    ("ppo", ["--temperature", "0"], ["--temperature 0", "greater than 0"]),
+    ("ppo", ["--temperature", "0"], ["--temperature 0", "at least 0.01"]),
+    ("sft", ["--num_train_epochs", "1e300"], ["--num_train_epochs 1e+300", "at most 1000000"]),
+    ("sft", ["--n_embd", "1000000000"], ["--n_embd 1000000000", "cannot be made"]),
+    ("ppo", ["--reward", "data/prompts.val.jsonl:f"], ["--reward data/prompts.val.jsonl:f", "FILE.py:FUNCTION"]),
     ("ppo", ["--gamma", "1.5"], ["--gamma 1.5", "at most 1"]),
     ("ppo", ["--value_warmup", "8"], ["--value_warmup 8", "8 steps"]),
     ("ppo", ["--response_length", "31"], ["--response_length 31", "32 tokens"]),
@@ -272,6 +276,7 @@ def test_the_parser_refuses(finished, command, argv, words):
     (["out/sft", "--prompt", "a", "--response_length", "99"], ["--response_length 99", "32 tokens"]),
     (["out/sft", "--prompt", "a", "--output", "nowhere/o.jsonl"], ["--output nowhere/o.jsonl", "cannot be written"]),
     (["out/sft", "--prompt", "a", "--device", "cuda:9"], ["--device cuda:9"]),
+    (["out/sft", "--prompt", "a", "--response_length", "99", "--output", "out/sft/ckpt.pt"], ["--response_length 99"]),
 ])
 def test_what_sample_refuses(finished, rejected, argv, words):
     """Rows 16, 19, 23 for python -m minirlhf.sample."""
@@ -668,15 +673,84 @@ def test_resume_lists_what_differs(folder, command, rejected, stage):
         assert equal(after["model"], before["model"])
 
 
-def test_resume_warns_of_other_surroundings(folder, command):
-    """Another number of threads, another torch: bits may differ, and it says so."""
-    path = folder / "out" / "ppo" / "ckpt.pt"
+@EVERY
+def test_resume_warns_of_other_surroundings(folder, command, stage):
+    """Another number of threads, torch or precision: bits may differ, and it says so."""
+    path = folder / "out" / stage / "ckpt.pt"
     payload = torch.load(path, weights_only=True)
-    payload["environment"].update(torch="2.0", threads=64)
+    payload["environment"].update(torch="2.0", threads=64, hardware="cuda x 8, bfloat16")
+    payload["training"]["finished"] = False
     torch.save(payload, path)
-    out, _ = command(*again("ppo", "--resume"), cwd=folder)
-    for text in (f"warning: this run had torch 2.0, now {torch.__version__}", "had threads 64, now 1", "to the last bit"):
+    out, _ = command(*again(stage, "--resume"), cwd=folder)
+    for text in (f"warning: this run had torch 2.0, now {torch.__version__}", "had threads 64, now 1",
+                 "had hardware cuda x 8, bfloat16, now cpu x 1, float32", "to the last bit"):
         assert text in out
+
+
+@pytest.mark.parametrize("stage, path", [
+    ("sft", "data/sft.val.jsonl"), ("rm", "data/preferences.train.jsonl"), ("rm", "data/prompts.train.jsonl"),
+    ("rm", "out/sft/ckpt.pt"), ("ppo", "data/prompts.val.jsonl"), ("ppo", "out/sft/ckpt.pt"), ("ppo", "out/rm/ckpt.pt")])
+def test_resume_needs_the_same_inputs(folder, command, rejected, stage, path):
+    """A run does not go on with other data, nor from another SFT or reward model."""
+    if path.endswith("jsonl"):
+        (folder / path).write_text("".join(reversed((folder / path).open().readlines())))
+    else:
+        made_by = path.split("/")[1]
+        command(*STAGES[made_by], "--overwrite", "--learning_rate", "1e-4", cwd=folder)
+    payload = load(folder / "out" / stage)
+    payload["training"] |= {"finished": False, "step": 4}
+    torch.save(payload, folder / "out" / stage / "ckpt.pt")
+    error = rejected(*again(stage, "--resume"), cwd=folder)
+    assert f"is not what the run of out/{stage}/ckpt.pt began with" in error
+
+
+def test_the_printed_command_goes_on(folder, command):
+    """The line that a stopped run prints, with an adaptive kl_coef and options that differ from their defaults, is what
+    goes on with it: the same to the last bit."""
+    more = ["--kl_coef", "0.1", "--kl_target", "0.5", "--total_episodes", "160", "--eval_interval", "100"]
+    command(*PPO[:-1], "straight", *more, cwd=folder)
+    running = begin(folder, *fresh("ppo", *more), rows=2)
+    os.kill(running.pid, signal.SIGTERM)
+    _, out, _ = running.wait()
+    printed = shlex.split(out.splitlines()[-1].partition("go on with: ")[2])
+    assert printed[0] == "python" and "--kl_coef" in printed
+    command(*printed[1:], cwd=folder)
+    same_run(snapshot(folder / "out" / "new"), snapshot(folder / "straight"))
+
+
+def test_a_folder_of_somebody_s_own(folder, rejected, command):
+    """A config.json that is not a run's stays, also when a run is refused there; --resume does not take it for one, nor
+    that of another stage's run."""
+    (folder / "mine").mkdir()
+    (folder / "mine" / "config.json").write_text('{"my": 1}')
+    rejected(*PPO[:-1], "mine", "--reward_model", "nowhere", cwd=folder)
+    assert "holds the options of no run" in rejected(*PPO[:-1], "mine", "--resume", cwd=folder)
+    (folder / "mine" / "config.json").write_text((folder / "out" / "rm" / "config.json").read_text())
+    assert "holds the options of a reward model, expected those of a PPO policy" in rejected(
+        *PPO[:-1], "mine", "--resume", cwd=folder)
+
+
+@pytest.mark.parametrize("stage, option", [("sft", "--init_from"), ("rm", "--init_from"), ("ppo", "--init_from"),
+                                           ("ppo", "--reward_model")])
+def test_a_run_does_not_replace_what_it_starts_from(folder, rejected, stage, option):
+    """out_dir is the folder of the model that it reads."""
+    source = "out/rm" if option == "--reward_model" else "out/sft"
+    error = rejected(*STAGES[stage][:-1], source, option, f"{source}/ckpt.pt", "--overwrite", cwd=folder)
+    assert f"--out_dir {source}: holds {option} {source}/ckpt.pt" in error
+
+
+def test_a_terminal_without_unicode(folder, command):
+    """Samples that it cannot show are shown in escapes."""
+    write(folder / "data" / "prompts.val.jsonl", [{"prompt": "caf\u00e9 \u6f22"}])
+    out, _ = command("minirlhf.sample", "out/sft", "--prompts", "data/prompts.val.jsonl", cwd=folder,
+                     env={"PYTHONIOENCODING": "ascii"})
+    assert "caf\\xe9 \\u6f22 ..." in out
+
+
+def test_sample_on_a_full_disk(folder, command):
+    """Row 33 for python -m minirlhf.sample --output."""
+    _, error = command("minirlhf.sample", "out/sft", "--prompt", "a", "--output", "/dev/full", cwd=folder, code=1)
+    assert error == "error: --output /dev/full: could not be written (No space left on device)\n"
 
 
 @EVERY
@@ -740,8 +814,7 @@ def test_what_is_not_finite_stops_the_run(folder, command, stage):
     before = (new / "ckpt.pt").read_bytes()
     status, _, error = Command(*fresh(stage, "--resume", "--learning_rate", "1e38", "--eval_interval", "100"),
                                cwd=folder).wait()
-    assert status == 2 and "Traceback" not in error and "finite" in error or "score" in error
-    assert f"out/new" in error or "before the update" in error
+    assert status == 2 and "Traceback" not in error and error.count("\n") == 1 and "finite" in error
     assert (new / "ckpt.pt").read_bytes() == before
 
 
@@ -749,7 +822,7 @@ def test_a_policy_that_runs_away_ends_the_run(folder, command):
     """Row 36: each batch's epochs end early with a warning; the third in a row ends the run with advice."""
     out, error = command(*fresh("ppo", "--learning_rate", "0.3", "--num_ppo_epochs", "4", "--num_mini_batches", "4"),
                          cwd=folder, code=1)
-    assert "this batch's epochs ended early (2 in a row; the third ends the run)" in out
+    assert "this batch's epochs end early (2 in a row; the third ends the run)" in out
     assert "for the third batch in a row" in error and "--learning_rate below 0.3" in error
     assert error.count("\n") == 1
 
@@ -769,6 +842,7 @@ def test_equal_rewards_are_warned_about_once(folder, command):
     ("return [1.0] * (len(prompts) - 1) + [float('nan')]", ["row 5", "nan"]),
     ("return [1.0] * (len(prompts) - 1) + ['x']", ["row 5", "expected a number, found str"]),
     ("return None", ["raised TypeError"]),
+    ("return [10 ** 400] * len(prompts)", ["row 0", "expected a number, found int"]),
 ])
 def test_a_bad_reward_function(finished, rejected, body, words):
     """Row 38: the function and the row."""
