@@ -18,7 +18,7 @@ from minirlhf import check, checkpoint, prepare, runtime
 from minirlhf.config import RunOptions, fail, launch, parse
 from minirlhf.data import Row, encode_prompts, encode_row, endless_batch, fingerprint, load_prompts, repeats
 from minirlhf.generate import generate
-from minirlhf.model import GPT
+from minirlhf.model import GPT, places
 from minirlhf.objectives import (adaptive_kl_coef, best_of_n_kl, credit_length, entropy, explained_variance, gae, k1,
                                  k3, log_ratio, mean_interval, moments, policy_clipped, policy_loss, shape_rewards,
                                  token_logprobs, value_clipped, value_loss, whiten, wilson_interval)
@@ -132,9 +132,10 @@ def load_function(spec):
 
 def decisions(model, tokens, mask, temperature, hidden=None):
     """Logits (counted, V) of the masked decisions at the sampling temperature, and the log-probabilities (counted,) of
-    what was chosen. The head runs on counted decisions only: hidden[mask] @ W.
+    what was chosen. The head and most of the last block run on counted decisions only.
     """
-    logits = model.logits((hidden or model.hidden)(tokens[:, :-1])[mask]) / temperature
+    states = (hidden or model.hidden)(tokens[:, :-1], counted=places(mask))  # (counted, C)
+    logits = model.logits(states / temperature)  # of the C states, not of the V logits: less to divide and to keep
     return logits, token_logprobs(logits, tokens[:, 1:][mask])
 
 
@@ -168,6 +169,13 @@ class Judgement:
     scores: torch.Tensor
 
 
+def roll_out(policy, prompts, eos, step, o, run):
+    """Ids of prompts -> Rollout of the policy's answers, shortest first: rows of like length share a microbatch."""
+    with run.autocast():
+        rollout = generate(policy, prompts, o.response_length, eos, o.temperature, run.generator(step, "rollout"))
+    return rollout.take(rollout.lengths.argsort(stable=True))
+
+
 @torch.no_grad()
 def judgement(nets, rollout, judge, o, run):
     """Rollout -> Judgement: log-probabilities of what was sampled under policy and reference, values, scores."""
@@ -180,7 +188,7 @@ def judgement(nets, rollout, judge, o, run):
             logits, logprobs = decisions(nets.policy, tokens, mask, o.temperature, nets.policy_hidden)
             entropies = entropy(logits)
             _, ref_logprobs = decisions(nets.ref, tokens, mask, o.temperature)
-            values = nets.value.scalar(nets.value_hidden(tokens[:, :-1])[mask])
+            values = nets.value.scalar(nets.value_hidden(tokens[:, :-1], counted=places(mask)))
         return logprobs, ref_logprobs, values, entropies
 
     parts = [forward(part) for part in rows.split(o.micro_batch_size)]
@@ -218,19 +226,21 @@ def minibatch_gradients(nets, rollout, judged, advantages, returns, rows, learn_
         tokens, mask = rows_of.tokens, rows_of.response_mask
         old, A, R, V_old = (x[part, :mask.shape[1]][mask]
                             for x in (judged.old_logprobs, advantages, returns, judged.values))
-        with run.autocast():
-            new, bonus = old, 0.0
-            if learn_policy:
+        new = old
+        if learn_policy:
+            with run.autocast():
                 logits, new = decisions(nets.policy, tokens, mask, o.temperature, nets.policy_hidden)
                 bonus = o.ent_coef * entropy(logits) if o.ent_coef else 0.0
-            V = nets.value.scalar(nets.value_hidden(tokens[:, :-1])[mask])
-        pg_loss = policy_loss(new, old, A, o.cliprange)
+            ((policy_loss(new, old, A, o.cliprange) - bonus).sum() / count).backward()
+            del logits, bonus  # and with them all that the policy's pass kept, before the value network's
+        with run.autocast():
+            V = nets.value.scalar(nets.value_hidden(tokens[:, :-1], counted=places(mask)))
         vf_loss = value_loss(V, V_old, R, o.cliprange_value)
-        ((pg_loss - bonus + o.vf_coef * vf_loss).sum() / count).backward()
+        (o.vf_coef * vf_loss.sum() / count).backward()
         with torch.no_grad():
             d = log_ratio(new, old)
             sums += torch.stack([x.sum() for x in (
-                pg_loss, vf_loss, 0.5 * d ** 2, policy_clipped(new, old, A, o.cliprange),
+                policy_loss(new, old, A, o.cliprange), vf_loss, 0.5 * d ** 2, policy_clipped(new, old, A, o.cliprange),
                 value_clipped(V, V_old, R, o.cliprange_value), d.exp(), k3(old, new))])
     for model in (nets.policy, nets.value)[not learn_policy:]:
         run.sum_gradients(model.parameters())
@@ -264,6 +274,12 @@ def update(nets, optimizers, rollout, judged, advantages, returns, step, o, run)
             totals, counted = totals + sums, counted + count
             ratios.append(sums[5] / count)
     return totals, counted, ratios, 0.0
+
+
+def make_optimizers(policy, value, o):
+    """AdamW for each of the two networks, so that each keeps its own gradient norm."""
+    return [runtime.AdamW(model.parameters(), lr=o.learning_rate, eps=o.adam_eps, weight_decay=0.0, fused=True)
+            for model in (policy, value)]
 
 
 # ---- looking at held-out prompts
@@ -463,8 +479,7 @@ def main():
         if o.value_warmup >= steps:
             fail(f"--value_warmup {o.value_warmup}: must be less than the run's {steps} steps (--total_episodes "
                  f"{o.total_episodes} / --batch_size {o.batch_size}), or the policy never learns")
-        optimizers = [torch.optim.AdamW(model.parameters(), lr=o.learning_rate, eps=o.adam_eps, weight_decay=0.0,
-                                        fused=True) for model in (policy, value_model)]
+        optimizers = make_optimizers(policy, value_model, o)
         first, kl_coef, high, surroundings = 0, o.kl_coef, 0, run.surroundings()
         prints = {f"{o.data_dir}/prompts.*.jsonl": fingerprint(*paths)}
         for path in (o.init_from, o.reward_model)[:1 if o.reward else 2]:
@@ -513,10 +528,7 @@ def main():
 
             # ---- ROLLOUT: the policy answers a batch of prompts
             batch = [prompts[i] for i in run.share(endless_batch(len(prompts), o.batch_size, o.seed, step))]
-            with run.autocast():
-                rollout = generate(policy, batch, o.response_length, tokenizer.eos, o.temperature,
-                                   run.generator(step, "rollout"))
-            rollout = rollout.take(rollout.lengths.argsort(stable=True))  # rows of like length share a microbatch
+            rollout = roll_out(policy, batch, tokenizer.eos, step, o, run)
             sampled = time.perf_counter()
 
             # ---- JUDGEMENT: old and reference log-probabilities, values, scores; no gradients

@@ -17,7 +17,7 @@ from minirlhf.config import RunOptions, fail, launch, parse
 from minirlhf.data import (Order, collate, encode_prompts, encode_row, fingerprint, load_demonstrations, load_prompts,
                            repeats, too_long)
 from minirlhf.generate import generate
-from minirlhf.model import GPT, GPTConfig
+from minirlhf.model import GPT, GPTConfig, places
 from minirlhf.objectives import sft_loss
 from minirlhf.tokenizer import Tokenizer
 
@@ -63,7 +63,7 @@ def batch_gradients(model, forward, batch, eos, o, run):
     for at in range(0, len(share), o.micro_batch_size):
         tokens, mask, _ = collate(share[at:at + o.micro_batch_size], eos, run.device)
         with run.autocast():
-            logits = model.logits(forward(tokens[:, :-1])[mask])  # (counted, V)
+            logits = model.logits(forward(tokens[:, :-1], counted=places(mask)))  # (counted, V)
         loss = sft_loss(logits, tokens[:, 1:][mask]).sum() / count
         loss.backward()
         loss_sum += loss.detach()
@@ -81,7 +81,7 @@ def evaluate(model, run, rows, byte_counts, kinds, tokenizer, batch_size):
         batch = order[at:at + batch_size]
         tokens, mask, _ = collate([rows[i] for i in batch], tokenizer.eos, run.device)
         with run.autocast():
-            logits = model.logits(model.hidden(tokens[:, :-1])[mask])
+            logits = model.logits(model.hidden(tokens[:, :-1], counted=places(mask)))
         losses = torch.zeros(mask.shape, device=run.device).masked_scatter_(mask, sft_loss(logits, tokens[:, 1:][mask]))
         nats.update(zip(batch, losses.sum(1).tolist()))
     model.train()

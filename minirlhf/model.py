@@ -15,6 +15,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 
+def places(mask):
+    """(B, T) bool -> where it is True, as indices into (B T,): (counted,)."""
+    return mask.flatten().nonzero().squeeze(1)
+
+
 def wide(x):
     """Out of half precision, where losses, KL and log-softmax lose their digits."""
     return x.float() if x.dtype.itemsize < 4 else x
@@ -37,24 +42,27 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x, mask, extend=None):
+    def forward(self, x, mask, extend=None, counted=None):
         """mask: None for plain causal attention, else additive (B or 1, 1, T, S) with -inf where a slot is unseen.
 
         extend: takes this layer's new keys and values (B, H, T, D) into a cache, returns all of them (B, H, S, D).
+        counted: places in (B T,) whose results are wanted: (B, T, C) -> (counted, C).
         """
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, H, T, D)
         if extend is not None:
             k, v = extend(k, v)  # (B, H, S, D)
         dropout = self.dropout if self.training else 0.0
-        # explicit products beat F.scaled_dot_product_attention's CPU kernels at the sizes that fit a CPU
-        if x.device.type == "cpu" and mask is not None:
+        # for several queries explicit products beat F.scaled_dot_product_attention's CPU kernels under oneDNN
+        if x.device.type == "cpu" and mask is not None and T > 1:
             weights = (q @ k.mT).mul_(1 / math.sqrt(C // self.n_head)).add_(mask).softmax(-1)
             y = F.dropout(weights, dropout) @ v
         else:
             mask = None if mask is None else mask.to(q.dtype)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None)
-        return F.dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)), self.dropout, self.training)
+        y = y.transpose(1, 2).reshape(B, T, C)
+        y = y if counted is None else y.flatten(0, 1)[counted]
+        return F.dropout(self.c_proj(y), self.dropout, self.training)
 
 
 class MLP(nn.Module):
@@ -74,8 +82,9 @@ class Block(nn.Module):
         self.ln_1, self.attn = nn.LayerNorm(config.n_embd), Attention(config)
         self.ln_2, self.mlp = nn.LayerNorm(config.n_embd), MLP(config)
 
-    def forward(self, x, mask, extend=None):
-        x = x + self.attn(self.ln_1(x), mask, extend)
+    def forward(self, x, mask, extend=None, counted=None):
+        y = self.attn(self.ln_1(x), mask, extend, counted)
+        x = (x if counted is None else x.flatten(0, 1)[counted]) + y
         return x + self.mlp(self.ln_2(x))
 
 
@@ -130,10 +139,11 @@ class GPT(nn.Module):
         other.load_state_dict(own | {k: v for k, v in self.state_dict().items() if k in own})
         return other
 
-    def hidden(self, tokens, cache=None, positions=None):
+    def hidden(self, tokens, cache=None, positions=None, counted=None):
         """Hidden states after the last LayerNorm: tokens (B, T) -> (B, T, C).
 
-        With a generate.KVCache, positions (B or 1, T) are the slots that the tokens take.
+        With a generate.KVCache, positions (B or 1, T) are the slots that the tokens take. counted: `places` whose
+        states are wanted, (counted, C): of the last block the others need no more than keys and values.
         """
         T = tokens.shape[1]
         if positions is None:
@@ -146,11 +156,12 @@ class GPT(nn.Module):
         x = self.wte(tokens) + self.wpe(positions)  # (B, T, C)
         x = F.dropout(x, self.config.dropout, self.training)
         for i, block in enumerate(self.h):
-            x = block(x, mask, partial(cache.extend, i, positions) if cache is not None else None)
+            x = block(x, mask, partial(cache.extend, i, positions) if cache is not None else None,
+                      counted if i + 1 == len(self.h) else None)
         return self.ln_f(x)
 
     def logits(self, hidden):
-        """(..., C) -> (..., V), float32 or wider. Apply it to the counted decisions only: hidden[mask]."""
+        """(..., C) -> (..., V), float32 or wider. Apply it to the counted decisions only."""
         return wide(F.linear(hidden, self.wte.weight))
 
     def scalar(self, hidden):
@@ -162,8 +173,9 @@ class GPT(nn.Module):
 
         hidden: a compiled self.hidden, if there is one.
         """
-        h = (hidden or self.hidden)(tokens)  # (B, T, C)
-        return self.scalar(h[torch.arange(len(h), device=h.device), lengths - 1])
+        B, T = tokens.shape
+        last = torch.arange(B, device=tokens.device) * T + lengths - 1  # in (B T,)
+        return self.scalar((hidden or self.hidden)(tokens, counted=last))
 
     def forward(self, tokens):
         """(B, T) -> logits (B, T, V), or scalars (B, T)."""

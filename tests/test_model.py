@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minirlhf.model import GPT, Attention, GPTConfig
+from minirlhf.model import GPT, Attention, GPTConfig, places
 
 LENGTHS = torch.tensor([9, 3, 6, 1])
 
@@ -90,6 +90,22 @@ def test_score_is_the_scalar_at_the_last_real_token(make_model):
     torch.testing.assert_close(scores, torch.stack([row[n - 1] for row, n in zip(model(tokens), LENGTHS)]))
     torch.testing.assert_close(model.score(tokens.masked_fill(~real, 7), LENGTHS), scores)
     assert len(set(scores.tolist())) == 4
+
+
+@pytest.mark.parametrize("head", ["lm", "scalar"])
+def test_counted_tokens_alone_are_as_among_all(make_model, head):
+    """The last block works for the counted tokens only: their states, and every gradient, are those of a whole pass."""
+    model, (tokens, _) = make_model(head, n_layer=3), ragged_tokens()
+    mask = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(2)) < 0.4
+    mask[1] = False  # a row without any
+    found = []
+    for states in (model.hidden(tokens)[mask], model.hidden(tokens, counted=places(mask))):
+        (states * torch.arange(1.0, 1 + len(states))[:, None]).square().sum().backward()
+        found.append((states.detach(), gradients(model)))
+        model.zero_grad()
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-4, atol=1e-4)
+    for name, plain in found[0][1].items():
+        torch.testing.assert_close(found[1][1][name], plain, rtol=1e-4, atol=1e-4 * float(plain.abs().max()))
 
 
 def test_gain_and_bias_set_the_scale(make_model):

@@ -190,7 +190,10 @@ def test_check_of_a_trained_policy_and_a_custom_reward(folder, checked):
 
 
 def leak(hidden):
-    return lambda self, tokens, *more: hidden(self, tokens, *more) + 1e-2 * tokens.float().mean(1)[:, None, None]
+    def leaking(self, tokens, *more, counted=None):
+        states = hidden(self, tokens, *more) + 1e-2 * tokens.float().mean(1)[:, None, None]
+        return states if counted is None else states.flatten(0, 1)[counted]
+    return leaking
 
 
 def shifted(extend):
@@ -232,7 +235,7 @@ SABOTAGE = {
         "ppo", "torch.optim.AdamW.step", lambda f: lambda self: [g["params"][0].data.mul_(1.01)
                                                                   for g in self.param_groups]),
     "at learning rate 0 no weight moves": (
-        "rm", "torch.optim.AdamW.step", lambda f: lambda self: self.param_groups[0]["params"][0].data.add_(1e-6)),
+        "rm", "minirlhf.runtime.AdamW.step", lambda f: lambda self: self.param_groups[0]["params"][0].data.add_(1e-6)),
     "prompts and completions have the same ids wherever they are encoded": (
         "sft", "train_sft.encode_row", lambda f: lambda tokenizer, p, c, *more: Row(  # bytes, unmerged
             [tokenizer.eos, *(p + c).encode(), tokenizer.eos], 1 + len(p.encode()))),

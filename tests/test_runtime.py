@@ -324,7 +324,70 @@ def test_ranks_share_a_batch(start):
     assert shares == [[0, 3, 6], [1, 4], [2, 5]]
 
 
+# Products
+
+
+@pytest.fixture
+def precision():
+    """Sets how torch multiplies float32, and puts it back."""
+    before = torch.get_float32_matmul_precision()
+    yield torch.set_float32_matmul_precision
+    torch.set_float32_matmul_precision(before)
+
+
+def test_products_stay_float32(precision):
+    """Whatever was picked on this CPU: a sum of 512 products errs by float32's 1e-4, where bfloat16 would by 1e-1."""
+    precision("highest")
+    plain = runtime.product_error()
+    runtime.pick_products(torch.device("cpu"))
+    assert runtime.product_error() < runtime.PRODUCT_ERROR and 1e-5 < plain < runtime.PRODUCT_ERROR
+    a, b = (torch.randn(512, 512, generator=torch.Generator().manual_seed(0)) for _ in range(2))
+    rough = (a.bfloat16() @ b.bfloat16()).double() - a.double() @ b.double()
+    assert rough.abs().max() > 100 * runtime.PRODUCT_ERROR
+
+
+@pytest.mark.parametrize("device, error, picked", [("cpu", 1e-4, "medium"), ("cpu", 1e-2, "highest"),
+                                                   ("cpu", 1e-1, "highest"), ("cuda", 1e-4, "highest")])
+def test_other_products_only_where_they_are_exact(monkeypatch, precision, device, error, picked):
+    """A chip that rounds to TF32 or bfloat16 keeps the products it had, and so does every GPU."""
+    precision("highest")
+    monkeypatch.setattr(runtime, "product_error", lambda: error)
+    runtime.pick_products(torch.device(device))
+    assert torch.get_float32_matmul_precision() == picked
+
+
 # Optimizers and learning rate
+
+
+def test_adamw_is_torch_s(make_model):
+    """Three steps and a state that was saved and loaded: the same weights to the last bit."""
+    weights = []
+    for kind in (torch.optim.AdamW, runtime.AdamW):
+        model = make_model()
+        optimizer = kind(model.parameters(), lr=0.01, weight_decay=0.1, fused=True)
+        for step in range(3):
+            model(torch.tensor([[1, 2, 3 + step]])).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            state = optimizer.state_dict()
+            optimizer = kind(model.parameters(), lr=0.5, fused=True)
+            optimizer.load_state_dict(state)
+        weights.append([p.detach() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*weights))
+
+
+def test_optimizers_import_no_compiler():
+    """torch._dynamo takes longer to import than all else that a step needs."""
+    code = ("import sys, torch; from types import SimpleNamespace as N; from minirlhf import runtime, model\n"
+            "net = model.GPT(model.GPTConfig(1, 1, 4, 5, 8))\n"
+            "o = N(optimizer='muon', learning_rate=0.01, muon_learning_rate=0.02, weight_decay=0.1)\n"
+            "optimizers = runtime.make_optimizers(net, o)\n"
+            "net(torch.tensor([[1, 2]])).sum().backward()\n"
+            "for one in optimizers: one.step(); one.zero_grad(); one.load_state_dict(one.state_dict())\n"
+            "print('torch._dynamo' in sys.modules)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60,
+                          env={**os.environ, "PYTHONPATH": os.path.dirname(os.path.dirname(__file__))})
+    assert done.stdout == "False\n", done.stderr
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])

@@ -1,0 +1,421 @@
+"""How fast this machine trains: `python -m minirlhf.benchmark` times what the three scripts run, on work that is fixed.
+
+    S   4 layers x 256, 4 heads, vocabulary 2048; PPO: 64 prompts of 8 tokens, 32 new ones, 4 epochs x 4 minibatches
+    M   GPT-2 124M: 12 layers x 768, 12 heads, vocabulary 50257; PPO: 16 prompts of 16, 32 new, 4 epochs x 1 minibatch
+    L   M's model; PPO: 64 prompts of 64 tokens, 128 new ones, 4 epochs x 4 minibatches
+    SFT: 32 rows of 64 tokens, a loss on 63 of each; reward model: 32 pairs of two rows of 64 tokens; both with AdamW
+
+Weights and tokens are random, and no token is the end of text, so that every answer has its full length. Policy,
+reference, value network and reward model are of one size. PPO has no entropy bonus here, as other trainers have none.
+
+Invariant: what is timed is imported from the scripts; this is the one module that imports them. Figures are medians
+over iterations after a warm-up; memory is read before the machine itself is measured.
+
+The floor of a phase is the larger of its FLOPs at the fastest product that this machine was seen to do and its bytes at
+the fastest reading: the least that the algorithm needs, nothing for norms, softmax, dropped caches or Python.
+"""
+import json
+import math
+import os
+import resource
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from typing import Literal
+
+import torch
+
+import train_ppo
+import train_rm
+import train_sft
+from minirlhf import runtime
+from minirlhf.config import fail, parse
+from minirlhf.data import Row
+from minirlhf.model import GPT, GPTConfig
+
+NO_EOS = -1  # no token has this id
+
+
+@dataclass
+class Work:
+    """A model's shape and one PPO iteration's."""
+    layers: int
+    width: int
+    heads: int
+    vocab: int
+    batch: int
+    prompt: int
+    response: int
+    epochs: int
+    minibatches: int
+
+
+SIZES = {"S": Work(4, 256, 4, 2048, batch=64, prompt=8, response=32, epochs=4, minibatches=4),
+         "M": Work(12, 768, 12, 50257, batch=16, prompt=16, response=32, epochs=4, minibatches=1),
+         "L": Work(12, 768, 12, 50257, batch=64, prompt=64, response=128, epochs=4, minibatches=4)}
+ROWS, LENGTH = 32, 64  # of SFT; the reward model has as many pairs
+
+
+@dataclass
+class Options:
+    """Times SFT, reward model and PPO: the code that the scripts run, on random tokens. Reads and writes no files.
+
+    S: 4 layers x 256, vocabulary 2048, 64 prompts of 8 tokens and 32 new ones. M: GPT-2 124M, 16 x (16 + 32) tokens.
+    L: the same, 64 x (64 + 128). SFT: 32 rows of 64 tokens. Reward model: 32 pairs of two such rows.
+    """
+    what: Literal["all", "sft", "reward", "ppo"] = "all"  # all: each in a process of its own, for its own peak memory
+    size: Literal["S", "M", "L"] = "S"  # of the model and of PPO's batch
+    batch: int = 0  # rows of SFT, pairs of the reward model, prompts of PPO; 0 = the size's own [0..]
+    iters: int = 0  # timed iterations after one to warm up; 0 = 5 of PPO, 20 of the others [0..]
+    micro_batch: int = 0  # rows (or pairs) a forward pass; 0 = the scripts' own default [0..]
+    device: str = "auto"  # cpu, cuda, cuda:N, mps; auto takes the GPU when there is one
+    dtype: Literal["auto", "float32", "bfloat16"] = "float32"  # of the products; auto: bfloat16 where the chip has it
+    compile: bool = False  # run the networks through torch.compile
+    threads: int = 0  # CPU threads; 0 = torch's own choice [0..]
+    scaling: bool = False  # instead: PPO's s/iteration against batch, response length, width and depth, and the slopes
+    json: bool = False  # print one JSON object a line instead of a table; PPO's comes last
+
+
+# ---- what the work costs at least
+
+def forward_flops(w, rows, tokens, pairs, counted, words):
+    """FLOPs of matrix products of one forward pass, 2 for a multiplication and its addition.
+
+    2 rows (C^2 ((12 L - 9) tokens + 9 counted) + 2 C L pairs + C words counted): a block's linear layers hold 12 C^2
+    weights, of which the last block needs 3 C^2, queries, keys and values, for a row's tokens and the rest for those
+    that are counted; each of `pairs` (query, key) costs C in q k^T and C in the weighted sum; counted tokens meet a
+    head of `words` outputs. A backward pass costs twice as much.
+    """
+    C, L = w.width, w.layers
+    return 2 * rows * (C * C * ((12 * L - 9) * tokens + 9 * counted) + 2 * C * L * pairs + C * words * counted)
+
+
+def causal(tokens):
+    """Pairs of a query and a key that it sees, itself included."""
+    return tokens * (tokens + 1) // 2
+
+
+def parameters(w, block_size, head):
+    """Weights of a model: embeddings, blocks (matrices, biases, two LayerNorms), the last LayerNorm, a scalar head."""
+    C = w.width
+    return (w.vocab + block_size) * C + w.layers * (12 * C * C + 13 * C) + 2 * C + (C + 1 if head == "scalar" else 0)
+
+
+def ppo_cost(w, itemsize=4):
+    """-> {phase: (FLOPs, bytes)} of one iteration; itemsize: bytes a weight is read as by the products.
+
+    Rollout: each of P + R - 1 tokens goes through the policy once, R of them to the head; the weights are read at each
+    of R steps, and the keys and values of the tokens so far. Scoring: policy, reference and value network on T - 1
+    tokens, the reward model on T; each one's weights are read once. Update: policy and value network forward and
+    backward in each epoch; an optimizer step reads gradient, weight and two moments and writes the last three, in
+    float32.
+    """
+    P, R, T = w.prompt, w.response, w.prompt + w.response
+    matrices = 12 * w.width ** 2 * w.layers + w.vocab * w.width
+    policy = forward_flops(w, w.batch, T - 1, causal(T - 1), R, w.vocab)
+    value = forward_flops(w, w.batch, T - 1, causal(T - 1), R, 1)
+    reward = forward_flops(w, w.batch, T, causal(T), 1, 1)
+    cached = 2 * w.layers * w.width * w.batch * sum(range(P + 1, T))  # keys and values, read at each decode step
+    block_size = context(w)
+    trained = parameters(w, block_size, "lm") + parameters(w, block_size, "scalar")
+    return {"rollout": (policy, itemsize * (R * matrices + cached)),
+            "scoring": (2 * policy + value + reward, itemsize * 4 * matrices),
+            "update": (3 * w.epochs * (policy + value), w.epochs * w.minibatches * 7 * 4 * trained)}
+
+
+def context(w):
+    return max(128, w.prompt + w.response)
+
+
+def step_cost(w, what, batch):
+    """-> {"step": (FLOPs, bytes)} of one SFT step (rows) or reward-model step (pairs)."""
+    if what == "sft":
+        flops = 3 * forward_flops(w, batch, LENGTH - 1, causal(LENGTH - 1), LENGTH - 1, w.vocab)
+    else:
+        flops = 3 * forward_flops(w, 2 * batch, LENGTH, causal(LENGTH), 1, 1)
+    return {"step": (flops, 7 * 4 * parameters(w, context(w), "lm" if what == "sft" else "scalar"))}
+
+
+# ---- what the machine can do
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def fastest(function, device, seconds=0.3):
+    """The shortest of repeated calls, in seconds, after two to warm up."""
+    best, spent = math.inf, -2
+    while spent < seconds:
+        synchronize(device)
+        began = time.perf_counter()
+        function()
+        synchronize(device)
+        took = time.perf_counter() - began
+        if spent < 0:
+            spent += 1
+        else:
+            best, spent = min(best, took), spent + took
+    return best
+
+
+def matmul_peak(device, dtype):
+    """-> GFLOP/s of the fastest square product in `dtype`, and of each way that torch has: {name: GFLOP/s}.
+
+    On a CPU float32 has two: MKL ("highest") and oneDNN ("medium"), which counts where it is still float32.
+    """
+    before, found = torch.get_float32_matmul_precision(), {}
+    for precision in ("highest", "medium") if device.type == "cpu" and dtype == torch.float32 else (before,):
+        torch.set_float32_matmul_precision(precision)
+        if precision == "medium" and runtime.product_error() > runtime.PRODUCT_ERROR:
+            continue
+        for n in (512, 1024, 2048) if device.type == "cpu" else (2048, 4096, 8192):
+            a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+            out = torch.empty_like(a)
+            rate = 2e-9 * n ** 3 / fastest(lambda: torch.mm(a, b, out=out), device)
+            name = {"highest": "mkl", "medium": "onednn"}[precision] if device.type == "cpu" else str(dtype)[6:]
+            found[name] = round(max(rate, found.get(name, 0)), 1)
+    torch.set_float32_matmul_precision(before)
+    return max(found.values()), found
+
+
+def read_bandwidth(device):
+    """GB/s at which a vector far larger than the caches is read."""
+    x = torch.ones(2 ** (26 if device.type == "cpu" else 28), device=device)
+    return 4e-9 * x.numel() / fastest(x.sum, device)
+
+
+def peak_memory(device):
+    """-> {"peak_rss_mb": of the process, "peak_gpu_mb": of CUDA's tensors, if there are any}."""
+    unit = 2 ** 20 if sys.platform == "darwin" else 2 ** 10
+    found = {"peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)}
+    if device.type == "cuda":
+        found["peak_gpu_mb"] = round(torch.cuda.max_memory_allocated(device) / 2 ** 20)
+    return found
+
+
+class Load:
+    """The share of the machine's cores that other processes take meanwhile: a figure to trust results by."""
+
+    def __init__(self):
+        self.at = self.read()
+
+    @staticmethod
+    def read():
+        """-> wall, busy and own seconds of all cores."""
+        own = os.times()
+        try:
+            with open("/proc/stat") as f:
+                user, nice, system, _, _, irq, softirq, steal = map(int, f.readline().split()[1:9])
+        except OSError:
+            return None
+        busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+        return time.perf_counter(), busy, own.user + own.system + own.children_user + own.children_system
+
+    def others(self):
+        """None where there is no /proc/stat."""
+        if self.at is None:
+            return None
+        wall, busy, own = (now - then for then, now in zip(self.at, self.read()))
+        return round(max(0.0, busy - own) / wall / os.cpu_count(), 3)
+
+
+# ---- the scripts' own steps, timed
+
+def make_model(w, head, device, seed):
+    config = GPTConfig(w.layers, w.heads, w.width, w.vocab, context(w))
+    return GPT(config, head).init_weights(torch.Generator().manual_seed(seed)).to(device)
+
+
+def random_ids(w, rows, length):
+    return torch.randint(1, w.vocab, (rows, length), generator=torch.Generator().manual_seed(1)).tolist()
+
+
+def start(o, script, **changes):
+    """-> (the script's options with these changes, its Run, which claims no folder)."""
+    options = script.Options(device=o.device, dtype=o.dtype, compile=o.compile, check=True, **changes)
+    if o.micro_batch:
+        options = replace(options, micro_batch_size=o.micro_batch)
+    if o.threads:
+        torch.set_num_threads(o.threads)
+    run = runtime.Run(options, "benchmark")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)  # there is nothing to save
+    return options, run
+
+
+def time_ppo(o, w, iters):
+    """-> the run, seconds of rollout, scoring and update of each iteration after the first, seconds of the first."""
+    options, run = start(
+        o, train_ppo, batch_size=w.batch, num_ppo_epochs=w.epochs, num_mini_batches=w.minibatches,
+        response_length=w.response, learning_rate=1e-5, value_warmup=0, ent_coef=0.0)
+    policy, ref = (make_model(w, "lm", run.device, 1) for _ in range(2))
+    value, reward = (make_model(w, "scalar", run.device, seed) for seed in (2, 3))
+    nets, judge = train_ppo.Networks(policy, ref, value, o.compile), train_ppo.Judge(run, None, reward)
+    optimizers = train_ppo.make_optimizers(policy, value, options)
+    prompts, seconds = random_ids(w, w.batch, w.prompt), []
+    for step in range(iters + 1):
+        marks = [time.perf_counter()]
+
+        def mark():
+            synchronize(run.device)
+            marks.append(time.perf_counter())
+
+        rollout = train_ppo.roll_out(policy, prompts, NO_EOS, step, options, run)
+        mark()
+        judged = train_ppo.judgement(nets, rollout, judge, options, run)
+        mark()
+        advantages, returns, _, _ = train_ppo.credit(rollout, judged, options.kl_coef, options, run.total)
+        train_ppo.update(nets, optimizers, rollout, judged, advantages, returns, step, options, run)
+        mark()
+        seconds.append([after - before for before, after in zip(marks, marks[1:])])
+    assert rollout.tokens.shape == (w.batch, w.prompt + w.response)
+    return run, seconds[1:], sum(seconds[0])
+
+
+def time_step(o, w, iters, batch):
+    """-> the run, the seconds of each SFT or reward-model step after the first, the first's seconds."""
+    script = train_sft if o.what == "sft" else train_rm
+    options, run = start(o, script, batch_size=batch, optimizer="adamw", learning_rate=1e-5)
+    model = make_model(w, "lm" if o.what == "sft" else "scalar", run.device, 1)
+    optimizers = runtime.make_optimizers(model, options)
+    forward = torch.compile(model.hidden, dynamic=True) if o.compile else model.hidden
+    rows = [Row(ids, 1) for ids in random_ids(w, batch * (1 if o.what == "sft" else 2), LENGTH)]
+    data = rows if o.what == "sft" else [(pair, [(0, 1)], {}) for pair in zip(rows[::2], rows[1::2])]
+    seconds = []
+    for _ in range(iters + 1):
+        began = time.perf_counter()
+        script.batch_gradients(model, forward, data, 0, options, run)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), options.max_grad_norm)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        synchronize(run.device)
+        seconds.append(time.perf_counter() - began)
+    return run, seconds[1:], seconds[0]
+
+
+# ---- results
+
+def measure(o):
+    """One part, in this process -> its result, flat enough for a line of JSON."""
+    load, w = Load(), SIZES[o.size]
+    if o.what == "ppo":
+        w = replace(w, batch=o.batch or w.batch)
+        if w.batch % w.minibatches:
+            fail(f"--batch {o.batch}: must be a multiple of {w.minibatches}, the minibatches of size {o.size}")
+        run, seconds, first = time_ppo(o, w, o.iters or 5)
+        totals = [sum(s) for s in seconds]
+        total = statistics.median(totals)
+        phases = dict(zip(("rollout", "scoring", "update"), map(statistics.median, zip(*seconds))))
+        cost, new = ppo_cost(w, run.dtype.itemsize), w.batch * w.response
+        result = {"batch": w.batch, "prompt": w.prompt, "response": w.response, "epochs": w.epochs,
+                  "minibatches": w.minibatches, "iters": len(seconds), "total_s": total, "min_total_s": min(totals),
+                  "max_total_s": max(totals), "first_s": first, **{f"{name}_s": s for name, s in phases.items()},
+                  "rollout_tok_s": new / phases["rollout"], "samples_s": w.batch / total, "tok_s": new / total}
+    else:
+        batch = o.batch or ROWS
+        run, seconds, first = time_step(o, w, o.iters or 20, batch)
+        step, cost = statistics.median(seconds), step_cost(w, o.what, batch)
+        tokens, phases = batch * LENGTH * (1 if o.what == "sft" else 2), {"step": step}
+        result = {"batch": batch, "length": LENGTH, "iters": len(seconds), "step_s": step, "min_step_s": min(seconds),
+                  "first_s": first, "steps_s": 1 / step, "samples_s": batch / step, "tok_s": tokens / step}
+    result |= peak_memory(run.device)
+    peak, peaks = matmul_peak(run.device, run.dtype)
+    bandwidth = read_bandwidth(run.device)
+    floor = {name: max(flops / peak, moved / bandwidth) / 1e9 for name, (flops, moved) in cost.items()}
+    if o.what == "ppo":
+        phases["total"], floor["total"] = total, sum(floor.values())
+        cost["total"] = tuple(map(sum, zip(*cost.values())))
+    result |= {"floor_s": floor, "floor_ratio": {name: phases[name] / floor[name] for name in floor},
+               "mfu": {name: cost[name][0] / phases[name] / peak / 1e9 for name in floor},
+               "gflop": {name: flops / 1e9 for name, (flops, _) in cost.items()}}
+    return {"what": o.what, "peer": "minirlhf", "size": o.size, "device": str(run.device), "dtype": str(run.dtype)[6:],
+            "compile": o.compile, "threads": torch.get_num_threads(),
+            "fast_matmul": torch.get_float32_matmul_precision() != "highest", "malloc": sys.platform == "linux",
+            **rounded(result), "peak_gflops": peak, "peaks_gflops": peaks, "read_gb_s": round(bandwidth, 1),
+            "versions": {"torch": torch.__version__}, "others_cpu": load.others()}
+
+
+def rounded(value):
+    """Five significant digits in all of a nested dict."""
+    if isinstance(value, dict):
+        return {key: rounded(v) for key, v in value.items()}
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def slope(x, y):
+    """The k of y ~ x^k by least squares in logarithms."""
+    x, y = ([math.log(v) for v in values] for values in (x, y))
+    mean_x, mean_y = statistics.fmean(x), statistics.fmean(y)
+    return sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y)) / sum((a - mean_x) ** 2 for a in x)
+
+
+def scaling(o):
+    """Yields, for each of four dimensions: its values, s/iteration of PPO there, and the slopes of time and FLOPs."""
+    w = replace(SIZES[o.size], batch=o.batch or SIZES[o.size].batch)
+    for name, factors in (("batch", (0.5, 1, 2, 4)), ("response", (0.5, 1, 2, 4)), ("width", (0.5, 1, 2)),
+                          ("layers", (0.5, 1, 2))):
+        points = [replace(w, **{name: round(getattr(w, name) * factor)}) for factor in factors]
+        seconds = [statistics.median(map(sum, time_ppo(o, point, o.iters or 3)[1])) for point in points]
+        flops = [sum(f for f, _ in ppo_cost(point).values()) for point in points]
+        values = [getattr(point, name) for point in points]
+        yield rounded({"what": "scaling", "size": o.size, "of": name, "values": values, "total_s": seconds,
+                       "slope": slope(values, seconds), "flops_slope": slope(values, flops)})
+
+
+TABLE = (("sft", "step", "SFT"), ("reward", "step", "reward model"), ("ppo", "rollout", "PPO rollout"),
+         ("ppo", "scoring", "PPO scoring"), ("ppo", "update", "PPO update"), ("ppo", "total", "PPO iteration"))
+
+
+def show(result):
+    """A part's lines of the table."""
+    gpu = f", GPU {result['peak_gpu_mb']:,} MB" if "peak_gpu_mb" in result else ""
+    print(f"\n{result['what']} {result['size']}: {result['device']}, {result['dtype']}, {result['threads']} threads; "
+          f"peak memory {result['peak_rss_mb']:,} MB{gpu}; products at most {result['peak_gflops']:,.0f} GFLOP/s "
+          f"({', '.join(f'{k} {v:,.0f}' for k, v in result['peaks_gflops'].items())}), reading "
+          f"{result['read_gb_s']:.0f} GB/s; other processes took {100 * (result['others_cpu'] or 0):.0f}% of the cores")
+    print(f"{'':<16}{'s/iteration':>12}{'samples/s':>12}{'tokens/s':>12}{'MFU':>8}{'floor, s':>12}{'x floor':>9}")
+    for what, phase, label in TABLE:
+        if what == result["what"]:
+            s = result[f"{phase}_s"]
+            samples = result["batch"] * (result["epochs"] if phase == "update" else 1)
+            length = result["response"] if phase in ("rollout", "total") else result["prompt"] + result["response"] \
+                if what == "ppo" else result["length"] * (2 if what == "reward" else 1)
+            print(f"{label:<16}{s:>12.4f}{samples / s:>12.1f}{samples * length / s:>12,.0f}"
+                  f"{result['mfu'][phase]:>8.1%}{result['floor_s'][phase]:>12.4f}{result['floor_ratio'][phase]:>9.2f}",
+                  flush=True)
+
+
+def alone(o, what):
+    """measure(o) of one part in a process of its own."""
+    given = [f"--{name}={value}" for name, value in asdict(replace(o, what=what, json=True)).items()]
+    done = subprocess.run([sys.executable, "-m", "minirlhf.benchmark", *given], stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise SystemExit(done.returncode)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main(argv=None):
+    o = parse(Options, argv)
+    if o.scaling:
+        for line in scaling(o):
+            if o.json:
+                print(json.dumps(line), flush=True)
+            else:
+                points = ", ".join(f"{v}: {s:.3f}" for v, s in zip(line["values"], line["total_s"]))
+                print(f"s/iteration against {line['of']:<9} {points}: slope {line['slope']:.2f} (its FLOPs "
+                      f"{line['flops_slope']:.2f})", flush=True)
+        return
+    for what in ("sft", "reward", "ppo") if o.what == "all" else (o.what,):
+        result = alone(o, what) if o.what == "all" else measure(o)
+        print(json.dumps(result), flush=True) if o.json else show(result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""The benchmark: its counts against torch's own, its lines against what comparisons read. No times are judged."""
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import train_ppo
+from minirlhf import benchmark, runtime
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+TINY = benchmark.Work(3, 16, 2, 29, batch=4, prompt=3, response=5, epochs=2, minibatches=2)
+CPU = torch.device("cpu")
+PPO_KEYS = {"what", "peer", "size", "batch", "prompt", "response", "epochs", "minibatches", "threads", "fast_matmul",
+            "malloc", "iters", "total_s", "min_total_s", "max_total_s", "first_s", "rollout_s", "scoring_s", "update_s",
+            "rollout_tok_s", "samples_s", "peak_rss_mb", "versions", "others_cpu"}  # those of other trainers' lines
+STEP_KEYS = {"what", "peer", "size", "batch", "length", "threads", "fast_matmul", "malloc", "iters", "step_s",
+             "min_step_s", "steps_s", "tok_s", "peak_rss_mb", "versions", "others_cpu"}
+OWN_KEYS = {"device", "dtype", "compile", "floor_s", "floor_ratio", "mfu", "gflop", "peak_gflops", "peaks_gflops",
+            "read_gb_s"}
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Size S is tiny, and the machine is measured in no time."""
+    monkeypatch.setitem(benchmark.SIZES, "S", TINY)
+    monkeypatch.setattr(benchmark, "matmul_peak", lambda device, dtype: (100.0, {"mkl": 90.0, "onednn": 100.0}))
+    monkeypatch.setattr(benchmark, "read_bandwidth", lambda device: 20.0)
+
+
+def lines(capsys, *arguments):
+    benchmark.main(["--device", "cpu", *arguments])
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_one_forward_pass_by_hand():
+    """2 layers of width 3, 2 rows of 4 tokens of which 1 is counted, 5 words, all 10 causal pairs:
+    2 x 2 x (9 x (15 x 4 + 9 x 1) + 2 x 3 x 2 x 10 + 3 x 5 x 1) = 4 x (621 + 120 + 15)."""
+    w = benchmark.Work(2, 3, 1, 5, 2, 0, 0, 1, 1)
+    assert benchmark.forward_flops(w, 2, 4, benchmark.causal(4), 1, 5) == 4 * (621 + 120 + 15)
+
+
+@pytest.mark.parametrize("head", ["lm", "scalar"])
+def test_parameters_are_the_model_s(head):
+    assert benchmark.parameters(TINY, benchmark.context(TINY), head) == runtime.count_parameters(
+        benchmark.make_model(TINY, head, CPU, 1))
+
+
+def test_flops_are_those_that_torch_counts(monkeypatch, tiny):
+    """Scoring and update of a whole iteration, forward and backward, to the last one. Torch counts a product of all
+    pairs, seen or not, as explicit attention makes it; a prefill works for whole prompts where the floor needs less."""
+    monkeypatch.setattr(benchmark, "causal", lambda tokens: tokens * tokens)
+    counted = {"rollout": 0, "scoring": 0, "update": 0}
+
+    def counting(name, phase):
+        inner = getattr(train_ppo, name)
+
+        def call(*arguments):
+            with FlopCounterMode(display=False) as counter:
+                out = inner(*arguments)
+            counted[phase] += counter.get_total_flops()
+            return out
+        monkeypatch.setattr(train_ppo, name, call)
+
+    for name, phase in (("roll_out", "rollout"), ("judgement", "scoring"), ("update", "update")):
+        counting(name, phase)
+    benchmark.time_ppo(benchmark.Options(what="ppo", device="cpu"), TINY, 0)
+    cost = {phase: flops for phase, (flops, _) in benchmark.ppo_cost(TINY).items()}
+    assert counted["scoring"] == cost["scoring"] and counted["update"] == cost["update"]
+    assert 0.9 < counted["rollout"] / cost["rollout"] < 1.3
+
+
+@pytest.mark.parametrize("what", ["sft", "reward"])
+def test_flops_of_a_step_are_those_that_torch_counts(monkeypatch, tiny, what):
+    monkeypatch.setattr(benchmark, "causal", lambda tokens: tokens * tokens)
+    monkeypatch.setattr(runtime, "pick_products", lambda device: None)  # which multiplies
+    with FlopCounterMode(display=False) as counter:
+        benchmark.time_step(benchmark.Options(what=what, device="cpu"), TINY, 0, 3)
+    assert counter.get_total_flops() == benchmark.step_cost(TINY, what, 3)["step"][0]
+
+
+def test_bytes_by_hand():
+    """An optimizer step moves 7 float32 numbers a weight; a decode step reads the policy's matrices and its cache."""
+    trained = sum(benchmark.parameters(TINY, 128, head) for head in ("lm", "scalar"))
+    matrices, cached = 3 * 12 * 16 ** 2 + 29 * 16, 2 * 3 * 16 * 4 * (4 + 5 + 6 + 7)  # keys of 4 to 7 tokens, 4 rows
+    moved = {phase: moved for phase, (_, moved) in benchmark.ppo_cost(TINY, itemsize=2).items()}
+    assert moved == {"rollout": 2 * (5 * matrices + cached), "scoring": 2 * 4 * matrices,
+                     "update": 2 * 2 * 7 * 4 * trained}
+
+
+def test_every_answer_has_its_full_length(monkeypatch, tiny):
+    """No token is the end of text, so all rows decode to the last step."""
+    rollouts, inner = [], train_ppo.roll_out
+    monkeypatch.setattr(train_ppo, "roll_out", lambda *arguments: rollouts.append(inner(*arguments)) or rollouts[-1])
+    benchmark.time_ppo(benchmark.Options(what="ppo", device="cpu"), TINY, 1)
+    assert [r.lengths.tolist() for r in rollouts] == [[8] * 4] * 2
+    assert not torch.equal(rollouts[0].tokens, rollouts[1].tokens)
+
+
+def test_ppo_s_line(tiny, capsys):
+    """The keys that comparisons read; sums and ratios of its own figures."""
+    (r,) = lines(capsys, "--what", "ppo", "--iters", "3", "--json")
+    assert PPO_KEYS | OWN_KEYS <= r.keys() and (r["what"], r["iters"], r["batch"]) == ("ppo", 3, 4)
+    assert r["min_total_s"] <= r["total_s"] <= r["max_total_s"]
+    for phase in ("rollout", "scoring", "update", "total"):
+        flops, moved = benchmark.ppo_cost(TINY).get(phase, (0, 0))
+        if phase != "total":
+            assert r["floor_s"][phase] == pytest.approx(max(flops / 100, moved / 20) / 1e9, rel=1e-3)
+        assert r["floor_ratio"][phase] == pytest.approx(r[f"{phase}_s"] / r["floor_s"][phase], rel=1e-3)
+        assert r["mfu"][phase] == pytest.approx(r["gflop"][phase] / r[f"{phase}_s"] / 100, rel=1e-3)
+    assert r["rollout_tok_s"] == pytest.approx(4 * 5 / r["rollout_s"], rel=1e-3)
+    assert r["floor_s"]["total"] == pytest.approx(sum(r["floor_s"][p] for p in ("rollout", "scoring", "update")),
+                                                  rel=1e-3)
+
+
+@pytest.mark.parametrize("what, rows", [("sft", 1), ("reward", 2)])
+def test_a_step_s_line(tiny, capsys, what, rows):
+    (r,) = lines(capsys, "--what", what, "--iters", "2", "--batch", "3", "--json")
+    assert STEP_KEYS | OWN_KEYS <= r.keys() and (r["what"], r["batch"], r["length"]) == (what, 3, 64)
+    assert r["tok_s"] == pytest.approx(3 * rows * 64 / r["step_s"], rel=1e-3)
+
+
+def test_the_table(tiny, capsys):
+    """One line a phase, with its rate: 4 x 5 new tokens a rollout."""
+    benchmark.main(["--what", "ppo", "--iters", "1", "--device", "cpu"])
+    rows = {line[:16].strip(): line[16:].split() for line in capsys.readouterr().out.splitlines()}
+    assert {"PPO rollout", "PPO scoring", "PPO update", "PPO iteration"} <= rows.keys()
+    seconds, _, tokens = rows["PPO rollout"][:3]
+    assert float(tokens.replace(",", "")) * float(seconds) == pytest.approx(20, rel=0.1)
+
+
+@pytest.mark.parametrize("exponent", [0.0, 1.0, 2.0])
+def test_slope_of_a_power_law(exponent):
+    assert benchmark.slope([1, 2, 4, 8], [3 * x ** exponent for x in (1, 2, 4, 8)]) == pytest.approx(exponent)
+
+
+def test_slope_is_least_squares():
+    """Through log points (0, 0), (1, 0), (2, 3): (-1 x -1 + 0 x -1 + 1 x 2) / 2 = 1.5."""
+    assert benchmark.slope([1, math.e, math.e ** 2], [1, 1, math.e ** 3]) == pytest.approx(1.5)
+
+
+def test_scaling_varies_one_dimension_at_a_time(monkeypatch, tiny, capsys):
+    """A machine that takes a second a token and layer and none for width: slopes 1, R / (P + R), 0 and 1."""
+    def timed(o, w, iters):
+        return None, [[w.batch * (w.prompt + w.response) * w.layers]] * iters, 0.0
+    monkeypatch.setattr(benchmark, "time_ppo", timed)
+    found = {r["of"]: r for r in lines(capsys, "--scaling", "--json")}
+    assert found["batch"]["slope"] == pytest.approx(1, abs=1e-3) and found["batch"]["values"] == [2, 4, 8, 16]
+    assert 0.4 < found["response"]["slope"] < 1
+    assert found["width"]["slope"] == 0 and found["layers"]["values"] == [2, 3, 6]
+    assert 1 < found["width"]["flops_slope"] < 2
+
+
+def run(*arguments, code=0):
+    done = subprocess.run([sys.executable, "-m", "minirlhf.benchmark", *arguments], cwd=ROOT, capture_output=True,
+                          text=True, timeout=170, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout if code == 0 else done.stderr
+
+
+def test_as_a_process():
+    """What a user types: one JSON line a part, PPO's last, with a peak and a bandwidth that were measured."""
+    found = [json.loads(line) for line in run("--device", "cpu", "--batch", "4", "--iters", "1", "--threads", "1",
+                                              "--json").splitlines()]
+    assert [r["what"] for r in found] == ["sft", "reward", "ppo"]
+    for r in found:
+        assert r["peak_gflops"] == max(r["peaks_gflops"].values()) > 0 and r["read_gb_s"] > 0
+        assert r["threads"] == 1 and r["device"] == "cpu" and r["dtype"] == "float32" and r["peak_rss_mb"] > 100
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (["--what", "ppo", "--batch", "6"], "--batch 6: must be a multiple of 4, the minibatches of size S"),
+    (["--what", "ppo", "--device", "cuda:99"], "--device cuda:99: there is no such CUDA device"),
+    (["--size", "XL"], "--size: invalid choice"),
+])
+def test_what_it_refuses(arguments, said):
+    """One line, no traceback."""
+    error = run(*arguments, code=2)
+    assert said in error and "Traceback" not in error
