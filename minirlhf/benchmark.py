@@ -32,7 +32,7 @@ import train_ppo
 import train_rm
 import train_sft
 from minirlhf import runtime
-from minirlhf.config import fail, parse
+from minirlhf.config import fail, launch, parse, say
 from minirlhf.data import Row
 from minirlhf.model import GPT, GPTConfig
 
@@ -376,20 +376,19 @@ TABLE = (("sft", "step", "SFT"), ("reward", "step", "reward model"), ("ppo", "ro
 def show(result):
     """A part's lines of the table."""
     gpu = f", GPU {result['peak_gpu_mb']:,} MB" if "peak_gpu_mb" in result else ""
-    print(f"\n{result['what']} {result['size']}: {result['device']}, {result['dtype']}, {result['threads']} threads; "
-          f"peak memory {result['peak_rss_mb']:,} MB{gpu}; products at most {result['peak_gflops']:,.0f} GFLOP/s "
-          f"({', '.join(f'{k} {v:,.0f}' for k, v in result['peaks_gflops'].items())}), reading "
-          f"{result['read_gb_s']:.0f} GB/s; other processes took {100 * (result['others_cpu'] or 0):.0f}% of the cores")
-    print(f"{'':<16}{'s/iteration':>12}{'samples/s':>12}{'tokens/s':>12}{'MFU':>8}{'floor, s':>12}{'x floor':>9}")
+    say(f"\n{result['what']} {result['size']}: {result['device']}, {result['dtype']}, {result['threads']} threads; "
+        f"peak memory {result['peak_rss_mb']:,} MB{gpu}; products at most {result['peak_gflops']:,.0f} GFLOP/s "
+        f"({', '.join(f'{k} {v:,.0f}' for k, v in result['peaks_gflops'].items())}), reading "
+        f"{result['read_gb_s']:.0f} GB/s; other processes took {100 * (result['others_cpu'] or 0):.0f}% of the cores")
+    say(f"{'':<16}{'s/iteration':>12}{'samples/s':>12}{'tokens/s':>12}{'MFU':>8}{'floor, s':>12}{'x floor':>9}")
     for what, phase, label in TABLE:
         if what == result["what"]:
             s = result[f"{phase}_s"]
             samples = result["batch"] * (result["epochs"] if phase == "update" else 1)
             length = result["response"] if phase in ("rollout", "total") else result["prompt"] + result["response"] \
                 if what == "ppo" else result["length"] * (2 if what == "reward" else 1)
-            print(f"{label:<16}{s:>12.4f}{samples / s:>12.1f}{samples * length / s:>12,.0f}"
-                  f"{result['mfu'][phase]:>8.1%}{result['floor_s'][phase]:>12.4f}{result['floor_ratio'][phase]:>9.2f}",
-                  flush=True)
+            say(f"{label:<16}{s:>12.4f}{samples / s:>12.1f}{samples * length / s:>12,.0f}"
+                f"{result['mfu'][phase]:>8.1%}{result['floor_s'][phase]:>12.4f}{result['floor_ratio'][phase]:>9.2f}")
 
 
 def alone(o, what):
@@ -406,16 +405,16 @@ def main(argv=None):
     if o.scaling:
         for line in scaling(o):
             if o.json:
-                print(json.dumps(line), flush=True)
+                say(json.dumps(line))
             else:
                 points = ", ".join(f"{v}: {s:.3f}" for v, s in zip(line["values"], line["total_s"]))
-                print(f"s/iteration against {line['of']:<9} {points}: slope {line['slope']:.2f} (its FLOPs "
-                      f"{line['flops_slope']:.2f})", flush=True)
+                say(f"s/iteration against {line['of']:<9} {points}: slope {line['slope']:.2f} (its FLOPs "
+                    f"{line['flops_slope']:.2f})")
         return
     for what in ("sft", "reward", "ppo") if o.what == "all" else (o.what,):
         result = alone(o, what) if o.what == "all" else measure(o)
-        print(json.dumps(result), flush=True) if o.json else show(result)
+        say(json.dumps(result)) if o.json else show(result)
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)

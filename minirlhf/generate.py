@@ -12,6 +12,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from minirlhf.config import fail
 
+LOOK = {"cpu": 1}  # tokens between looks at which rows have ended; elsewhere 16, for to look is to wait for the device
+
 
 class KVCache:
     """Keys and values of all layers: (L, B, H, S, D), S = slots; `filled` slots are in use."""
@@ -106,19 +108,22 @@ def generate(model, prompts: list[list[int]], response_length: int, eos: int, te
     live = torch.ones(B, dtype=torch.bool, device=device)
     for n in range(response_length):
         new, logprob = sample(model.logits(last), temperature, u[rows, n])
+        new = new.where(live, eos)  # a row that ended re-reads its eos until it is dropped
         at = prompt_lengths[rows] + n  # the slot of the new token
-        written = rows[live]
-        tokens[written, at[live]] = new[live]
-        logprobs[written, at[live] - 1] = logprob[live]
-        lengths[written] += 1
-        finished[written] = new[live] == eos
-        live &= new != eos  # a row that ended re-reads its eos until it is dropped
-        left = int(live.sum())
-        if left == 0 or n + 1 == response_length:
+        tokens[rows, at] = new
+        logprobs[rows, at - 1] = logprob.where(live, 0)
+        lengths[rows] += live
+        finished[rows] |= live & (new == eos)
+        live = live & (new != eos)
+        if n + 1 == response_length:
             break
-        if left <= 0.8 * len(rows):  # dropping rows copies the cache: worth it for several at once
-            cache.keep(live)
-            rows, at, live = rows[live], at[live], live[live]
+        if (n + 1) % LOOK.get(device.type, 16) == 0:
+            left = int(live.sum())
+            if left == 0:
+                break
+            if left <= 0.8 * len(rows):  # dropping rows copies the cache: worth it for several at once
+                cache.keep(live)
+                rows, at, live = rows[live], at[live], live[live]
         cache.filled = P + n + 1
         last = model.hidden(tokens[rows, at][:, None], cache, at[:, None])[:, 0]
     if not logprobs.isfinite().all():

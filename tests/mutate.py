@@ -103,9 +103,9 @@ GENERATE = [
     ("sample(model.logits(last), temperature, u[rows, n])", "sample(model.logits(last), temperature, u[rows, 0])"),
     ("sample(model.logits(last), temperature, u[rows, n])",
      "sample(model.logits(last), temperature, u[:len(rows), n])"),  # another row's numbers
-    ("logprobs[written, at[live] - 1] = logprob[live]", "logprobs[written, at[live]] = logprob[live]"),
-    ("finished[written] = new[live] == eos", "finished[written] = new[live] != eos"),
-    ("live &= new != eos", "live &= new == new"),  # goes on after eos
+    ("logprobs[rows, at - 1] = logprob.where(live, 0)", "logprobs[rows, at - 1] = logprob"),
+    ("finished[rows] |= live & (new == eos)", "finished[rows] |= live & (new != eos)"),
+    ("live = live & (new != eos)", "live = live & (new == new)"),  # goes on after eos
     ("rows, at, live = rows[live], at[live], live[live]", "rows, live = rows[live], live[live]"),
     ("cache.filled = P + n + 1", "cache.filled = P + n"),
     ("T = int(lengths.max())", "T = int(lengths.min())"),

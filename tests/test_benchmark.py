@@ -162,6 +162,7 @@ def run(*arguments, code=0):
     return done.stdout if code == 0 else done.stderr
 
 
+@pytest.mark.slow
 def test_as_a_process():
     """What a user types: one JSON line a part, PPO's last, with a peak and a bandwidth that were measured."""
     found = [json.loads(line) for line in run("--device", "cpu", "--batch", "4", "--iters", "1", "--threads", "1",

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from minirlhf import generate as generation
 from minirlhf.generate import KVCache, Rollout, generate, sample
 from minirlhf.model import GPTConfig
 from minirlhf.objectives import token_logprobs
@@ -269,6 +270,22 @@ def test_bfloat16_rollouts(make_model):
     mask = rollout.response_mask
     assert rollout.sampler_logprobs.dtype == torch.float32
     assert (rollout.sampler_logprobs - logprobs)[mask].abs().mean() < 0.1
+
+
+@pytest.mark.parametrize("every", [3, 16])
+def test_how_often_one_looks_changes_nothing(make_model, monkeypatch, every):
+    """Rows that ended stay for some tokens where a look at them costs more: the same answers, lengths and ends."""
+    model = make_model()
+    model.wte.weight.data *= 0.5  # less sharp, so that answers end at many lengths
+    prompts = [[(5 * b + t) % 12 + 1 for t in range(1 + b % 4)] for b in range(12)]
+    rollouts = []
+    for n in (1, every):
+        monkeypatch.setitem(generation.LOOK, "cpu", n)
+        rollouts.append(generate(model, prompts, 10, EOS, generator=torch.Generator().manual_seed(3)))
+    a, b = rollouts
+    assert len(set(a.lengths.tolist())) > 4 and 4 < a.finished.sum() < 12
+    assert torch.equal(a.tokens, b.tokens) and torch.equal(a.lengths, b.lengths) and torch.equal(a.finished, b.finished)
+    torch.testing.assert_close(a.sampler_logprobs, b.sampler_logprobs)
 
 
 # Rollout
