@@ -404,7 +404,7 @@ def run_checks(nets, judge, tokenizer, prompts, room, first, o, run):
         checks("the KL from the SFT model is 0 at the start", abs(kl) <= 10 * checks.limit, f"{float(kl):.1e} nats a "
                "response", "policy and reference start from different weights")
     before = [[p.detach().clone() for p in model.parameters()] for model in (policy, value)]
-    optimizers = [torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0) for model in (policy, value)]
+    optimizers = make_optimizers(policy, value, replace(o, learning_rate=0.0))
     totals, counted, _, _ = update(nets, optimizers, rollout, judged, advantages, returns, first, o, run)
     approxkl, clipfrac = (float(totals[i] / counted) for i in (2, 3))
     moved = not check.same_weights([policy, value], before)
@@ -547,7 +547,8 @@ def main():
             # ---- LOOK: one log line, now and then held-out prompts and a checkpoint
             mask = rollout.response_mask
             means = run.total(torch.stack([x.float().sum() for x in (
-                k3(judged.old_logprobs, judged.ref_logprobs), -judged.old_logprobs, judged.scores, paid, kl_coef * charged, mask, rollout.finished, judged.entropies,
+                k3(judged.old_logprobs, judged.ref_logprobs), -judged.old_logprobs, judged.scores, paid,
+                kl_coef * charged, mask, rollout.finished, judged.entropies,
                 (judged.old_logprobs - rollout.sampler_logprobs).abs())])) / n
             mean_k3, neg_logprob, score, rewarded, priced_kl, length, eos_rate, H, gap = means.tolist()
             H, gap = H / length, gap / length  # a decision, over all decisions of all ranks
@@ -613,8 +614,9 @@ def main():
                 run.sync()
                 run.say(checkpoint.save(
                     run.path("ckpt.pt"), stage="ppo", model=policy, tokenizer=tokenizer, options=o, info=record,
-                    environment=surroundings, training={"step": done, "value_model": value_model.state_dict(), "kl_coef": kl_coef, "high": high,
-                              "data": prints, "optimizers": [optimizer.state_dict() for optimizer in optimizers]}))
+                    environment=surroundings, training={
+                        "step": done, "value_model": value_model.state_dict(), "kl_coef": kl_coef, "high": high,
+                        "data": prints, "optimizers": [optimizer.state_dict() for optimizer in optimizers]}))
             if stopping:
                 run.exit_stopped()
 

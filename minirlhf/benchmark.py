@@ -9,10 +9,13 @@ Weights and tokens are random, and no token is the end of text, so that every an
 reference, value network and reward model are of one size. PPO has no entropy bonus here, as other trainers have none.
 
 Invariant: what is timed is imported from the scripts; this is the one module that imports them. Figures are medians
-over iterations after a warm-up; memory is read before the machine itself is measured.
+over iterations after a warm-up; memory is read before the machine itself is measured. Not timed: log lines, looks at
+held-out prompts, checkpoints. Memory is the process's peak, which cannot be divided among phases.
 
 The floor of a phase is the larger of its FLOPs at the fastest product that this machine was seen to do and its bytes at
-the fastest reading: the least that the algorithm needs, nothing for norms, softmax, dropped caches or Python.
+the fastest reading: the passes that are made here, nothing for norms, softmax, dropped caches or Python. In the table
+a sample is a prompt, row or pair, seen once an epoch by the update; tokens are all of them, but those that are new in a
+rollout and in an iteration.
 """
 import json
 import math
@@ -68,13 +71,13 @@ class Options:
     """
     what: Literal["all", "sft", "reward", "ppo"] = "all"  # all: each in a process of its own, for its own peak memory
     size: Literal["S", "M", "L"] = "S"  # of the model and of PPO's batch
-    batch: int = 0  # rows of SFT, pairs of the reward model, prompts of PPO; 0 = the size's own [0..]
-    iters: int = 0  # timed iterations after one to warm up; 0 = 5 of PPO, 20 of the others [0..]
-    micro_batch: int = 0  # rows (or pairs) a forward pass; 0 = the scripts' own default [0..]
+    batch: int = 0  # rows of SFT, pairs of the reward model, prompts of PPO; 0 = the size's own [0..1000000]
+    iters: int = 0  # timed iterations after one to warm up; 0 = 5 of PPO, 20 of the others [0..1000000]
+    micro_batch: int = 0  # rows (or pairs) a forward pass; 0 = the scripts' own default [0..1000000]
     device: str = "auto"  # cpu, cuda, cuda:N, mps; auto takes the GPU when there is one
     dtype: Literal["auto", "float32", "bfloat16"] = "float32"  # of the products; auto: bfloat16 where the chip has it
     compile: bool = False  # run the networks through torch.compile
-    threads: int = 0  # CPU threads; 0 = torch's own choice [0..]
+    threads: int = 0  # CPU threads; 0 = torch's own choice [0..1024]
     scaling: bool = False  # instead: PPO's s/iteration against batch, response length, width and depth, and the slopes
     json: bool = False  # print one JSON object a line instead of a table; PPO's comes last
 
@@ -109,9 +112,9 @@ def ppo_cost(w, itemsize=4):
 
     Rollout: each of P + R - 1 tokens goes through the policy once, R of them to the head; the weights are read at each
     of R steps, and the keys and values of the tokens so far. Scoring: policy, reference and value network on T - 1
-    tokens, the reward model on T; each one's weights are read once. Update: policy and value network forward and
-    backward in each epoch; an optimizer step reads gradient, weight and two moments and writes the last three, in
-    float32.
+    tokens, the reward model on T; each one's weights are read once, the two scalar ones without a head.
+    Update: policy and value network forward and backward in each epoch; an optimizer step reads gradient, weight and
+    two moments and writes the last three, in float32.
     """
     P, R, T = w.prompt, w.response, w.prompt + w.response
     matrices = 12 * w.width ** 2 * w.layers + w.vocab * w.width
@@ -122,7 +125,7 @@ def ppo_cost(w, itemsize=4):
     block_size = context(w)
     trained = parameters(w, block_size, "lm") + parameters(w, block_size, "scalar")
     return {"rollout": (policy, itemsize * (R * matrices + cached)),
-            "scoring": (2 * policy + value + reward, itemsize * 4 * matrices),
+            "scoring": (2 * policy + value + reward, itemsize * (4 * matrices - 2 * w.vocab * w.width)),
             "update": (3 * w.epochs * (policy + value), w.epochs * w.minibatches * 7 * 4 * trained)}
 
 
@@ -178,7 +181,8 @@ def matmul_peak(device, dtype):
             a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
             out = torch.empty_like(a)
             rate = 2e-9 * n ** 3 / fastest(lambda: torch.mm(a, b, out=out), device)
-            name = {"highest": "mkl", "medium": "onednn"}[precision] if device.type == "cpu" else str(dtype)[6:]
+            name = {"highest": "mkl", "medium": "onednn"}.get(precision) if dtype == torch.float32 else None
+            name = name if name and device.type == "cpu" else str(dtype)[6:]
             found[name] = round(max(rate, found.get(name, 0)), 1)
     torch.set_float32_matmul_precision(before)
     return max(found.values()), found
@@ -244,8 +248,8 @@ def start(o, script, **changes):
     if o.threads:
         torch.set_num_threads(o.threads)
     run = runtime.Run(options, "benchmark")
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)  # there is nothing to save
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # there is nothing to save
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     return options, run
 
 
@@ -290,8 +294,8 @@ def time_step(o, w, iters, batch):
     seconds = []
     for _ in range(iters + 1):
         began = time.perf_counter()
-        script.batch_gradients(model, forward, data, 0, options, run)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), options.max_grad_norm)
+        loss = script.batch_gradients(model, forward, data, 0, options, run)
+        runtime.clip_gradients(model, loss if o.what == "sft" else loss[0], "benchmark", options)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -307,8 +311,6 @@ def measure(o):
     load, w = Load(), SIZES[o.size]
     if o.what == "ppo":
         w = replace(w, batch=o.batch or w.batch)
-        if w.batch % w.minibatches:
-            fail(f"--batch {o.batch}: must be a multiple of {w.minibatches}, the minibatches of size {o.size}")
         run, seconds, first = time_ppo(o, w, o.iters or 5)
         totals = [sum(s) for s in seconds]
         total = statistics.median(totals)
@@ -379,7 +381,8 @@ def show(result):
     say(f"\n{result['what']} {result['size']}: {result['device']}, {result['dtype']}, {result['threads']} threads; "
         f"peak memory {result['peak_rss_mb']:,} MB{gpu}; products at most {result['peak_gflops']:,.0f} GFLOP/s "
         f"({', '.join(f'{k} {v:,.0f}' for k, v in result['peaks_gflops'].items())}), reading "
-        f"{result['read_gb_s']:.0f} GB/s; other processes took {100 * (result['others_cpu'] or 0):.0f}% of the cores")
+        f"{result['read_gb_s']:.0f} GB/s; other processes took "
+        + ("an unknown part" if result["others_cpu"] is None else f"{result['others_cpu']:.0%}") + " of the cores")
     say(f"{'':<16}{'s/iteration':>12}{'samples/s':>12}{'tokens/s':>12}{'MFU':>8}{'floor, s':>12}{'x floor':>9}")
     for what, phase, label in TABLE:
         if what == result["what"]:
@@ -402,6 +405,13 @@ def alone(o, what):
 
 def main(argv=None):
     o = parse(Options, argv)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        fail("the benchmark is of one process: run it without torchrun")
+    if o.scaling and o.what not in ("all", "ppo"):
+        fail(f"--what {o.what}: --scaling is of PPO")
+    least = SIZES[o.size].minibatches * (2 if o.scaling else 1)  # scaling halves the batch
+    if o.what in ("all", "ppo") and o.batch % least:
+        fail(f"--batch {o.batch}: must be a multiple of {least}, for the minibatches of size {o.size}")
     if o.scaling:
         for line in scaling(o):
             if o.json:

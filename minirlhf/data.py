@@ -131,7 +131,8 @@ def load_demonstrations(path) -> list[Demonstration]:
             prompt, completion = "", take_text(where, record, "text")
         else:
             prompt, completion = take_text(where, record, "prompt"), take_text(where, record, "completion")
-        rows.append(Demonstration(prompt, completion, other_columns(record, "prompt", "completion", "text", "messages")))
+        extra = other_columns(record, "prompt", "completion", "text", "messages")
+        rows.append(Demonstration(prompt, completion, extra))
     return rows
 
 

@@ -108,10 +108,10 @@ def generate(model, prompts: list[list[int]], response_length: int, eos: int, te
     live = torch.ones(B, dtype=torch.bool, device=device)
     for n in range(response_length):
         new, logprob = sample(model.logits(last), temperature, u[rows, n])
-        new = new.where(live, eos)  # a row that ended re-reads its eos until it is dropped
+        new = new.masked_fill(~live, eos)  # a row that ended re-reads its eos until it is dropped
         at = prompt_lengths[rows] + n  # the slot of the new token
         tokens[rows, at] = new
-        logprobs[rows, at - 1] = logprob.where(live, 0)
+        logprobs[rows, at - 1] = logprob.masked_fill(~live, 0)
         lengths[rows] += live
         finished[rows] |= live & (new == eos)
         live = live & (new != eos)

@@ -61,7 +61,7 @@ class Attention(nn.Module):
             mask = None if mask is None else mask.to(q.dtype)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None)
         y = y.transpose(1, 2).reshape(B, T, C)
-        y = y if counted is None else y.flatten(0, 1)[counted]
+        y = y if counted is None else y.flatten(0, 1).index_select(0, counted)
         return F.dropout(self.c_proj(y), self.dropout, self.training)
 
 
@@ -84,7 +84,7 @@ class Block(nn.Module):
 
     def forward(self, x, mask, extend=None, counted=None):
         y = self.attn(self.ln_1(x), mask, extend, counted)
-        x = (x if counted is None else x.flatten(0, 1)[counted]) + y
+        x = (x if counted is None else x.flatten(0, 1).index_select(0, counted)) + y
         return x + self.mlp(self.ln_2(x))
 
 

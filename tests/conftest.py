@@ -106,7 +106,7 @@ def no_process_outlives_its_test():
 
 @pytest.fixture(scope="session")
 def command():
-    """command(*argv, cwd, code=0) -> standard output and error of a command that ends with that status, no traceback."""
+    """command(*argv, cwd, code=0) -> what a command printed, output and error; it ended so, and without a traceback."""
     def call(*argv, cwd, code=0, **surroundings):
         status, out, error = Command(*argv, cwd=cwd, **surroundings).wait()
         assert status == code, f"{argv}: exit {status}\n{out[-3000:]}\n{error[-3000:]}"

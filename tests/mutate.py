@@ -103,7 +103,7 @@ GENERATE = [
     ("sample(model.logits(last), temperature, u[rows, n])", "sample(model.logits(last), temperature, u[rows, 0])"),
     ("sample(model.logits(last), temperature, u[rows, n])",
      "sample(model.logits(last), temperature, u[:len(rows), n])"),  # another row's numbers
-    ("logprobs[rows, at - 1] = logprob.where(live, 0)", "logprobs[rows, at - 1] = logprob"),
+    ("logprobs[rows, at - 1] = logprob.masked_fill(~live, 0)", "logprobs[rows, at - 1] = logprob"),
     ("finished[rows] |= live & (new == eos)", "finished[rows] |= live & (new != eos)"),
     ("live = live & (new != eos)", "live = live & (new == new)"),  # goes on after eos
     ("rows, at, live = rows[live], at[live], live[live]", "rows, live = rows[live], live[live]"),
@@ -113,9 +113,9 @@ GENERATE = [
 MODEL = [
     ("mul_(1 / math.sqrt(C // self.n_head))", "mul_(1 / math.sqrt(C))"),
     (".add_(mask).softmax(-1)", ".add_(mask).softmax(-2)"),
-    ("x = (x if counted is None else x.flatten(0, 1)[counted]) + y", "x = y"),
-    ("y = y if counted is None else y.flatten(0, 1)[counted]",
-     "y = y if counted is None else y.flatten(0, 1)[counted - 1]"),
+    ("x = (x if counted is None else x.flatten(0, 1).index_select(0, counted)) + y", "x = y"),
+    ("y = y if counted is None else y.flatten(0, 1).index_select(0, counted)",
+     "y = y if counted is None else y.flatten(0, 1).index_select(0, counted - 1)"),
     ("return x + self.mlp(self.ln_2(x))", "return x + self.mlp(x)"),
     ('approximate="tanh"', 'approximate="none"'),
     ("unseen = slots > positions[:, None, :, None]", "unseen = slots > positions[:, None, :, None] + 1"),

@@ -88,7 +88,7 @@ def test_bytes_by_hand():
     trained = sum(benchmark.parameters(TINY, 128, head) for head in ("lm", "scalar"))
     matrices, cached = 3 * 12 * 16 ** 2 + 29 * 16, 2 * 3 * 16 * 4 * (4 + 5 + 6 + 7)  # keys of 4 to 7 tokens, 4 rows
     moved = {phase: moved for phase, (_, moved) in benchmark.ppo_cost(TINY, itemsize=2).items()}
-    assert moved == {"rollout": 2 * (5 * matrices + cached), "scoring": 2 * 4 * matrices,
+    assert moved == {"rollout": 2 * (5 * matrices + cached), "scoring": 2 * (4 * matrices - 2 * 29 * 16),
                      "update": 2 * 2 * 7 * 4 * trained}
 
 
@@ -174,7 +174,10 @@ def test_as_a_process():
 
 
 @pytest.mark.parametrize("arguments, said", [
-    (["--what", "ppo", "--batch", "6"], "--batch 6: must be a multiple of 4, the minibatches of size S"),
+    (["--batch", "6"], "--batch 6: must be a multiple of 4, for the minibatches of size S"),
+    (["--scaling", "--batch", "4"], "--batch 4: must be a multiple of 8"),
+    (["--scaling", "--what", "sft"], "--what sft: --scaling is of PPO"),
+    (["--threads", "99999999999"], "--threads 99999999999: must be at most 1024"),
     (["--what", "ppo", "--device", "cuda:99"], "--device cuda:99: there is no such CUDA device"),
     (["--size", "XL"], "--size: invalid choice"),
 ])

@@ -111,7 +111,7 @@ def test_a_flipped_byte_is_found(save, refused):
 
 
 def test_a_file_without_a_seal_is_read(save, refused):
-    """What torch.save alone wrote has its CRCs: a checkpoint edited by a person loads, a wrong bit in a weight is found."""
+    """What torch.save alone wrote has its CRCs: one edited by a person loads, a wrong bit in a weight is found."""
     path, _ = save()
     rewrite(path, lambda payload: payload["info"].update(mine=1))
     assert checkpoint.read(path, ["sft"])["info"]["mine"] == 1
@@ -285,7 +285,8 @@ def test_a_damaged_file_points_at_the_one_before(save, refused):
     path, _ = save()
     save()
     os.truncate(path, 1000)
-    assert "there is an earlier one: " + path.replace("ckpt", "ckpt.previous") in refused(checkpoint.read, path, ["sft"])
+    earlier = path.replace("ckpt", "ckpt.previous")
+    assert f"there is an earlier one: {earlier}" in refused(checkpoint.read, path, ["sft"])
 
 
 def test_what_is_not_finite_is_not_saved(save, make_model):

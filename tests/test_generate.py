@@ -272,7 +272,7 @@ def test_bfloat16_rollouts(make_model):
     assert (rollout.sampler_logprobs - logprobs)[mask].abs().mean() < 0.1
 
 
-@pytest.mark.parametrize("every", [3, 16])
+@pytest.mark.parametrize("every", [3, 8])
 def test_how_often_one_looks_changes_nothing(make_model, monkeypatch, every):
     """Rows that ended stay for some tokens where a look at them costs more: the same answers, lengths and ends."""
     model = make_model()
@@ -281,9 +281,9 @@ def test_how_often_one_looks_changes_nothing(make_model, monkeypatch, every):
     rollouts = []
     for n in (1, every):
         monkeypatch.setitem(generation.LOOK, "cpu", n)
-        rollouts.append(generate(model, prompts, 10, EOS, generator=torch.Generator().manual_seed(3)))
+        rollouts.append(generate(model, prompts, 20, EOS, generator=torch.Generator().manual_seed(3)))
     a, b = rollouts
-    assert len(set(a.lengths.tolist())) > 4 and 4 < a.finished.sum() < 12
+    assert len(set(a.lengths.tolist())) > 4 and (a.lengths - a.prompt_lengths).max() > every
     assert torch.equal(a.tokens, b.tokens) and torch.equal(a.lengths, b.lengths) and torch.equal(a.finished, b.finished)
     torch.testing.assert_close(a.sampler_logprobs, b.sampler_logprobs)
 

@@ -232,7 +232,7 @@ SABOTAGE = {
     "the KL from the SFT model is 0 at the start": (
         "ppo", "minirlhf.model.GPT.with_head", spoiled),
     "at learning rate 0 KL, approxkl and clipfrac stay 0": (
-        "ppo", "torch.optim.AdamW.step", lambda f: lambda self: [g["params"][0].data.mul_(1.01)
+        "ppo", "minirlhf.runtime.AdamW.step", lambda f: lambda self: [g["params"][0].data.mul_(1.01)
                                                                   for g in self.param_groups]),
     "at learning rate 0 no weight moves": (
         "rm", "minirlhf.runtime.AdamW.step", lambda f: lambda self: self.param_groups[0]["params"][0].data.add_(1e-6)),
