@@ -324,6 +324,7 @@ def keep_freed_memory():
         libc.mallopt(-8, 1)  # M_ARENA_MAX
 
 
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")  # kernels it keeps; 1024 of them creep up on memory
 PRODUCT_ERROR = 1e-3  # of what product_error finds: float32 gives about 1e-4, TF32 1e-2, bfloat16 1e-1
 
 
@@ -337,15 +338,27 @@ def product_error():
     return max(float((x - exact[:len(x)]).abs().max()) for x in found)
 
 
-def pick_products(device):
-    """On a CPU: float32 products by oneDNN instead of MKL, twice as fast on AMD's, where they stay float32.
+def product_seconds():
+    """The shortest of ten products of two 512 x 512 float32 matrices on the CPU."""
+    a, seconds = torch.ones(512, 512), []
+    for _ in range(10):
+        began = time.perf_counter()
+        a @ a
+        seconds.append(time.perf_counter() - began)
+    return min(seconds)
 
-    "medium" lets oneDNN round to bfloat16, which it does on CPUs with AMX: there, and on a GPU, nothing changes.
+
+def pick_products(device):
+    """On a CPU: float32 products by oneDNN instead of MKL, where they stay float32 and are much faster, as on some AMD's.
+
+    "medium" lets oneDNN round to bfloat16, which it does on CPUs with AMX: there, and on a GPU, nothing changes. Much:
+    oneDNN makes a kernel for each new shape, and ragged batches have many.
     """
     before = torch.get_float32_matmul_precision()
     if device.type == "cpu":
+        plain = product_seconds()
         torch.set_float32_matmul_precision("medium")
-        if product_error() > PRODUCT_ERROR:
+        if product_error() > PRODUCT_ERROR or 1.5 * product_seconds() > plain:
             torch.set_float32_matmul_precision(before)
 
 
