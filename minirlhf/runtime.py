@@ -349,7 +349,7 @@ def product_seconds():
 
 
 def pick_products(device):
-    """On a CPU: float32 products by oneDNN instead of MKL, where they stay float32 and are much faster, as on some AMD's.
+    """On a CPU: float32 products by oneDNN instead of MKL, where they stay float32 and are much faster (some of AMD's).
 
     "medium" lets oneDNN round to bfloat16, which it does on CPUs with AMX: there, and on a GPU, nothing changes. Much:
     oneDNN makes a kernel for each new shape, and ragged batches have many.
