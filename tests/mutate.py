@@ -205,7 +205,6 @@ CHECKPOINT = [
     ('if payload["format"] > FORMAT:', "if False:"),
     ('if payload["stage"] not in stages:', "if False:"),
     ("            if name in structural:\n", "            if False:\n"),
-    ("if config.n_layer > len(payload[\"model\"]):", "if False:"),
 ]
 RUNTIME = [
     ('if row["step"] <= step and "final" not in row:', 'if row["step"] <= step:'),
