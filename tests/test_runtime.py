@@ -411,6 +411,16 @@ def test_who_optimises_what(make_model, optimizer):
     assert [one.param_groups[0]["lr"] for one in optimizers] == [0.005, 0.01][:len(optimizers)]
 
 
+@pytest.mark.parametrize("limit, scaled", [(1.0, [0.6, 0.8]), (10.0, [3.0, 4.0]), (0.0, [3.0, 4.0])])
+def test_clip_gradients_by_hand(refused, limit, scaled):
+    """A gradient (3, 4) of norm 5 is scaled down to the limit, never up, and not at all by 0; a loss that is not finite
+    is refused, whatever its gradient."""
+    model = torch.nn.Linear(2, 1, bias=False)
+    model.weight.grad = torch.tensor([[3.0, 4.0]])
+    o = SimpleNamespace(max_grad_norm=limit, out_dir="out/x", learning_rate=0.1)
+    assert runtime.clip_gradients(model, 1.0, "step 1", o) == 5.0
+    assert model.weight.grad[0].tolist() == pytest.approx(scaled, abs=1e-5)
+    assert "step 7: not finite (loss nan" in refused(runtime.clip_gradients, model, float("nan"), "step 7", o)
 
 
 def test_warmup_cosine_by_hand():
