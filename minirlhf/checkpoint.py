@@ -42,8 +42,8 @@ def save(path, *, stage, model, tokenizer, options, info, training, environment=
     """Write, read back, rename; the good file that was there becomes ckpt.previous.pt -> a line with size and seconds.
 
     weights: what others shall use where that is not the model's last (the best, say); environment: Run.surroundings().
-    Exits 1 and leaves what was there
-    when a weight is not finite, or, naming path and size, when the disk is full or the folder gone.
+    Exits 1 and leaves what was there when a weight is not finite, or, naming path and size, when the disk is full or
+    the folder gone.
     """
     began, temporary, size = time.perf_counter(), f"{path}.tmp", 0
     payload = {"format": FORMAT, "stage": stage, "config": asdict(model.config), "head": model.head,

@@ -63,7 +63,7 @@ class Run:
             self._claim_out_dir()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._on_signal)
-        self.started, self.metrics = time.perf_counter(), None
+        self.started = time.perf_counter()
 
     # ---- output folder
 
@@ -119,15 +119,15 @@ class Run:
             for name in ("config.json", *KEPT):  # in this order a death halfway leaves the old run, or none
                 with contextlib.suppress(FileNotFoundError):
                     os.remove(self.path(name))
-        for name in filter(os.path.exists, map(self.path, LOGS)):
+        for name in self.logs():
             kept = []
-            with open(name, "rb") as f:
+            with open(self.path(name), "rb") as f:
                 for line in f:
                     with contextlib.suppress(ValueError, LookupError, TypeError):  # a torn last line
                         row = json.loads(line)
                         if row["step"] <= step and "final" not in row:
                             kept.append(line.rstrip(b"\n") + b"\n")
-            self.replace(os.path.basename(name), b"".join(kept))
+            self.replace(name, b"".join(kept))
         self.begun = not os.path.exists(self.path("config.json"))
         self.replace("config.json", json.dumps({"stage": self.stage, **asdict(self.options)}, indent=2).encode())
 
@@ -148,9 +148,12 @@ class Run:
 
     def sync(self):
         """The logs on the disk, before a checkpoint is that counts on them."""
-        for name in filter(os.path.exists, map(self.path, LOGS)):
-            with open(name, "ab") as f:
+        for name in self.logs():
+            with self.writing(name), open(self.path(name), "ab") as f:
                 os.fsync(f.fileno())
+
+    def logs(self):
+        return [name for name in LOGS if os.path.exists(self.path(name))]
 
     @contextlib.contextmanager
     def writing(self, name):

@@ -468,6 +468,14 @@ def begin(folder, *argv, rows=1, **surroundings):
     return running
 
 
+def stopped(folder, stage, rows):
+    """The out_dir of a new run that SIGTERM has ended once its metrics held a few rows."""
+    running = begin(folder, *fresh(stage), rows=rows)
+    os.kill(running.pid, signal.SIGTERM)
+    running.wait()
+    return folder / "out" / "new"
+
+
 def command_error(folder, *argv):
     status, _, error = Command(*argv, cwd=folder).wait()
     assert status == 2 and error.count("\n") == 1
@@ -659,10 +667,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(folder, command, 
 @EVERY
 def test_resume_lists_what_differs(folder, command, rejected, stage):
     """Row 31: other hyperparameters are listed, and hold from there on; what would make it another run is refused."""
-    running = begin(folder, *fresh(stage), rows=2)
-    os.kill(running.pid, signal.SIGTERM)
-    running.wait()
-    before = snapshot(folder / "out" / "new")
+    before = snapshot(stopped(folder, stage, rows=2))
     error = rejected(*fresh(stage, "--resume", "--batch_size", "4"), cwd=folder)
     assert "--batch_size 4: this run had 8, which cannot change" in error
     error = rejected(*fresh(stage, "--resume", "--seed", "1"), cwd=folder)
@@ -769,10 +774,7 @@ def test_a_finished_run_says_so(folder, command, stage):
 @EVERY
 def test_a_full_disk(folder, command, stage):
     """Row 33: a file system that takes no more than a part of a checkpoint: path and size, the old checkpoint whole."""
-    running = begin(folder, *fresh(stage), rows=4)
-    os.kill(running.pid, signal.SIGTERM)
-    running.wait()
-    new = folder / "out" / "new"
+    new = stopped(folder, stage, rows=4)
     before = (new / "ckpt.pt").read_bytes()
     _, error = command(*fresh(stage, "--resume"), cwd=folder, code=1, largest_file=len(before) // 2)
     assert "out/new/ckpt.pt: could not be written" in error and f"{len(before) // 2:,} bytes" in error
@@ -791,10 +793,7 @@ def test_a_full_disk_under_the_log(folder, command, stage):
 @EVERY
 def test_logs_are_repaired(folder, command, stage):
     """Row 34: a torn last line and rows later than the checkpoint go, no step stands twice."""
-    running = begin(folder, *fresh(stage), rows=2)
-    os.kill(running.pid, signal.SIGTERM)
-    running.wait()
-    new = folder / "out" / "new"
+    new = stopped(folder, stage, rows=2)
     for name in ("metrics.jsonl", "samples.jsonl"):
         with open(new / name, "ab") as f:
             f.write(b'{"step": 7, "loss": 1}\n{"step": 9, "completion": "caf\xc3')
@@ -811,10 +810,7 @@ def test_logs_are_repaired(folder, command, stage):
 def test_what_is_not_finite_stops_the_run(folder, command, stage):
     """Row 35: a learning rate that ruins the weights: the next step stops before its update, the last good checkpoint
     is whole."""
-    running = begin(folder, *fresh(stage), rows=2)
-    os.kill(running.pid, signal.SIGTERM)
-    running.wait()
-    new = folder / "out" / "new"
+    new = stopped(folder, stage, rows=2)
     before = (new / "ckpt.pt").read_bytes()
     status, _, error = Command(*fresh(stage, "--resume", "--learning_rate", "1e38", "--eval_interval", "100"),
                                cwd=folder).wait()
