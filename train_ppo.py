@@ -130,13 +130,13 @@ def load_function(spec):
 
 # ---- forward passes on the grid
 
-def decisions(model, tokens, mask, temperature, hidden=None):
-    """Logits (counted, V) of the masked decisions at the sampling temperature, and the log-probabilities (counted,) of
-    what was chosen. The head and most of the last block run on counted decisions only.
+def decisions(model, tokens, counted, temperature, hidden=None):
+    """Logits (counted, V) of some decisions at the sampling temperature, and the log-probabilities (counted,) of what
+    was chosen. counted: their `places` on the grid; the head and most of the last block run on them only.
     """
-    states = (hidden or model.hidden)(tokens[:, :-1], counted=places(mask))  # (counted, C)
+    states = (hidden or model.hidden)(tokens[:, :-1], counted=counted)  # (counted, C)
     logits = model.logits(states / temperature)  # of the C states, not of the V logits: less to divide and to keep
-    return logits, token_logprobs(logits, tokens[:, 1:][mask])
+    return logits, token_logprobs(logits, tokens[:, 1:].flatten()[counted])
 
 
 def on_grid(counted, mask):
@@ -176,22 +176,29 @@ def roll_out(policy, prompts, eos, step, o, run):
     return rollout.take(rollout.lengths.argsort(stable=True))
 
 
+def microbatches(rollout, rows, o):
+    """Yields (part, batch, counted) of some rows: their numbers, their Rollout cut to the longest, its decisions' places
+    on the grid."""
+    for part in rows.sort().values.split(o.micro_batch_size):
+        batch = rollout.take(part)
+        yield part, batch, places(batch.response_mask)
+
+
 @torch.no_grad()
 def judgement(nets, rollout, judge, o, run):
     """Rollout -> Judgement: log-probabilities of what was sampled under policy and reference, values, scores."""
     mask, rows = rollout.response_mask, torch.arange(len(rollout.lengths), device=run.device)
 
-    def forward(rows):
-        part = rollout.take(rows)  # cut to the longest: padding costs time and changes nothing
-        tokens, mask = part.tokens, part.response_mask
+    def forward(batch, counted):
         with run.autocast():
-            logits, logprobs = decisions(nets.policy, tokens, mask, o.temperature, nets.policy_hidden)
+            logits, logprobs = decisions(nets.policy, batch.tokens, counted, o.temperature, nets.policy_hidden)
             entropies = entropy(logits)
-            _, ref_logprobs = decisions(nets.ref, tokens, mask, o.temperature)
-            values = nets.value.scalar(nets.value_hidden(tokens[:, :-1], counted=places(mask)))
+            del logits
+            _, ref_logprobs = decisions(nets.ref, batch.tokens, counted, o.temperature)
+            values = nets.value.scalar(nets.value_hidden(batch.tokens[:, :-1], counted=counted))
         return logprobs, ref_logprobs, values, entropies
 
-    parts = [forward(part) for part in rows.split(o.micro_batch_size)]
+    parts = [forward(batch, counted) for _, batch, counted in microbatches(rollout, rows, o)]
     whole = o.micro_batch_size if judge.model is not None else len(rows)  # a function gets all answers at once
     scores = torch.cat([judge(rollout.take(part)) for part in rows.split(whole)])
     return Judgement(*(on_grid(torch.cat(x), mask) for x in zip(*parts)), scores)
@@ -213,66 +220,78 @@ def credit(rollout, judged, kl_coef, o, total):
     return whiten(advantages, mask, total=total), returns, charged, paid
 
 
-def minibatch_gradients(nets, rollout, judged, advantages, returns, rows, learn_policy, o, run):
-    """Add to each .grad the gradient of the clipped losses over some rows, in microbatches -> sums (7,), count.
+def policy_gradients(nets, rollout, judged, advantages, rows, o, run):
+    """Add to each .grad of the policy that of its clipped loss over some rows, in microbatches -> sums (5,), count.
 
-    sums, over the decisions of all ranks: policy loss, value loss, 0.5 log-ratio^2, policy clipped, value clipped,
-    ratio, k3 of new and old policy. The gradients are those of their losses / count, whatever the microbatch size.
+    sums, over the decisions of all ranks: loss, 0.5 log-ratio^2, clipped, ratio, k3 of new and old policy. The gradient
+    is that of the loss / count, whatever the microbatch size.
     """
     count = run.total(rollout.response_mask[rows].sum())  # over all microbatches and ranks: divide once
-    sums = torch.zeros(7, device=run.device)
-    for part in rows.sort().values.split(o.micro_batch_size):
-        rows_of = rollout.take(part)
-        tokens, mask = rows_of.tokens, rows_of.response_mask
-        old, A, R, V_old = (x[part, :mask.shape[1]][mask]
-                            for x in (judged.old_logprobs, advantages, returns, judged.values))
-        new = old
-        if learn_policy:
-            with run.autocast():
-                logits, new = decisions(nets.policy, tokens, mask, o.temperature, nets.policy_hidden)
-                bonus = o.ent_coef * entropy(logits) if o.ent_coef else 0.0
-            ((policy_loss(new, old, A, o.cliprange) - bonus).sum() / count).backward()
-            del logits, bonus  # and with them all that the policy's pass kept, before the value network's
+    sums = torch.zeros(5, device=run.device)
+    for part, batch, counted in microbatches(rollout, rows, o):
+        T = batch.tokens.shape[1]
+        old, A = (x[part, :T - 1].flatten()[counted] for x in (judged.old_logprobs, advantages))
         with run.autocast():
-            V = nets.value.scalar(nets.value_hidden(tokens[:, :-1], counted=places(mask)))
-        vf_loss = value_loss(V, V_old, R, o.cliprange_value)
-        (o.vf_coef * vf_loss.sum() / count).backward()
+            logits, new = decisions(nets.policy, batch.tokens, counted, o.temperature, nets.policy_hidden)
+            bonus = o.ent_coef * entropy(logits) if o.ent_coef else 0.0
+        loss = policy_loss(new, old, A, o.cliprange)
+        ((loss - bonus).sum() / count).backward()
+        del logits, bonus  # before the next microbatch makes its own
         with torch.no_grad():
             d = log_ratio(new, old)
             sums += torch.stack([x.sum() for x in (
-                policy_loss(new, old, A, o.cliprange), vf_loss, 0.5 * d ** 2, policy_clipped(new, old, A, o.cliprange),
-                value_clipped(V, V_old, R, o.cliprange_value), d.exp(), k3(old, new))])
-    for model in (nets.policy, nets.value)[not learn_policy:]:
-        run.sum_gradients(model.parameters())
+                loss, 0.5 * d ** 2, policy_clipped(new, old, A, o.cliprange), d.exp(), k3(old, new))])
+    run.sum_gradients(nets.policy.parameters())
+    return run.total(sums), count
+
+
+def value_gradients(nets, rollout, judged, returns, rows, o, run):
+    """The same for the value network -> sums (2,): loss, clipped; count."""
+    count = run.total(rollout.response_mask[rows].sum())
+    sums = torch.zeros(2, device=run.device)
+    for part, batch, counted in microbatches(rollout, rows, o):
+        T = batch.tokens.shape[1]
+        V_old, R = (x[part, :T - 1].flatten()[counted] for x in (judged.values, returns))
+        with run.autocast():
+            V = nets.value.scalar(nets.value_hidden(batch.tokens[:, :-1], counted=counted))
+        loss = value_loss(V, V_old, R, o.cliprange_value)
+        (o.vf_coef * loss.sum() / count).backward()
+        with torch.no_grad():
+            sums += torch.stack([loss.sum(), value_clipped(V, V_old, R, o.cliprange_value).sum()])
+    run.sum_gradients(nets.value.parameters())
     return run.total(sums), count
 
 
 def update(nets, optimizers, rollout, judged, advantages, returns, step, o, run):
     """Epochs x minibatches of clipped losses -> (sums (7,), their count, mean ratio of each minibatch, ended).
 
-    In the first value_warmup steps the policy rests. ended: the k3 between new and old policy at which the epochs ended
-    early, its gradients dropped, or 0. Exits 2, before the optimizer's step, on what is not finite.
+    One network at a time, so that the gradients of one are in memory; in the first value_warmup steps the policy rests.
+    ended: the k3 between new and old policy at which the epochs ended early, the gradient dropped, or 0. Exits 2, before
+    the optimizer's step, on what is not finite.
     """
-    learn_policy = step >= o.value_warmup
-    learning = list(zip((nets.policy, nets.value), optimizers))[not learn_policy:]
+    def learn(model, optimizer, loss):
+        runtime.clip_gradients(model, loss, f"step {step + 1}, epoch {epoch + 1}", o, weights=first)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    policy_optimizer, value_optimizer = optimizers
     totals, counted, ratios = torch.zeros(7, device=run.device), 0, []
     for epoch in range(o.num_ppo_epochs):
         shuffled = torch.randperm(len(rollout.lengths), generator=run.generator(step, f"epoch {epoch}")).to(run.device)
-        for minibatch in shuffled.tensor_split(o.num_mini_batches):
-            sums, count = minibatch_gradients(nets, rollout, judged, advantages, returns, minibatch, learn_policy, o,
-                                              run)
-            pg_loss, vf_loss, moved = (sums[[0, 1, 6]] / count).tolist()
-            if moved > min(o.target_kl or BLOWN_UP, BLOWN_UP):
-                for _, optimizer in learning:
-                    optimizer.zero_grad(set_to_none=True)
-                return totals, counted, ratios, moved
-            for model, _ in learning:
-                runtime.clip_gradients(model, pg_loss + vf_loss, f"step {step + 1}, epoch {epoch + 1}", o)
-            for _, optimizer in learning:
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-            totals, counted = totals + sums, counted + count
-            ratios.append(sums[5] / count)
+        for i, minibatch in enumerate(shuffled.tensor_split(o.num_mini_batches)):
+            first = epoch == i == 0
+            policy_sums = torch.zeros(5, device=run.device)
+            if step >= o.value_warmup:
+                policy_sums, count = policy_gradients(nets, rollout, judged, advantages, minibatch, o, run)
+                pg_loss, moved = (policy_sums[[0, 4]] / count).tolist()
+                if moved > min(o.target_kl or BLOWN_UP, BLOWN_UP):
+                    nets.policy.zero_grad(set_to_none=True)
+                    return totals, counted, ratios, moved
+                learn(nets.policy, policy_optimizer, pg_loss)
+                ratios.append(policy_sums[3] / count)
+            value_sums, count = value_gradients(nets, rollout, judged, returns, minibatch, o, run)
+            learn(nets.value, value_optimizer, float(value_sums[0] / count))
+            totals, counted = totals + torch.cat([policy_sums, value_sums]), counted + count
     return totals, counted, ratios, 0.0
 
 
@@ -293,7 +312,7 @@ def answer(policy, ref, judges, run, tokenizer, prompts, o, draw=0, batch_size=1
             rollout = generate(policy, prompts[at:at + batch_size], o.response_length, tokenizer.eos, o.temperature,
                                runtime.generator(o.seed, at, 0, f"held-out {draw}"))
             mask = rollout.response_mask
-            logprobs, ref_logprobs = (on_grid(decisions(m, rollout.tokens, mask, o.temperature)[1], mask)
+            logprobs, ref_logprobs = (on_grid(decisions(m, rollout.tokens, places(mask), o.temperature)[1], mask)
                                       for m in (policy, ref))
         scores = [judge(rollout) for judge in judges]
         columns = {"k1": k1(logprobs, ref_logprobs).sum(1), "k3": k3(logprobs, ref_logprobs).sum(1),
@@ -552,7 +571,7 @@ def main():
                 (judged.old_logprobs - rollout.sampler_logprobs).abs())])) / n
             mean_k3, neg_logprob, score, rewarded, priced_kl, length, eos_rate, H, gap = means.tolist()
             H, gap = H / length, gap / length  # a decision, over all decisions of all ranks
-            policy_avg, value_avg, approxkl, clipfrac, value_clipfrac, _, _ = (totals / max(1, counted)).tolist()
+            policy_avg, approxkl, clipfrac, _, _, value_avg, value_clipfrac = (totals / max(1, counted)).tolist()
             updates, ratios = len(ratios), torch.stack(ratios) if ratios else torch.ones(1)
             seconds = time.perf_counter() - began
             done, stopping = step + 1, run.should_stop()

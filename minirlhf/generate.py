@@ -5,6 +5,7 @@ with prompts of different lengths share a batch, and no row's answer depends on 
 
 Left out: top-k and top-p. RL trains the full softmax, so it must sample from it.
 """
+import math
 from dataclasses import dataclass
 
 import torch
@@ -16,22 +17,22 @@ LOOK = {"cpu": 1}  # tokens between looks at which rows have ended; elsewhere 16
 
 
 class KVCache:
-    """Keys and values of all layers: (L, B, H, S, D), S = slots; `filled` slots are in use."""
+    """Keys and values of all layers: (L, B, S, H, D), S = slots; `filled` slots are in use."""
 
     def __init__(self, model, rows, slots):
         c, weight, kind = model.config, model.wte.weight, model.wte.weight.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
         # zeros, not empty: a masked weight of 0 times an unwritten slot must be 0, and 0 * NaN is not
-        self.k = torch.zeros(c.n_layer, rows, c.n_head, slots, c.n_embd // c.n_head, device=weight.device, dtype=dtype)
+        self.k = torch.zeros(c.n_layer, rows, slots, c.n_head, c.n_embd // c.n_head, device=weight.device, dtype=dtype)
         self.v = torch.zeros_like(self.k)
         self.filled = 0
 
     def extend(self, layer, positions, k, v):
-        """Write k, v (B, H, T, D) into slots positions (B or 1, T); return the filled part (B, H, filled, D)."""
-        index = positions[:, None, :, None].expand_as(k)
-        self.k[layer].scatter_(2, index, k)
-        self.v[layer].scatter_(2, index, v)
-        return self.k[layer, :, :, :self.filled], self.v[layer, :, :, :self.filled]
+        """Write k, v (B, T, H, D) into slots positions (B or 1, T); return the filled part (B, filled, H, D)."""
+        rows = torch.arange(len(k), device=k.device)[:, None]
+        self.k[layer][rows, positions] = k
+        self.v[layer][rows, positions] = v
+        return self.k[layer, :, :self.filled], self.v[layer, :, :self.filled]
 
     def keep(self, rows):
         self.k, self.v = self.k[:, rows], self.v[:, rows]
@@ -70,13 +71,13 @@ def sample(logits, temperature, u):
     """
     if temperature == 0:
         return logits.argmax(-1), logits.new_zeros(len(logits))
-    logprobs = (logits / temperature).log_softmax(-1)
-    cdf = logprobs.exp().cumsum(-1)
+    probabilities = (logits if temperature == 1 else logits / temperature).softmax(-1)
+    cdf = probabilities.cumsum(-1)
     total = cdf[:, -1]
     # the cap keeps u * total below total after rounding, so that a token of probability 0 is never taken
     target = torch.minimum(u * total, torch.nextafter(total, torch.zeros_like(total)))
     token = torch.searchsorted(cdf, target[:, None], right=True).squeeze(1).clamp(max=logits.shape[1] - 1)  # if NaN
-    return token, logprobs.gather(1, token[:, None]).squeeze(1)
+    return token, probabilities.gather(1, token[:, None]).squeeze(1).log()
 
 
 @torch.no_grad()
@@ -102,9 +103,8 @@ def generate(model, prompts: list[list[int]], response_length: int, eos: int, te
 
     cache = KVCache(model, B, P + response_length)
     cache.filled = P
-    hidden = model.hidden(tokens[:, :P], cache, torch.arange(P, device=device)[None])
-    last = hidden[torch.arange(B, device=device), prompt_lengths - 1]  # (B, C)
     rows = torch.arange(B, device=device)  # cache row -> batch row
+    last = model.hidden(tokens[:, :P], cache, torch.arange(P, device=device)[None], rows * P + prompt_lengths - 1)
     live = torch.ones(B, dtype=torch.bool, device=device)
     for n in range(response_length):
         new, logprob = sample(model.logits(last), temperature, u[rows, n])
@@ -121,9 +121,11 @@ def generate(model, prompts: list[list[int]], response_length: int, eos: int, te
             left = int(live.sum())
             if left == 0:
                 break
+            left = math.ceil(left / 16) * 16  # of shapes there shall be few: for each, libraries make kernels
             if left <= 0.8 * len(rows):  # dropping rows copies the cache: worth it for several at once
-                cache.keep(live)
-                rows, at, live = rows[live], at[live], live[live]
+                kept = (~live).argsort(stable=True)[:left]
+                cache.keep(kept)
+                rows, at, live = rows[kept], at[kept], live[kept]
         cache.filled = P + n + 1
         last = model.hidden(tokens[rows, at][:, None], cache, at[:, None])[:, 0]
     if not logprobs.isfinite().all():

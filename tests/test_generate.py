@@ -34,9 +34,9 @@ class Chain(torch.nn.Module):
         self.wte = torch.nn.Embedding(len(table), 2)
         self.table, self.calls = table, []
 
-    def hidden(self, tokens, cache, positions):
+    def hidden(self, tokens, cache, positions, counted=None):
         self.calls.append(tuple(tokens.shape))
-        return self.table[tokens]
+        return self.table[tokens] if counted is None else self.table[tokens.flatten()[counted]]
 
     def logits(self, hidden):
         return hidden
@@ -219,10 +219,12 @@ def test_the_mask_is_made_from_lengths():
 
 
 def test_generation_ends_with_the_last_row():
-    """Allowed 40 tokens, the longest answer takes 3: a prefill and two more passes, rows that ended being dropped."""
+    """Allowed 40 tokens, the longest answer takes 3: a prefill and two more passes, rows that ended being dropped, but
+    for those that make their number a multiple of 16."""
     chain = sure(1, 2, 3, 0)
-    generate(chain, [[1]] + [[3]] * 8 + [[2]], 40, EOS)
-    assert chain.calls == [(10, 1), (2, 1), (1, 1)]
+    rollout = generate(chain, [[1]] + [[3]] * 38 + [[2]], 40, EOS)
+    assert chain.calls == [(40, 1), (16, 1), (16, 1)]
+    assert rollout.responses() == [[2, 3, 0]] + [[0]] * 38 + [[3, 0]]
     chain.calls.clear()
     generate(chain, [[3], [3, 3]], 40, EOS)
     assert chain.calls == [(2, 2)]

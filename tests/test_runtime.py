@@ -346,14 +346,17 @@ def test_products_stay_float32(precision):
     assert rough.abs().max() > 100 * runtime.PRODUCT_ERROR
 
 
-@pytest.mark.parametrize("device, error, times, picked", [
-    ("cpu", 1e-4, [2, 1], "medium"), ("cpu", 1e-4, [1.2, 1], "highest"), ("cpu", 1e-4, [1, 2], "highest"),
-    ("cpu", 1e-2, [2, 1], "highest"), ("cpu", 1e-1, [2, 1], "highest"), ("cuda", 1e-4, [2, 1], "highest")])
-def test_other_products_only_where_they_are_exact_and_fast(monkeypatch, precision, device, error, times, picked):
-    """A chip that rounds to TF32 or bfloat16, or gains little, keeps the products it had, and so does every GPU."""
+@pytest.mark.parametrize("device, name, error, picked", [
+    ("cpu", "AMD EPYC", 1e-4, "medium"), ("cpu", "Intel(R) Xeon(R)", 1e-4, "highest"), ("cpu", None, 1e-4, "highest"),
+    ("cpu", "AMD EPYC", 1e-2, "highest"), ("cpu", "AMD EPYC", 1e-1, "highest"), ("cuda", "AMD EPYC", 1e-4, "highest")])
+def test_other_products_only_where_they_are_exact_and_fast(monkeypatch, precision, device, name, error, picked):
+    """A chip that rounds to TF32 or bfloat16, is not AMD's or not known, keeps the products it had; so does a GPU."""
     precision("highest")
     monkeypatch.setattr(runtime, "product_error", lambda: error)
-    monkeypatch.setattr(runtime, "product_seconds", iter(times).__next__)
+    if name is None:
+        monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    else:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": name}, raising=False)
     runtime.pick_products(torch.device(device))
     assert torch.get_float32_matmul_precision() == picked
 

@@ -9,7 +9,7 @@ import torch
 
 import train_ppo
 from minirlhf.generate import Rollout, generate
-from minirlhf.model import GPT, GPTConfig
+from minirlhf.model import GPT, GPTConfig, places
 from minirlhf.runtime import generator
 
 EOS = 0
@@ -131,7 +131,7 @@ def naive_entropy(model, ids, temperature):
 def naive_update(nets, batch, o, lr, step):
     """Every epoch and minibatch, one decision after another; AdamW written out.   Kingma & Ba 2015, algorithm 1.
 
-    -> the sums of policy loss, value loss, half squared log-ratio, clipped decisions and values, ratio, k3.
+    -> the sums of policy loss, half squared log-ratio, clipped decisions, ratio, k3; value loss, clipped values.
     """
     moments, sums = {}, [0.0] * 7
     for epoch in range(o.num_ppo_epochs):
@@ -149,8 +149,8 @@ def naive_update(nets, batch, o, lr, step):
                 near = low if V < low else high if V > high else V
                 worse = (V - R) ** 2 if (V - R) ** 2 > (near - R) ** 2 else (near - R) ** 2
                 d = math.log(ratio.item())
-                for k, term in enumerate((-gain, 0.5 * worse, d * d / 2, clipped * A < ratio * A,
-                                          (near - R) ** 2 > (V - R) ** 2, ratio, math.exp(d) - 1 - d)):
+                for k, term in enumerate((-gain, d * d / 2, clipped * A < ratio * A, ratio, math.exp(d) - 1 - d,
+                                          0.5 * worse, (near - R) ** 2 > (V - R) ** 2)):
                     sums[k] += term.item() if isinstance(term, torch.Tensor) else term
                 losses.append(-gain + o.vf_coef * 0.5 * worse
                               - o.ent_coef * naive_entropy(nets.policy, ids, o.temperature))
@@ -200,7 +200,7 @@ def test_a_step_equals_the_naive_one(world, monkeypatch, changes):
                                              run)
     sums = naive_update(other, batch, o, lr, 7)
     assert totals.tolist() == pytest.approx(sums, rel=1e-5)
-    assert counted == o.num_ppo_epochs * mask.sum() and totals[3] > 0  # some were clipped
+    assert counted == o.num_ppo_epochs * mask.sum() and totals[2] > 0  # some were clipped
     for ours, theirs in ((nets.policy, other.policy), (nets.value, other.value)):
         for (name, p), q in zip(ours.named_parameters(), theirs.parameters()):
             torch.testing.assert_close(p, q, msg=lambda m, name=name: f"{name}: {m}", **DOUBLE)
@@ -230,7 +230,7 @@ def test_judgement_recomputes_what_the_sampler_said(world):
     advantages, returns, _, _ = train_ppo.credit(rollout, judged, 0.3, o, lambda t: t)
     totals, counted, ratios, _ = train_ppo.update(nets, optimizers(nets, o, 1e-2), rollout, judged, advantages, returns,
                                                   0, o, run_of(o))
-    assert [float(r) for r in ratios] == pytest.approx([1.0], abs=1e-12) and float(totals[2]) < 1e-20
+    assert [float(r) for r in ratios] == pytest.approx([1.0], abs=1e-12) and float(totals[1]) < 1e-20
 
 
 def test_summary_by_hand():
@@ -254,7 +254,7 @@ def test_decisions_at_another_temperature(make_model):
     """Logits are divided by it before the softmax: at T, log p = logit/T - logsumexp(logits/T)."""
     model, tokens = make_model(), torch.tensor([[1, 2, 3, 4]])
     mask = torch.tensor([[False, True, True]])
-    logits, logprobs = train_ppo.decisions(model, tokens, mask, 0.5)
+    logits, logprobs = train_ppo.decisions(model, tokens, places(mask), 0.5)
     expected = model(tokens)[0, 1:3] * 2
     torch.testing.assert_close(logits, expected)
     torch.testing.assert_close(logprobs, expected.log_softmax(-1)[[0, 1], [3, 4]])
@@ -314,6 +314,12 @@ def ready(world, o):
     return nets, rollout, judged, advantages, returns
 
 
+def gradients(nets, rollout, judged, advantages, returns, *rest):
+    """Of both networks, into their .grad -> the sums (7,)."""
+    return torch.cat([train_ppo.policy_gradients(nets, rollout, judged, advantages, *rest)[0],
+                      train_ppo.value_gradients(nets, rollout, judged, returns, *rest)[0]])
+
+
 @pytest.mark.parametrize("size", [1, 4, 7])
 def test_microbatch_size_changes_no_gradient(world, size):
     """Gradients and sums of ten ragged rows in microbatches are those of all rows at once."""
@@ -321,8 +327,7 @@ def test_microbatch_size_changes_no_gradient(world, size):
     nets, *rest = ready(world, o)
     found = []
     for size in (10, size):
-        sums, count = train_ppo.minibatch_gradients(nets, *rest, torch.randperm(10), True,
-                                                    options(ent_coef=0.1, micro_batch_size=size), run_of(o))
+        sums = gradients(nets, *rest, torch.randperm(10), options(ent_coef=0.1, micro_batch_size=size), run_of(o))
         found.append((sums, torch.cat([p.grad.flatten() for m in (nets.policy, nets.value) for p in m.parameters()])))
         nets.policy.zero_grad(), nets.value.zero_grad()
     torch.testing.assert_close(found[0][0], found[1][0])
@@ -333,7 +338,7 @@ def test_gradients_come_from_the_policy_and_value_network_alone(world):
     """The reference stays frozen, and so do the numbers of the judgement: no graph leads to them."""
     o = options()
     nets, *rest = ready(world, o)
-    train_ppo.minibatch_gradients(nets, *rest, torch.arange(10), True, o, run_of(o))
+    gradients(nets, *rest, torch.arange(10), o, run_of(o))
     assert all(p.grad is None for p in nets.ref.parameters())
     assert all(p.grad is not None for m in (nets.policy, nets.value) for p in m.parameters())
 
@@ -346,10 +351,10 @@ def test_ranks_divide_by_the_count_of_all(world):
     for factor in (1, 2):
         run = run_of(o)
         run.total = lambda t, factor=factor: factor * t
-        train_ppo.minibatch_gradients(nets, *rest, torch.arange(10), True, o, run)
-        norms.append(float(nets.policy.wte.weight.grad.norm()))
+        gradients(nets, *rest, torch.arange(10), o, run)
+        norms.append([float(m.wte.weight.grad.norm()) for m in (nets.policy, nets.value)])
         nets.policy.zero_grad(), nets.value.zero_grad()
-    assert norms[0] == pytest.approx(2 * norms[1])
+    assert norms[0] == pytest.approx([2 * norm for norm in norms[1]])
 
 
 def test_the_policy_rests_in_the_value_warmup(world):
@@ -365,11 +370,11 @@ def test_the_policy_rests_in_the_value_warmup(world):
 
 def test_target_kl_ends_the_epochs(world, monkeypatch):
     """Above it the batch's epochs end before another step, and no gradient is left; 0 never stops."""
-    k3, real = [], train_ppo.minibatch_gradients
+    k3, real = [], train_ppo.policy_gradients
 
     def watched(*arguments):
         sums, count = real(*arguments)
-        k3.append(float(sums[6] / count))
+        k3.append(float(sums[4] / count))
         return sums, count
 
     def minibatches(target_kl):
@@ -380,7 +385,7 @@ def test_target_kl_ends_the_epochs(world, monkeypatch):
         assert all(p.grad is None for m in (nets.policy, nets.value) for p in m.parameters())
         return len(ratios), stopped
 
-    monkeypatch.setattr(train_ppo, "minibatch_gradients", watched)
+    monkeypatch.setattr(train_ppo, "policy_gradients", watched)
     assert minibatches(0.0) == (10, 0.0)
     highest = max(k3)
     where = k3.index(highest)
@@ -392,16 +397,18 @@ def test_target_kl_ends_the_epochs(world, monkeypatch):
     assert minibatches(0.0) == (first, k3[-1]) == minibatches(2 * highest)
 
 
-def test_what_is_not_finite_stops_before_the_update(world, refused):
-    """An infinite return ends the run with exit status 2; no weight has moved."""
+@pytest.mark.parametrize("where", ["advantages", "returns"])
+def test_what_is_not_finite_stops_before_the_update(world, refused, where):
+    """An infinite advantage or return ends the run with exit status 2 before the network that it would spoil moves."""
     o = options()
     nets, rollout, judged, advantages, returns = ready(world, o)
     before = copy.deepcopy(nets)
-    returns[rollout.response_mask] = math.inf
+    {"advantages": advantages, "returns": returns}[where][rollout.response_mask] = math.inf
     error = refused(train_ppo.update, nets, optimizers(nets, o, 1e-2), rollout, judged, advantages, returns, 4, o,
                     run_of(o))
-    assert "step 5, epoch 1" in error and "loss inf" in error
-    for m, n in ((nets.policy, before.policy), (nets.value, before.value)):
+    assert "step 5, epoch 1" in error and "inf" in error
+    spoilt = {"advantages": ["policy", "value"], "returns": ["value"]}[where]
+    for m, n in ((getattr(nets, name), getattr(before, name)) for name in spoilt):
         assert all(torch.equal(p, q) for p, q in zip(m.parameters(), n.parameters()))
 
 
@@ -448,9 +455,8 @@ def test_every_row_once_an_epoch_in_as_many_minibatches_as_asked(world, monkeypa
     """Each epoch deals all rows to num_mini_batches steps, in another order."""
     o = options(num_ppo_epochs=3, num_mini_batches=5)
     nets, *rest = ready(world, o)
-    dealt, real = [], train_ppo.minibatch_gradients
-    monkeypatch.setattr(train_ppo, "minibatch_gradients",
-                        lambda *a: dealt.append(a[5].tolist()) or real(*a))
+    dealt, real = [], train_ppo.policy_gradients
+    monkeypatch.setattr(train_ppo, "policy_gradients", lambda *a: dealt.append(a[4].tolist()) or real(*a))
     train_ppo.update(nets, optimizers(nets, o, 1e-3), *rest, 0, o, run_of(o))
     epochs = [sum(dealt[i:i + 5], []) for i in (0, 5, 10)]
     assert [len(part) for part in dealt] == [2] * 15
