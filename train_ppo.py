@@ -17,7 +17,7 @@ import torch
 from minirlhf import check, checkpoint, prepare, runtime
 from minirlhf.config import RunOptions, fail, launch, parse
 from minirlhf.data import Row, encode_prompts, encode_row, endless_batch, fingerprint, load_prompts, repeats
-from minirlhf.generate import generate
+from minirlhf.generate import Decoder, generate
 from minirlhf.model import GPT, places
 from minirlhf.objectives import (adaptive_kl_coef, best_of_n_kl, credit_length, entropy, explained_variance, gae, k1,
                                  k3, log_ratio, mean_interval, moments, policy_clipped, policy_loss, shape_rewards,
@@ -157,6 +157,7 @@ class Networks:
     def __post_init__(self):
         self.policy_hidden, self.value_hidden = (
             torch.compile(m.hidden, dynamic=True) if self.compile else m.hidden for m in (self.policy, self.value))
+        self.decoder = Decoder(self.policy) if self.compile else None
 
 
 @dataclass
@@ -169,10 +170,11 @@ class Judgement:
     scores: torch.Tensor
 
 
-def roll_out(policy, prompts, eos, step, o, run):
+def roll_out(nets, prompts, eos, step, o, run):
     """Ids of prompts -> Rollout of the policy's answers, shortest first: rows of like length share a microbatch."""
     with run.autocast():
-        rollout = generate(policy, prompts, o.response_length, eos, o.temperature, run.generator(step, "rollout"))
+        rollout = generate(nets.policy, prompts, o.response_length, eos, o.temperature, run.generator(step, "rollout"),
+                           nets.decoder)
     return rollout.take(rollout.lengths.argsort(stable=True))
 
 
@@ -234,9 +236,9 @@ def policy_gradients(nets, rollout, judged, advantages, rows, o, run):
         with run.autocast():
             logits, new = decisions(nets.policy, batch.tokens, counted, o.temperature, nets.policy_hidden)
             bonus = o.ent_coef * entropy(logits) if o.ent_coef else 0.0
+        del logits  # what the backward pass needs of them is kept
         loss = policy_loss(new, old, A, o.cliprange)
         ((loss - bonus).sum() / count).backward()
-        del logits, bonus  # before the next microbatch makes its own
         with torch.no_grad():
             d = log_ratio(new, old)
             sums += torch.stack([x.sum() for x in (
@@ -547,7 +549,7 @@ def main():
 
             # ---- ROLLOUT: the policy answers a batch of prompts
             batch = [prompts[i] for i in run.share(endless_batch(len(prompts), o.batch_size, o.seed, step))]
-            rollout = roll_out(policy, batch, tokenizer.eos, step, o, run)
+            rollout = roll_out(nets, batch, tokenizer.eos, step, o, run)
             sampled = time.perf_counter()
 
             # ---- JUDGEMENT: old and reference log-probabilities, values, scores; no gradients

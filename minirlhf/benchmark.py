@@ -270,7 +270,7 @@ def time_ppo(o, w, iters):
             synchronize(run.device)
             marks.append(time.perf_counter())
 
-        rollout = train_ppo.roll_out(policy, prompts, NO_EOS, step, options, run)
+        rollout = train_ppo.roll_out(nets, prompts, NO_EOS, step, options, run)
         mark()
         judged = train_ppo.judgement(nets, rollout, judge, options, run)
         mark()

@@ -38,6 +38,31 @@ class KVCache:
         self.k, self.v = self.k[:, rows], self.v[:, rows]
 
 
+class Decoder:
+    """`model.hidden` for one token a row through torch.compile, with static shapes: on a GPU that is a CUDA graph.
+
+    Every step sees all slots, those of later tokens masked, and no row leaves the batch. The caches are kept, one for
+    each shape, for a graph reads and writes at fixed addresses; their slots are a power of two, that shapes be few.
+    """
+
+    def __init__(self, model, mode="reduce-overhead", **options):
+        self.model, self.caches = model, {}
+        self.hidden = torch.compile(model.hidden, dynamic=False, mode=mode, **options)
+
+    def cache(self, rows, slots):
+        slots = min(2 ** math.ceil(math.log2(slots)), self.model.config.block_size)
+        if (rows, slots) not in self.caches:
+            cache = self.caches[rows, slots] = KVCache(self.model, rows, slots)
+            for tensor in (cache.k, cache.v):
+                torch._dynamo.mark_static_address(tensor)
+        return self.caches[rows, slots]
+
+    def step(self, tokens, cache, positions):
+        torch.compiler.cudagraph_mark_step_begin()  # the states of the step before may be overwritten
+        cache.filled = cache.k.shape[2]
+        return self.hidden(tokens, cache, positions)
+
+
 @dataclass
 class Rollout:
     """tokens (B, T): prompt, response, then eos as padding. On the grid (B, T-1), decision t chooses tokens[:, t+1]."""
@@ -81,12 +106,14 @@ def sample(logits, temperature, u):
 
 
 @torch.no_grad()
-def generate(model, prompts: list[list[int]], response_length: int, eos: int, temperature=1.0, generator=None):
+def generate(model, prompts: list[list[int]], response_length: int, eos: int, temperature=1.0, generator=None,
+             decoder=None):
     """Answer each prompt with up to `response_length` tokens, eos included -> Rollout.
 
     The uniform numbers are drawn at the start, one a row and step, so an answer depends on its row's numbers and not on
-    when other rows end. Rows that ended leave the batch; the loop ends with the last of them. Raises ValueError for an
-    empty prompt or one that does not leave room in the model's context.
+    when other rows end. Rows that ended leave the batch; the loop ends with the last of them. decoder: the model's
+    Decoder, if its steps are compiled. Raises ValueError for an empty prompt or one that does not leave room in the
+    model's context.
     """
     if not all(prompts):
         raise ValueError("a prompt must hold at least one token")
@@ -101,7 +128,7 @@ def generate(model, prompts: list[list[int]], response_length: int, eos: int, te
     logprobs = torch.zeros(B, P + response_length - 1, device=device, dtype=model.wte.weight.dtype)
     lengths, finished = prompt_lengths.clone(), torch.zeros(B, dtype=torch.bool, device=device)
 
-    cache = KVCache(model, B, P + response_length)
+    cache = decoder.cache(B, P + response_length) if decoder else KVCache(model, B, P + response_length)
     cache.filled = P
     rows = torch.arange(B, device=device)  # cache row -> batch row
     last = model.hidden(tokens[:, :P], cache, torch.arange(P, device=device)[None], rows * P + prompt_lengths - 1)
@@ -122,12 +149,13 @@ def generate(model, prompts: list[list[int]], response_length: int, eos: int, te
             if left == 0:
                 break
             left = math.ceil(left / 16) * 16  # of shapes there shall be few: for each, libraries make kernels
-            if left <= 0.8 * len(rows):  # dropping rows copies the cache: worth it for several at once
+            if left <= 0.8 * len(rows) and not decoder:  # dropping rows copies the cache: worth it for several at once
                 kept = (~live).argsort(stable=True)[:left]
                 cache.keep(kept)
                 rows, at, live = rows[kept], at[kept], live[kept]
+        step = tokens[rows, at][:, None], cache, at[:, None]
         cache.filled = P + n + 1
-        last = model.hidden(tokens[rows, at][:, None], cache, at[:, None])[:, 0]
+        last = (decoder.step(*step) if decoder else model.hidden(*step))[:, 0]
     if not logprobs.isfinite().all():
         fail("the model's logits are not finite: its weights are not, or are too large; try a lower --learning_rate")
     T = int(lengths.max())

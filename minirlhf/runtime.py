@@ -327,6 +327,7 @@ def keep_freed_memory():
         libc.mallopt(-8, 1)  # M_ARENA_MAX
 
 
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # CUDA: many lengths of batches leave no gaps
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")  # kernels it keeps; 1024 of them creep up on memory
 PRODUCT_ERROR = 1e-3  # of what product_error finds: float32 gives about 1e-4, TF32 1e-2, bfloat16 1e-1
 

@@ -6,7 +6,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from minirlhf import generate as generation
-from minirlhf.generate import KVCache, Rollout, generate, sample
+from minirlhf.generate import Decoder, KVCache, Rollout, generate, sample
 from minirlhf.model import GPTConfig
 from minirlhf.objectives import token_logprobs
 
@@ -288,6 +288,22 @@ def test_how_often_one_looks_changes_nothing(make_model, monkeypatch, every):
     assert len(set(a.lengths.tolist())) > 4 and (a.lengths - a.prompt_lengths).max() > every
     assert torch.equal(a.tokens, b.tokens) and torch.equal(a.lengths, b.lengths) and torch.equal(a.finished, b.finished)
     torch.testing.assert_close(a.sampler_logprobs, b.sampler_logprobs)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_steps_equal_the_plain_ones(make_model, backend):
+    """Static shapes, a cache of a power of two slots that earlier answers have filled, and rows that stay after their
+    end: the same answers of ragged prompts, three times in the same cache, then of a longer batch in another."""
+    model = make_model()
+    model.wte.weight.data *= 0.5  # less sharp, so that answers end at many lengths
+    decoder = Decoder(model, mode=None, backend=backend)
+    for seed, rows, steps in ((0, 10, 8), (1, 10, 9), (2, 10, 8), (3, 6, 16)):
+        a, b = (generate(model, PROMPTS[:rows], steps, EOS, generator=torch.Generator().manual_seed(seed), decoder=d)
+                for d in (None, decoder))
+        assert len(set(a.lengths.tolist())) > 2
+        assert torch.equal(a.tokens, b.tokens) and torch.equal(a.lengths, b.lengths)
+        torch.testing.assert_close(a.sampler_logprobs, b.sampler_logprobs)
+    assert list(decoder.caches) == [(10, 16), (6, 32)]
 
 
 # Rollout

@@ -451,6 +451,21 @@ def test_what_a_person_is_warned_about(changes, spread, words):
     assert all(word in " ".join(found[0]) for word in words)
 
 
+@pytest.mark.slow
+def test_a_compiled_step_equals_the_plain_one(world):
+    """--compile: the same judgement, sums and weights after two epochs of microbatches of several lengths."""
+    o, found = options(micro_batch_size=3, ent_coef=0.1), []
+    for compiled in (False, True):
+        nets, judge, rollout = world(o)
+        nets = train_ppo.Networks(nets.policy, nets.ref, nets.value, compiled)
+        judged = train_ppo.judgement(nets, rollout, judge, o, run_of(o))
+        advantages, returns, _, _ = train_ppo.credit(rollout, judged, 0.3, o, lambda t: t)
+        totals, *_ = train_ppo.update(nets, optimizers(nets, o, 1e-2), rollout, judged, advantages, returns, 0, o,
+                                      run_of(o))
+        found.append((judged.old_logprobs, judged.values, totals, nets.policy.state_dict(), nets.value.state_dict()))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-6, atol=1e-8)
+
+
 def test_every_row_once_an_epoch_in_as_many_minibatches_as_asked(world, monkeypatch):
     """Each epoch deals all rows to num_mini_batches steps, in another order."""
     o = options(num_ppo_epochs=3, num_mini_batches=5)
