@@ -412,10 +412,11 @@ def run_checks(nets, judge, tokenizer, prompts, room, first, o, run):
     advantages, returns, _, _ = credit(rollout, judged, o.kl_coef, o, run.total)
     gradients, every = [], torch.arange(len(rows), device=run.device)
     for size in (len(rows), 1):
-        sums, count = minibatch_gradients(nets, rollout, judged, advantages, returns, every, True,
-                                          replace(o, micro_batch_size=size), run)
+        with_size = replace(o, micro_batch_size=size)
+        sums, count = policy_gradients(nets, rollout, judged, advantages, every, with_size, run)
+        value_gradients(nets, rollout, judged, returns, every, with_size, run)
         gradients.append(check.gradients([policy, value]))
-    off = math.sqrt(2 * float(sums[2] / count))
+    off = math.sqrt(2 * float(sums[1] / count))
     checks("the ratio is 1 before the first update", off <= checks.limit, f"log-ratios of {off:.1e} nats (root mean "
            f"square), at most {checks.limit:.0e}",
            "dropout is on, or old and new log-probabilities differ in temperature")
@@ -427,7 +428,7 @@ def run_checks(nets, judge, tokenizer, prompts, room, first, o, run):
     before = [[p.detach().clone() for p in model.parameters()] for model in (policy, value)]
     optimizers = make_optimizers(policy, value, replace(o, learning_rate=0.0))
     totals, counted, _, _ = update(nets, optimizers, rollout, judged, advantages, returns, first, o, run)
-    approxkl, clipfrac = (float(totals[i] / counted) for i in (2, 3))
+    approxkl, clipfrac = (float(totals[i] / counted) for i in (1, 2))
     moved = not check.same_weights([policy, value], before)
     again = judgement(nets, rollout, judge, o, run)
     drift = abs(float(k1(again.old_logprobs, again.ref_logprobs).sum(1).mean() - kl))
@@ -470,6 +471,7 @@ def main():
         # ---- four networks: policy and its frozen reference, value and reward
         ref, tokenizer, _ = checkpoint.load(o.init_from, ["sft"], run.device)
         policy = ref.with_head("lm")
+        runtime.pick_products(policy)
         if o.reward:
             reward_model, judges = None, [Judge(run, tokenizer, function=load_function(o.reward), name=o.reward)]
         else:

@@ -262,6 +262,7 @@ def main():
             checkpoint.compatible((sft, tokenizer), o.init_from, (model, own_tokenizer), start_path)
         else:
             model = sft.with_head("scalar", o.dropout).init_score(runtime.generator(o.seed, 0, 0, "head"))
+        runtime.pick_products(model)
         block_size = model.config.block_size
         (train_set, train_dropped, train_rows), (val_set, val_dropped, val_rows) = (
             encode_preferences(tokenizer, part, block_size, o.long_prompts) for part in (train, val))

@@ -182,6 +182,7 @@ def main():
                 model = GPT(config).init_weights(runtime.generator(o.seed, 0, 0, "init")).to(run.device)
             except RuntimeError as error:  # no room
                 fail(f"a model of --n_layer {o.n_layer} and --n_embd {o.n_embd} cannot be made: {error}")
+        runtime.pick_products(model)
         order = Order([len(row.ids) for row in train_rows], o.batch_size, o.seed)
         steps = max(1, round(o.num_train_epochs * order.steps_per_epoch))
         optimizers, first = runtime.make_optimizers(model, o), 0

@@ -260,6 +260,7 @@ def time_ppo(o, w, iters):
         response_length=w.response, learning_rate=1e-5, value_warmup=0, ent_coef=0.0)
     policy, ref = (make_model(w, "lm", run.device, 1) for _ in range(2))
     value, reward = (make_model(w, "scalar", run.device, seed) for seed in (2, 3))
+    runtime.pick_products(policy)
     nets, judge = train_ppo.Networks(policy, ref, value, o.compile), train_ppo.Judge(run, None, reward)
     optimizers = train_ppo.make_optimizers(policy, value, options)
     prompts, seconds = random_ids(w, w.batch, w.prompt), []
@@ -287,6 +288,7 @@ def time_step(o, w, iters, batch):
     script = train_sft if o.what == "sft" else train_rm
     options, run = start(o, script, batch_size=batch, optimizer="adamw", learning_rate=1e-5)
     model = make_model(w, "lm" if o.what == "sft" else "scalar", run.device, 1)
+    runtime.pick_products(model)
     optimizers = runtime.make_optimizers(model, options)
     forward = torch.compile(model.hidden, dynamic=True) if o.compile else model.hidden
     rows = [Row(ids, 1) for ids in random_ids(w, batch * (1 if o.what == "sft" else 2), LENGTH)]

@@ -56,7 +56,6 @@ class Run:
         self.dtype = pick_dtype(options.dtype, self.device)
         self.hardware = f"{self.device} x {self.world}, {str(self.dtype).removeprefix('torch.')}"
         keep_freed_memory()
-        pick_products(self.device)
         self.main = self.rank == 0
         self.out_dir = options.out_dir
         if self.main and not options.check:
@@ -342,14 +341,15 @@ def product_error():
     return max(float((x - exact[:len(x)]).abs().max()) for x in found)
 
 
-def pick_products(device):
-    """On an AMD CPU: float32 products by oneDNN, up to twice as fast there as MKL, if they stay float32.
+def pick_products(model):
+    """For a model on an AMD CPU: float32 products by oneDNN, up to twice as fast there as MKL, if they stay float32.
 
-    "medium" lets oneDNN round to bfloat16, which it does on CPUs with AMX: then nothing changes, as on a GPU. The choice
-    depends on the hardware alone, so that a run and its resumption make the same one.
+    "medium" lets oneDNN round to bfloat16, which it does on CPUs with AMX: then nothing changes, as on a GPU. Nor does it
+    for narrow models: oneDNN makes a kernel for each new shape, 0.7 ms, and ragged batches have many. The choice depends
+    on model and hardware alone, so that a run and its resumption make the same one.
     """
     name = getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name", "")
-    if device.type == "cpu" and "AMD" in name:
+    if model.wte.weight.device.type == "cpu" and model.config.n_embd >= 128 and "AMD" in name:
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("medium")
         if product_error() > PRODUCT_ERROR:

@@ -77,6 +77,7 @@ def main(argv=None):
     for path in a.checkpoints:
         models.append((path, *checkpoint.load(path, ["sft", "ppo"], device)[:2]))
         limits(models[-1][1], a, path)
+        runtime.pick_products(models[-1][1])
     try:
         output = open(a.output, "wb", buffering=0) if a.output else None
     except OSError as error:

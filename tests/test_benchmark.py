@@ -77,7 +77,7 @@ def test_flops_are_those_that_torch_counts(monkeypatch, tiny):
 @pytest.mark.parametrize("what", ["sft", "reward"])
 def test_flops_of_a_step_are_those_that_torch_counts(monkeypatch, tiny, what):
     monkeypatch.setattr(benchmark, "causal", lambda tokens: tokens * tokens)
-    monkeypatch.setattr(runtime, "pick_products", lambda device: None)  # which multiplies
+    monkeypatch.setattr(runtime, "pick_products", lambda model: None)  # which multiplies
     with FlopCounterMode(display=False) as counter:
         benchmark.time_step(benchmark.Options(what=what, device="cpu"), TINY, 0, 3)
     assert counter.get_total_flops() == benchmark.step_cost(TINY, what, 3)["step"][0]

@@ -297,13 +297,13 @@ def test_compiled_steps_equal_the_plain_ones(make_model, backend):
     model = make_model()
     model.wte.weight.data *= 0.5  # less sharp, so that answers end at many lengths
     decoder = Decoder(model, mode=None, backend=backend)
-    for seed, rows, steps in ((0, 10, 8), (1, 10, 9), (2, 10, 8), (3, 6, 16)):
-        a, b = (generate(model, PROMPTS[:rows], steps, EOS, generator=torch.Generator().manual_seed(seed), decoder=d)
+    for seed, rows, steps in ((0, 40, 8), (1, 40, 9), (2, 40, 8), (3, 6, 16)):
+        a, b = (generate(model, (4 * PROMPTS)[:rows], steps, EOS, generator=torch.Generator().manual_seed(seed), decoder=d)
                 for d in (None, decoder))
         assert len(set(a.lengths.tolist())) > 2
         assert torch.equal(a.tokens, b.tokens) and torch.equal(a.lengths, b.lengths)
         torch.testing.assert_close(a.sampler_logprobs, b.sampler_logprobs)
-    assert list(decoder.caches) == [(10, 16), (6, 32)]
+    assert list(decoder.caches) == [(40, 16), (6, 32)]
 
 
 # Rollout

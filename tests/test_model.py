@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minirlhf.model import GPT, Attention, GPTConfig, places
+from minirlhf.model import GPT, Attention, GPTConfig, linear, places
 
 LENGTHS = torch.tensor([9, 3, 6, 1])
 
@@ -78,6 +78,19 @@ def test_explicit_attention_equals_the_fused_kernel(masked):
     fused.pow(2).sum().backward()
     torch.testing.assert_close(ours, fused)
     torch.testing.assert_close(grads, gradients(attention), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 32, 33])
+@pytest.mark.parametrize("T", [1, 2])
+def test_few_rows_are_multiplied_the_same(rows, T):
+    """(W x^T)^T is x W^T: whatever the number of rows and tokens, under autocast too."""
+    layer, x = torch.nn.Linear(8, 5, dtype=torch.double), torch.randn(rows, T, 8, dtype=torch.double)
+    with torch.no_grad():
+        torch.testing.assert_close(linear(layer, x), layer(x), rtol=1e-12, atol=1e-12)
+        layer, x = layer.float(), x.float()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert linear(layer, x).dtype == torch.bfloat16
+            torch.testing.assert_close(linear(layer, x), layer(x), rtol=0.02, atol=0.02)
 
 
 # Heads

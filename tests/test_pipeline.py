@@ -190,14 +190,14 @@ def test_check_of_a_trained_policy_and_a_custom_reward(folder, checked):
 
 
 def leak(hidden):
-    def leaking(self, tokens, *more, counted=None):
-        states = hidden(self, tokens, *more) + 1e-2 * tokens.float().mean(1)[:, None, None]
+    def leaking(self, tokens, cache=None, positions=None, counted=None):
+        states = hidden(self, tokens, cache, positions) + 1e-2 * tokens.float().mean(1)[:, None, None]
         return states if counted is None else states.flatten(0, 1)[counted]
     return leaking
 
 
 def shifted(extend):
-    return lambda self, layer, at, k, v: extend(self, layer, (at + 1).clamp_max(self.k.shape[3] - 1), k, v)
+    return lambda self, layer, at, k, v: extend(self, layer, (at + 1).clamp_max(self.k.shape[2] - 1), k, v)
 
 
 def other_tokenizer(compatible):
@@ -335,7 +335,7 @@ def test_a_kl_blow_up_ends_the_run_with_advice(folder, stages):
                 code=1)
     assert "third batch in a row" in error and "--max_kl is 0.0001" in error and "raise --kl_coef above 0.05" in error
     updates = [row["policy/updates"] for row in metrics(folder, "far")]
-    assert updates == [8, 8, 8, 4, 4, 4]  # 2 epochs x 4 minibatches; one epoch where the KL is too high
+    assert updates == [0, 0, 8, 4, 4, 4]  # none in the warm-up; 2 epochs x 4 minibatches; one where the KL is too high
     assert "or lower --learning_rate below 0.001" in error and "Traceback" not in error
 
 

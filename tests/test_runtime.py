@@ -13,6 +13,7 @@ import torch
 
 from minirlhf import runtime
 from minirlhf.config import RunOptions
+from minirlhf.model import GPT, GPTConfig
 from minirlhf.runtime import Run, warmup_cosine
 
 
@@ -339,25 +340,28 @@ def test_products_stay_float32(precision):
     """Whatever was picked on this CPU: a sum of 512 products errs by float32's 1e-4, where bfloat16 would by 1e-1."""
     precision("highest")
     plain = runtime.product_error()
-    runtime.pick_products(torch.device("cpu"))
+    runtime.pick_products(GPT(GPTConfig(1, 1, 128, 5, 4)))
     assert runtime.product_error() < runtime.PRODUCT_ERROR and 1e-5 < plain < runtime.PRODUCT_ERROR
     a, b = (torch.randn(512, 512, generator=torch.Generator().manual_seed(0)) for _ in range(2))
     rough = (a.bfloat16() @ b.bfloat16()).double() - a.double() @ b.double()
     assert rough.abs().max() > 100 * runtime.PRODUCT_ERROR
 
 
-@pytest.mark.parametrize("device, name, error, picked", [
-    ("cpu", "AMD EPYC", 1e-4, "medium"), ("cpu", "Intel(R) Xeon(R)", 1e-4, "highest"), ("cpu", None, 1e-4, "highest"),
-    ("cpu", "AMD EPYC", 1e-2, "highest"), ("cpu", "AMD EPYC", 1e-1, "highest"), ("cuda", "AMD EPYC", 1e-4, "highest")])
-def test_other_products_only_where_they_are_exact_and_fast(monkeypatch, precision, device, name, error, picked):
-    """A chip that rounds to TF32 or bfloat16, is not AMD's or not known, keeps the products it had; so does a GPU."""
+@pytest.mark.parametrize("device, width, name, error, picked", [
+    ("cpu", 128, "AMD EPYC", 1e-4, "medium"), ("cpu", 128, "Intel(R) Xeon(R)", 1e-4, "highest"),
+    ("cpu", 128, None, 1e-4, "highest"), ("cpu", 128, "AMD EPYC", 1e-2, "highest"),
+    ("cpu", 128, "AMD EPYC", 1e-1, "highest"), ("cpu", 127, "AMD EPYC", 1e-4, "highest"),
+    ("meta", 128, "AMD EPYC", 1e-4, "highest")])
+def test_other_products_only_where_they_are_exact_and_fast(monkeypatch, precision, device, width, name, error, picked):
+    """A chip that rounds to TF32 or bfloat16, is not AMD's or not known, keeps the products it had; so do other devices
+    and narrow models."""
     precision("highest")
     monkeypatch.setattr(runtime, "product_error", lambda: error)
     if name is None:
         monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
     else:
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": name}, raising=False)
-    runtime.pick_products(torch.device(device))
+    runtime.pick_products(GPT(GPTConfig(1, 1, width, 5, 4)).to(device))
     assert torch.get_float32_matmul_precision() == picked
 
 
