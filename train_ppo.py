@@ -179,11 +179,10 @@ def roll_out(nets, prompts, eos, step, o, run):
 
 
 def microbatches(rollout, rows, o):
-    """Yields (part, batch, counted) of some rows: their numbers, their Rollout cut to the longest, its decisions' places
-    on the grid."""
-    for part in rows.sort().values.split(o.micro_batch_size):
-        batch = rollout.take(part)
-        yield part, batch, places(batch.response_mask)
+    """Some rows in parts of micro_batch_size -> list of (their numbers, their Rollout cut to the longest, the places of
+    its decisions on the grid)."""
+    parts = rows.sort().values.split(o.micro_batch_size)
+    return [(part, batch, places(batch.response_mask)) for part in parts for batch in [rollout.take(part)]]
 
 
 @torch.no_grad()
@@ -222,17 +221,15 @@ def credit(rollout, judged, kl_coef, o, total):
     return whiten(advantages, mask, total=total), returns, charged, paid
 
 
-def policy_gradients(nets, rollout, judged, advantages, rows, o, run):
-    """Add to each .grad of the policy that of its clipped loss over some rows, in microbatches -> sums (5,), count.
+def policy_gradients(nets, parts, count, judged, advantages, o, run):
+    """Add to each .grad of the policy that of its clipped loss over some microbatches -> sums (5,).
 
-    sums, over the decisions of all ranks: loss, 0.5 log-ratio^2, clipped, ratio, k3 of new and old policy. The gradient
-    is that of the loss / count, whatever the microbatch size.
+    count: the decisions of all microbatches and ranks; the gradient is that of the loss's sum / count, whatever the
+    microbatch size. sums, of all ranks too: loss, 0.5 log-ratio^2, clipped, ratio, k3 of new and old policy.
     """
-    count = run.total(rollout.response_mask[rows].sum())  # over all microbatches and ranks: divide once
     sums = torch.zeros(5, device=run.device)
-    for part, batch, counted in microbatches(rollout, rows, o):
-        T = batch.tokens.shape[1]
-        old, A = (x[part, :T - 1].flatten()[counted] for x in (judged.old_logprobs, advantages))
+    for rows, batch, counted in parts:
+        old, A = (x[rows, :batch.tokens.shape[1] - 1].flatten()[counted] for x in (judged.old_logprobs, advantages))
         with run.autocast():
             logits, new = decisions(nets.policy, batch.tokens, counted, o.temperature, nets.policy_hidden)
             bonus = o.ent_coef * entropy(logits) if o.ent_coef else 0.0
@@ -244,16 +241,14 @@ def policy_gradients(nets, rollout, judged, advantages, rows, o, run):
             sums += torch.stack([x.sum() for x in (
                 loss, 0.5 * d ** 2, policy_clipped(new, old, A, o.cliprange), d.exp(), k3(old, new))])
     run.sum_gradients(nets.policy.parameters())
-    return run.total(sums), count
+    return run.total(sums)
 
 
-def value_gradients(nets, rollout, judged, returns, rows, o, run):
-    """The same for the value network -> sums (2,): loss, clipped; count."""
-    count = run.total(rollout.response_mask[rows].sum())
+def value_gradients(nets, parts, count, judged, returns, o, run):
+    """The same for the value network -> sums (2,): loss, clipped."""
     sums = torch.zeros(2, device=run.device)
-    for part, batch, counted in microbatches(rollout, rows, o):
-        T = batch.tokens.shape[1]
-        V_old, R = (x[part, :T - 1].flatten()[counted] for x in (judged.values, returns))
+    for rows, batch, counted in parts:
+        V_old, R = (x[rows, :batch.tokens.shape[1] - 1].flatten()[counted] for x in (judged.values, returns))
         with run.autocast():
             V = nets.value.scalar(nets.value_hidden(batch.tokens[:, :-1], counted=counted))
         loss = value_loss(V, V_old, R, o.cliprange_value)
@@ -261,18 +256,18 @@ def value_gradients(nets, rollout, judged, returns, rows, o, run):
         with torch.no_grad():
             sums += torch.stack([loss.sum(), value_clipped(V, V_old, R, o.cliprange_value).sum()])
     run.sum_gradients(nets.value.parameters())
-    return run.total(sums), count
+    return run.total(sums)
 
 
 def update(nets, optimizers, rollout, judged, advantages, returns, step, o, run):
     """Epochs x minibatches of clipped losses -> (sums (7,), their count, mean ratio of each minibatch, ended).
 
-    One network at a time, so that the gradients of one are in memory; in the first value_warmup steps the policy rests.
-    ended: the k3 between new and old policy at which the epochs ended early, the gradient dropped, or 0. Exits 2, before
-    the optimizer's step, on what is not finite.
+    One network after the other, so that the gradient of one is in memory; in the first value_warmup steps the policy
+    rests. ended: the k3 between new and old policy at which the epochs ended early, the gradient dropped, or 0. Exits
+    2, before the step of the network that it would spoil, on what is not finite.
     """
-    def learn(model, optimizer, loss):
-        runtime.clip_gradients(model, loss, f"step {step + 1}, epoch {epoch + 1}", o, weights=first)
+    def learn(model, optimizer, loss, epoch, look):
+        runtime.clip_gradients(model, loss, f"step {step + 1}, epoch {epoch + 1}", o, weights=look)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -281,18 +276,20 @@ def update(nets, optimizers, rollout, judged, advantages, returns, step, o, run)
     for epoch in range(o.num_ppo_epochs):
         shuffled = torch.randperm(len(rollout.lengths), generator=run.generator(step, f"epoch {epoch}")).to(run.device)
         for i, minibatch in enumerate(shuffled.tensor_split(o.num_mini_batches)):
-            first = epoch == i == 0
+            look = epoch == 0 and i == 0  # once a batch at the weights; a bad one spoils the losses that follow anyway
+            parts = microbatches(rollout, minibatch, o)
+            count = run.total(rollout.response_mask[minibatch].sum())  # divide once, by the decisions of all ranks
             policy_sums = torch.zeros(5, device=run.device)
             if step >= o.value_warmup:
-                policy_sums, count = policy_gradients(nets, rollout, judged, advantages, minibatch, o, run)
+                policy_sums = policy_gradients(nets, parts, count, judged, advantages, o, run)
                 pg_loss, moved = (policy_sums[[0, 4]] / count).tolist()
                 if moved > min(o.target_kl or BLOWN_UP, BLOWN_UP):
                     nets.policy.zero_grad(set_to_none=True)
                     return totals, counted, ratios, moved
-                learn(nets.policy, policy_optimizer, pg_loss)
+                learn(nets.policy, policy_optimizer, pg_loss, epoch, look)
                 ratios.append(policy_sums[3] / count)
-            value_sums, count = value_gradients(nets, rollout, judged, returns, minibatch, o, run)
-            learn(nets.value, value_optimizer, float(value_sums[0] / count))
+            value_sums = value_gradients(nets, parts, count, judged, returns, o, run)
+            learn(nets.value, value_optimizer, float(value_sums[0] / count), epoch, look)
             totals, counted = totals + torch.cat([policy_sums, value_sums]), counted + count
     return totals, counted, ratios, 0.0
 
@@ -306,13 +303,13 @@ def make_optimizers(policy, value, o):
 # ---- looking at held-out prompts
 
 @torch.no_grad()
-def answer(policy, ref, judges, run, tokenizer, prompts, o, draw=0, batch_size=128):
+def answer(policy, ref, judges, run, tokenizer, prompts, o, draw=0, decoder=None, batch_size=128):
     """The policy's answers to held-out prompts with fixed seeds, another set for each `draw` -> list of dicts."""
     rows = []
     for at in range(0, len(prompts), batch_size):
         with run.autocast():
             rollout = generate(policy, prompts[at:at + batch_size], o.response_length, tokenizer.eos, o.temperature,
-                               runtime.generator(o.seed, at, 0, f"held-out {draw}"))
+                               runtime.generator(o.seed, at, 0, f"held-out {draw}"), decoder)
             mask = rollout.response_mask
             logprobs, ref_logprobs = (on_grid(decisions(m, rollout.tokens, places(mask), o.temperature)[1], mask)
                                       for m in (policy, ref))
@@ -399,7 +396,7 @@ def run_checks(nets, judge, tokenizer, prompts, room, first, o, run):
     policy, value = nets.policy.eval(), nets.value.eval()
     with run.autocast():
         rollout = generate(policy, prompts, o.response_length, tokenizer.eos, o.temperature,
-                           run.generator(first, "check"))
+                           run.generator(first, "check"), nets.decoder)
     rows = [Row(row[:n], p) for row, n, p in
             zip(rollout.tokens.tolist(), rollout.lengths.tolist(), rollout.prompt_lengths.tolist())]
     for name, model in (("policy", policy), ("value network", value), ("reward model", judge.model)):
@@ -411,10 +408,11 @@ def run_checks(nets, judge, tokenizer, prompts, room, first, o, run):
                  judged.old_logprobs[mask], "the temperature is missing in one of them, or positions differ")
     advantages, returns, _, _ = credit(rollout, judged, o.kl_coef, o, run.total)
     gradients, every = [], torch.arange(len(rows), device=run.device)
+    count = run.total(mask.sum())
     for size in (len(rows), 1):
-        with_size = replace(o, micro_batch_size=size)
-        sums, count = policy_gradients(nets, rollout, judged, advantages, every, with_size, run)
-        value_gradients(nets, rollout, judged, returns, every, with_size, run)
+        parts = microbatches(rollout, every, replace(o, micro_batch_size=size))
+        sums = policy_gradients(nets, parts, count, judged, advantages, o, run)
+        value_gradients(nets, parts, count, judged, returns, o, run)
         gradients.append(check.gradients([policy, value]))
     off = math.sqrt(2 * float(sums[1] / count))
     checks("the ratio is 1 before the first update", off <= checks.limit, f"log-ratios of {off:.1e} nats (root mean "
@@ -623,7 +621,7 @@ def main():
                                  f"{o.out_dir}: --resume goes on from it, with other options if they are named.")
             scheduled = done % o.eval_interval == 0 or done == steps
             if scheduled:
-                now = answer(policy, ref, judges, run, tokenizer, val_prompts[:look], o)
+                now = answer(policy, ref, judges, run, tokenizer, val_prompts[:look], o, decoder=nets.decoder)
                 record["eval"] = summary(now, before[:look])
                 run.say(f"  held out: score {record['eval']['score'][0]:+.3f}, kl {record['eval']['kl'][0]:.2f}, "
                         f"preferred to the SFT answer {record['eval']['win_rate'][0]:.1%}, eos "
@@ -644,7 +642,7 @@ def main():
                 run.exit_stopped()
 
         # ---- before and after, on held-out prompts
-        after = answer(policy, ref, judges, run, tokenizer, final_prompts, o)
+        after = answer(policy, ref, judges, run, tokenizer, final_prompts, o, decoder=nets.decoder)
         if run.should_stop():
             run.exit_stopped()
         final = {"before": base, "after": summary(after, before)}

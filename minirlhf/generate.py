@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from minirlhf.config import fail
 
+ROUND = 16  # rows are dropped down to a multiple of it, that shapes be few: for each, libraries make kernels
 LOOK = {"cpu": 1}  # tokens between looks at which rows have ended; elsewhere 16, for to look is to wait for the device
 
 
@@ -39,15 +40,18 @@ class KVCache:
 
 
 class Decoder:
-    """`model.hidden` for one token a row through torch.compile, with static shapes: on a GPU that is a CUDA graph.
+    """A model's pass over one token a row through torch.compile, with static shapes: on a GPU that is a CUDA graph.
 
     Every step sees all slots, those of later tokens masked, and no row leaves the batch. The caches are kept, one for
     each shape, for a graph reads and writes at fixed addresses; their slots are a power of two, that shapes be few.
     """
 
     def __init__(self, model, mode="reduce-overhead", **options):
+        def logits(tokens, cache, positions):  # a function of its own: torch.compile counts the shapes of each
+            return model.logits(model.hidden(tokens, cache, positions)[:, 0])
+
         self.model, self.caches = model, {}
-        self.hidden = torch.compile(model.hidden, dynamic=False, mode=mode, **options)
+        self.logits = torch.compile(logits, dynamic=False, mode=mode, **options)
 
     def cache(self, rows, slots):
         slots = min(2 ** math.ceil(math.log2(slots)), self.model.config.block_size)
@@ -58,9 +62,10 @@ class Decoder:
         return self.caches[rows, slots]
 
     def step(self, tokens, cache, positions):
-        torch.compiler.cudagraph_mark_step_begin()  # the states of the step before may be overwritten
+        """tokens, positions (B, 1) -> logits (B, V), which the next step overwrites."""
+        torch.compiler.cudagraph_mark_step_begin()
         cache.filled = cache.k.shape[2]
-        return self.hidden(tokens, cache, positions)
+        return self.logits(tokens, cache, positions)
 
 
 @dataclass
@@ -111,9 +116,9 @@ def generate(model, prompts: list[list[int]], response_length: int, eos: int, te
     """Answer each prompt with up to `response_length` tokens, eos included -> Rollout.
 
     The uniform numbers are drawn at the start, one a row and step, so an answer depends on its row's numbers and not on
-    when other rows end. Rows that ended leave the batch; the loop ends with the last of them. decoder: the model's
-    Decoder, if its steps are compiled. Raises ValueError for an empty prompt or one that does not leave room in the
-    model's context.
+    when other rows end. Rows that ended leave the batch, down to a multiple of ROUND; the loop ends with the last of
+    them. decoder: the model's Decoder, if its steps are compiled. Raises ValueError for an empty prompt or one that does
+    not leave room in the model's context.
     """
     if not all(prompts):
         raise ValueError("a prompt must hold at least one token")
@@ -131,10 +136,11 @@ def generate(model, prompts: list[list[int]], response_length: int, eos: int, te
     cache = decoder.cache(B, P + response_length) if decoder else KVCache(model, B, P + response_length)
     cache.filled = P
     rows = torch.arange(B, device=device)  # cache row -> batch row
-    last = model.hidden(tokens[:, :P], cache, torch.arange(P, device=device)[None], rows * P + prompt_lengths - 1)
+    last = rows * P + prompt_lengths - 1  # in (B P,)
+    logits = model.logits(model.hidden(tokens[:, :P], cache, torch.arange(P, device=device)[None], last))
     live = torch.ones(B, dtype=torch.bool, device=device)
     for n in range(response_length):
-        new, logprob = sample(model.logits(last), temperature, u[rows, n])
+        new, logprob = sample(logits, temperature, u[rows, n])
         new = new.masked_fill(~live, eos)  # a row that ended re-reads its eos until it is dropped
         at = prompt_lengths[rows] + n  # the slot of the new token
         tokens[rows, at] = new
@@ -148,14 +154,17 @@ def generate(model, prompts: list[list[int]], response_length: int, eos: int, te
             left = int(live.sum())
             if left == 0:
                 break
-            left = math.ceil(left / 16) * 16  # of shapes there shall be few: for each, libraries make kernels
+            left = math.ceil(left / ROUND) * ROUND
             if left <= 0.8 * len(rows) and not decoder:  # dropping rows copies the cache: worth it for several at once
                 kept = (~live).argsort(stable=True)[:left]
                 cache.keep(kept)
                 rows, at, live = rows[kept], at[kept], live[kept]
         step = tokens[rows, at][:, None], cache, at[:, None]
-        cache.filled = P + n + 1
-        last = (decoder.step(*step) if decoder else model.hidden(*step))[:, 0]
+        if decoder:
+            logits = decoder.step(*step)
+        else:
+            cache.filled = P + n + 1
+            logits = model.logits(model.hidden(*step)[:, 0])
     if not logprobs.isfinite().all():
         fail("the model's logits are not finite: its weights are not, or are too large; try a lower --learning_rate")
     T = int(lengths.max())

@@ -26,8 +26,8 @@ def wide(x):
 
 
 def linear(layer, x):
-    """layer(x): (B, T, in) -> (B, T, out). One token of a few rows, on a CPU, is faster as (W x^T)^T: no copy of W."""
-    if x.device.type != "cpu" or x.shape[1] > 1 or len(x) > 32 or torch.is_grad_enabled():
+    """layer(x): (..., in) -> (..., out). One token of a few rows (B, 1, in), on a CPU, is faster as (W x^T)^T."""
+    if x.device.type != "cpu" or x.dim() < 3 or x.shape[1] > 1 or len(x) > 32 or torch.is_grad_enabled():
         return layer(x)
     return torch.addmm(layer.bias[:, None], layer.weight, x[:, 0].T).T[:, None]
 
@@ -56,7 +56,8 @@ class Attention(nn.Module):
         counted: places in (B T,) whose results are wanted: (B, T, C) -> (counted, C).
         """
         B, T, C = x.shape
-        q, k, v = linear(self.c_attn, x).contiguous().view(B, T, 3, self.n_head, C // self.n_head).unbind(2)  # (B, T, H, D)
+        qkv = linear(self.c_attn, x).contiguous()  # attention's kernels want D to be the innermost
+        q, k, v = qkv.view(B, T, 3, self.n_head, C // self.n_head).unbind(2)  # (B, T, H, D)
         if extend is not None:
             k, v = extend(k, v)  # (B, S, H, D)
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, H, T or S, D)
@@ -81,7 +82,8 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x):
-        return F.dropout(linear(self.c_proj, F.gelu(linear(self.c_fc, x), approximate="tanh")), self.dropout, self.training)
+        x = F.gelu(linear(self.c_fc, x), approximate="tanh")
+        return F.dropout(linear(self.c_proj, x), self.dropout, self.training)
 
 
 class Block(nn.Module):

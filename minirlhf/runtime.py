@@ -326,7 +326,8 @@ def keep_freed_memory():
         libc.mallopt(-8, 1)  # M_ARENA_MAX
 
 
-os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # CUDA: many lengths of batches leave no gaps
+if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # CUDA: batches of many lengths, no gaps
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")  # kernels it keeps; 1024 of them creep up on memory
 PRODUCT_ERROR = 1e-3  # of what product_error finds: float32 gives about 1e-4, TF32 1e-2, bfloat16 1e-1
 
@@ -344,9 +345,9 @@ def product_error():
 def pick_products(model):
     """For a model on an AMD CPU: float32 products by oneDNN, up to twice as fast there as MKL, if they stay float32.
 
-    "medium" lets oneDNN round to bfloat16, which it does on CPUs with AMX: then nothing changes, as on a GPU. Nor does it
-    for narrow models: oneDNN makes a kernel for each new shape, 0.7 ms, and ragged batches have many. The choice depends
-    on model and hardware alone, so that a run and its resumption make the same one.
+    "medium" lets oneDNN round to bfloat16, which it does on CPUs with AMX: then nothing changes, as on a GPU. For
+    narrow models nothing does either: oneDNN makes a kernel for each new shape, 0.7 ms, and ragged batches have many.
+    The choice depends on model and hardware alone, so that a run and its resumption make the same one.
     """
     name = getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name", "")
     if model.wte.weight.device.type == "cpu" and model.config.n_embd >= 128 and "AMD" in name:

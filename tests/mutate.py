@@ -97,12 +97,11 @@ GENERATE = [
     ("cdf = probabilities.cumsum(-1)", "cdf = probabilities.cummax(-1).values"),
     ("target = torch.minimum(u * total, torch.nextafter(total, torch.zeros_like(total)))", "target = u * total"),
     ("torch.searchsorted(cdf, target[:, None], right=True)", "torch.searchsorted(cdf, target[:, None])"),
-    ("rows * P + prompt_lengths - 1)", "rows * P + P - 1)"),  # reads padding
+    ("rows * P + prompt_lengths - 1  #", "rows * P + P - 1  #"),  # reads padding
     ("at = prompt_lengths[rows] + n", "at = P + n"),
-    ("sample(model.logits(last), temperature, u[rows, n])", "sample(model.logits(last), 1.0, u[rows, n])"),
-    ("sample(model.logits(last), temperature, u[rows, n])", "sample(model.logits(last), temperature, u[rows, 0])"),
-    ("sample(model.logits(last), temperature, u[rows, n])",
-     "sample(model.logits(last), temperature, u[:len(rows), n])"),  # another row's numbers
+    ("sample(logits, temperature, u[rows, n])", "sample(logits, 1.0, u[rows, n])"),
+    ("sample(logits, temperature, u[rows, n])", "sample(logits, temperature, u[rows, 0])"),
+    ("sample(logits, temperature, u[rows, n])", "sample(logits, temperature, u[:len(rows), n])"),  # other rows'
     ("logprobs[rows, at - 1] = logprob.masked_fill(~live, 0)", "logprobs[rows, at - 1] = logprob"),
     ("finished[rows] |= live & (new == eos)", "finished[rows] |= live & (new != eos)"),
     ("live = live & (new != eos)", "live = live & (new == new)"),  # goes on after eos
@@ -160,8 +159,9 @@ PPO = [
     ("return whiten(advantages, mask, total=total), returns", "return advantages, returns"),
     ("return whiten(advantages, mask, total=total), returns",
      "advantages = whiten(advantages, mask, total=total)\n    return advantages, advantages + judged.values"),
-    ("count = run.total(rollout.response_mask[rows].sum())  #", "count = rollout.response_mask[rows].sum()  #"),
-    ("count = run.total(rollout.response_mask[rows].sum())\n", "count = rollout.response_mask[rows].sum()\n"),
+    ("count = run.total(rollout.response_mask[minibatch].sum())", "count = rollout.response_mask[minibatch].sum()"),
+    ("run.generator(step, \"rollout\"),\n                           nets.decoder)",
+     "run.generator(step, \"rollout\"))"),
     ("for x in (judged.old_logprobs, advantages))", "for x in (judged.ref_logprobs, advantages))"),
     ("for x in (judged.values, returns))", "for x in (returns, judged.values))"),
     ("((loss - bonus).sum() / count)", "((loss + bonus).sum() / count)"),
@@ -169,14 +169,14 @@ PPO = [
     ("(o.vf_coef * loss.sum() / count)", "(loss.sum() / count)"),
     ("(o.vf_coef * loss.sum() / count)", "(o.vf_coef * loss.mean())"),
     ("if step >= o.value_warmup:", "if step > o.value_warmup:"),
-    ("yield part, batch, places(batch.response_mask)", "yield rows, batch, places(batch.response_mask)"),
+    ("[(part, batch, places(batch.response_mask))", "[(parts[0], batch, places(batch.response_mask))"),
     ("generator=run.generator(step, f\"epoch {epoch}\")", "generator=run.generator(step, \"epoch\")"),
     ("pg_loss, moved = (policy_sums[[0, 4]] / count)", "pg_loss, moved = policy_sums[[0, 4]]"),
     ("pg_loss, moved = (policy_sums[[0, 4]] / count)", "pg_loss, moved = (policy_sums[[0, 2]] / count)"),
     ("                    nets.policy.zero_grad(set_to_none=True)\n", ""),
     ("if moved > min(o.target_kl or BLOWN_UP, BLOWN_UP):", "if moved > (o.target_kl or math.inf):"),
     ("if moved > min(o.target_kl or BLOWN_UP, BLOWN_UP):", "if moved > BLOWN_UP:"),
-    ("learn(nets.value, value_optimizer, float(value_sums[0] / count))", "learn(nets.value, value_optimizer, 0.0)"),
+    ("learn(nets.value, value_optimizer, float(value_sums[0] / count),", "learn(nets.value, value_optimizer, 0.0,"),
     ("optimizer.step()\n        optimizer.zero_grad(set_to_none=True)", "optimizer.step()"),  # they pile up
     ("@torch.no_grad()\ndef judgement", "def judgement"),
     ("d.exp(), k3(old, new))])", "d.exp(), k3(new, old))])"),

@@ -25,6 +25,12 @@ def draw(monkeypatch):
     return lambda u: monkeypatch.setattr(torch, "rand", lambda *shape, generator=None: u.reshape(shape).clone())
 
 
+@pytest.fixture(autouse=True)
+def dropped(monkeypatch):
+    """Few rows leave the batch too."""
+    monkeypatch.setattr(generation, "ROUND", 1)
+
+
 class Chain(torch.nn.Module):
     """A model whose next token depends on the last one alone: logits = table[token]. `calls`: each pass's shape."""
 
@@ -218,9 +224,10 @@ def test_the_mask_is_made_from_lengths():
     assert rollout.finished.tolist() == [True] * 3
 
 
-def test_generation_ends_with_the_last_row():
+def test_generation_ends_with_the_last_row(monkeypatch):
     """Allowed 40 tokens, the longest answer takes 3: a prefill and two more passes, rows that ended being dropped, but
     for those that make their number a multiple of 16."""
+    monkeypatch.setattr(generation, "ROUND", 16)
     chain = sure(1, 2, 3, 0)
     rollout = generate(chain, [[1]] + [[3]] * 38 + [[2]], 40, EOS)
     assert chain.calls == [(40, 1), (16, 1), (16, 1)]
@@ -290,15 +297,18 @@ def test_how_often_one_looks_changes_nothing(make_model, monkeypatch, every):
     torch.testing.assert_close(a.sampler_logprobs, b.sampler_logprobs)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_compiled_steps_equal_the_plain_ones(make_model, backend):
+@pytest.mark.parametrize("options", [
+    {"mode": None, "backend": "aot_eager"}, pytest.param({"mode": None}, marks=pytest.mark.slow),
+    pytest.param({}, marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU"))])
+def test_compiled_steps_equal_the_plain_ones(make_model, options):
     """Static shapes, a cache of a power of two slots that earlier answers have filled, and rows that stay after their
     end: the same answers of ragged prompts, three times in the same cache, then of a longer batch in another."""
-    model = make_model()
+    model = make_model().to("cpu" if options else "cuda")
     model.wte.weight.data *= 0.5  # less sharp, so that answers end at many lengths
-    decoder = Decoder(model, mode=None, backend=backend)
+    decoder = Decoder(model, **options)
     for seed, rows, steps in ((0, 40, 8), (1, 40, 9), (2, 40, 8), (3, 6, 16)):
-        a, b = (generate(model, (4 * PROMPTS)[:rows], steps, EOS, generator=torch.Generator().manual_seed(seed), decoder=d)
+        prompts = (4 * PROMPTS)[:rows]
+        a, b = (generate(model, prompts, steps, EOS, generator=torch.Generator().manual_seed(seed), decoder=d)
                 for d in (None, decoder))
         assert len(set(a.lengths.tolist())) > 2
         assert torch.equal(a.tokens, b.tokens) and torch.equal(a.lengths, b.lengths)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import train_ppo
-from minirlhf.generate import Rollout, generate
+from minirlhf.generate import KVCache, Rollout, generate
 from minirlhf.model import GPT, GPTConfig, places
 from minirlhf.runtime import generator
 
@@ -314,10 +314,11 @@ def ready(world, o):
     return nets, rollout, judged, advantages, returns
 
 
-def gradients(nets, rollout, judged, advantages, returns, *rest):
-    """Of both networks, into their .grad -> the sums (7,)."""
-    return torch.cat([train_ppo.policy_gradients(nets, rollout, judged, advantages, *rest)[0],
-                      train_ppo.value_gradients(nets, rollout, judged, returns, *rest)[0]])
+def gradients(nets, rollout, judged, advantages, returns, o, run):
+    """Of both networks over all rows, into their .grad -> the sums (7,)."""
+    parts, count = train_ppo.microbatches(rollout, torch.randperm(10), o), run.total(rollout.response_mask.sum())
+    return torch.cat([train_ppo.policy_gradients(nets, parts, count, judged, advantages, o, run),
+                      train_ppo.value_gradients(nets, parts, count, judged, returns, o, run)])
 
 
 @pytest.mark.parametrize("size", [1, 4, 7])
@@ -327,7 +328,7 @@ def test_microbatch_size_changes_no_gradient(world, size):
     nets, *rest = ready(world, o)
     found = []
     for size in (10, size):
-        sums = gradients(nets, *rest, torch.randperm(10), options(ent_coef=0.1, micro_batch_size=size), run_of(o))
+        sums = gradients(nets, *rest, options(ent_coef=0.1, micro_batch_size=size), run_of(o))
         found.append((sums, torch.cat([p.grad.flatten() for m in (nets.policy, nets.value) for p in m.parameters()])))
         nets.policy.zero_grad(), nets.value.zero_grad()
     torch.testing.assert_close(found[0][0], found[1][0])
@@ -338,7 +339,7 @@ def test_gradients_come_from_the_policy_and_value_network_alone(world):
     """The reference stays frozen, and so do the numbers of the judgement: no graph leads to them."""
     o = options()
     nets, *rest = ready(world, o)
-    gradients(nets, *rest, torch.arange(10), o, run_of(o))
+    gradients(nets, *rest, o, run_of(o))
     assert all(p.grad is None for p in nets.ref.parameters())
     assert all(p.grad is not None for m in (nets.policy, nets.value) for p in m.parameters())
 
@@ -351,7 +352,7 @@ def test_ranks_divide_by_the_count_of_all(world):
     for factor in (1, 2):
         run = run_of(o)
         run.total = lambda t, factor=factor: factor * t
-        gradients(nets, *rest, torch.arange(10), o, run)
+        gradients(nets, *rest, o, run)
         norms.append([float(m.wte.weight.grad.norm()) for m in (nets.policy, nets.value)])
         nets.policy.zero_grad(), nets.value.zero_grad()
     assert norms[0] == pytest.approx([2 * norm for norm in norms[1]])
@@ -373,9 +374,9 @@ def test_target_kl_ends_the_epochs(world, monkeypatch):
     k3, real = [], train_ppo.policy_gradients
 
     def watched(*arguments):
-        sums, count = real(*arguments)
-        k3.append(float(sums[4] / count))
-        return sums, count
+        sums = real(*arguments)
+        k3.append(float(sums[4] / arguments[2]))
+        return sums
 
     def minibatches(target_kl):
         o = options(target_kl=target_kl, num_mini_batches=5)
@@ -451,6 +452,30 @@ def test_what_a_person_is_warned_about(changes, spread, words):
     assert all(word in " ".join(found[0]) for word in words)
 
 
+def test_rollouts_and_looks_take_the_compiled_steps(world, monkeypatch):
+    """Where there is a decoder, every token but the first of an answer comes from it."""
+    class Counting:
+        steps = 0
+
+        def __init__(self, model):
+            self.model, self.cache = model, lambda rows, slots: KVCache(model, rows, slots)
+
+        def step(self, tokens, cache, positions):
+            Counting.steps += 1
+            cache.filled = cache.k.shape[2]
+            return self.model.logits(self.model.hidden(tokens, cache, positions)[:, 0])
+
+    monkeypatch.setattr(train_ppo, "Decoder", Counting)
+    o = options(response_length=5)
+    nets, *_ = world(o)
+    plain, compiled = nets, train_ppo.Networks(nets.policy, nets.ref, nets.value, True)
+    a, b = (train_ppo.roll_out(n, [[1], [2]] * 4, 99, 0, o, run_of(o)) for n in (plain, compiled))
+    assert torch.equal(a.tokens, b.tokens) and Counting.steps == 4
+    tokenizer = types.SimpleNamespace(decode=str, eos=99)
+    train_ppo.answer(nets.policy, nets.ref, [], run_of(o), tokenizer, [[1], [2]], o, decoder=compiled.decoder)
+    assert Counting.steps == 8
+
+
 @pytest.mark.slow
 def test_a_compiled_step_equals_the_plain_one(world):
     """--compile: the same judgement, sums and weights after two epochs of microbatches of several lengths."""
@@ -470,8 +495,8 @@ def test_every_row_once_an_epoch_in_as_many_minibatches_as_asked(world, monkeypa
     """Each epoch deals all rows to num_mini_batches steps, in another order."""
     o = options(num_ppo_epochs=3, num_mini_batches=5)
     nets, *rest = ready(world, o)
-    dealt, real = [], train_ppo.policy_gradients
-    monkeypatch.setattr(train_ppo, "policy_gradients", lambda *a: dealt.append(a[4].tolist()) or real(*a))
+    dealt, real = [], train_ppo.microbatches
+    monkeypatch.setattr(train_ppo, "microbatches", lambda *a: dealt.append(a[1].tolist()) or real(*a))
     train_ppo.update(nets, optimizers(nets, o, 1e-3), *rest, 0, o, run_of(o))
     epochs = [sum(dealt[i:i + 5], []) for i in (0, 5, 10)]
     assert [len(part) for part in dealt] == [2] * 15
