@@ -117,8 +117,8 @@ def generate(model, prompts: list[list[int]], response_length: int, eos: int, te
 
     The uniform numbers are drawn at the start, one a row and step, so an answer depends on its row's numbers and not on
     when other rows end. Rows that ended leave the batch, down to a multiple of ROUND; the loop ends with the last of
-    them. decoder: the model's Decoder, if its steps are compiled. Raises ValueError for an empty prompt or one that does
-    not leave room in the model's context.
+    them. decoder: the model's Decoder, if its steps are compiled. Raises ValueError for an empty prompt or one that
+    does not leave room in the model's context.
     """
     if not all(prompts):
         raise ValueError("a prompt must hold at least one token")
