@@ -53,7 +53,7 @@ class RunOptions:
     """What every stage has in common."""
     device: str = "auto"  # cpu, cuda, cuda:N, mps; auto takes the GPU when there is one
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the products; auto: bfloat16 where the chip has it
-    compile: bool = False  # run the networks through torch.compile: worth its warm-up on a GPU only
+    compile: bool = False  # run networks and decode steps through torch.compile: worth its warm-up on a GPU only
     seed: int = 1337  # every random choice is a function of (seed, step, rank, purpose) [0..]
     resume: bool = False  # go on from out_dir's checkpoint
     overwrite: bool = False  # let a new run replace what out_dir holds
