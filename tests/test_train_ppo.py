@@ -356,6 +356,8 @@ def test_ranks_divide_by_the_count_of_all(world):
         norms.append([float(m.wte.weight.grad.norm()) for m in (nets.policy, nets.value)])
         nets.policy.zero_grad(), nets.value.zero_grad()
     assert norms[0] == pytest.approx([2 * norm for norm in norms[1]])
+    _, counted, _, _ = train_ppo.update(nets, optimizers(nets, o, 1e-3), *rest, 0, o, run)
+    assert counted == 2 * o.num_ppo_epochs * rest[0].response_mask.sum()
 
 
 def test_the_policy_rests_in_the_value_warmup(world):
