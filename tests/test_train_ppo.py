@@ -400,8 +400,8 @@ def test_target_kl_ends_the_epochs(world, monkeypatch):
     assert minibatches(0.0) == (first, k3[-1]) == minibatches(2 * highest)
 
 
-@pytest.mark.parametrize("where", ["advantages", "returns"])
-def test_what_is_not_finite_stops_before_the_update(world, refused, where):
+@pytest.mark.parametrize("where, loss", [("advantages", "-inf"), ("returns", "inf")])
+def test_what_is_not_finite_stops_before_the_update(world, refused, where, loss):
     """An infinite advantage or return ends the run with exit status 2 before the network that it would spoil moves."""
     o = options()
     nets, rollout, judged, advantages, returns = ready(world, o)
@@ -409,7 +409,7 @@ def test_what_is_not_finite_stops_before_the_update(world, refused, where):
     {"advantages": advantages, "returns": returns}[where][rollout.response_mask] = math.inf
     error = refused(train_ppo.update, nets, optimizers(nets, o, 1e-2), rollout, judged, advantages, returns, 4, o,
                     run_of(o))
-    assert "step 5, epoch 1" in error and "inf" in error
+    assert "step 5, epoch 1" in error and f"loss {loss}" in error
     spoilt = {"advantages": ["policy", "value"], "returns": ["value"]}[where]
     for m, n in ((getattr(nets, name), getattr(before, name)) for name in spoilt):
         assert all(torch.equal(p, q) for p, q in zip(m.parameters(), n.parameters()))
