@@ -264,8 +264,12 @@ def update(nets, optimizers, rollout, judged, advantages, returns, step, o, run)
 
     One network after the other, so that the gradient of one is in memory; in the first value_warmup steps the policy
     rests. ended: the k3 between new and old policy at which the epochs ended early, the gradient dropped, or 0. Exits
-    2, before the step of the network that it would spoil, on what is not finite.
+    2 on what is not finite: before any step on advantages and returns, before the network's own on loss and gradient.
     """
+    for name, x in (("advantages", advantages), ("returns", returns)):
+        if not x.isfinite().all():
+            runtime.fail_before_update(f"step {step + 1}: the {name} are not finite", o)
+
     def learn(model, optimizer, loss, epoch, look):
         runtime.clip_gradients(model, loss, f"step {step + 1}, epoch {epoch + 1}", o, weights=look)
         optimizer.step()

@@ -6,12 +6,14 @@ with prompts of different lengths share a batch, and no row's answer depends on 
 Left out: top-k and top-p. RL trains the full softmax, so it must sample from it.
 """
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from minirlhf.config import fail
+from minirlhf.model import packed, products_dtype
 
 ROUND = 16  # rows are dropped down to a multiple of it, that shapes be few: for each, libraries make kernels
 LOOK = {"cpu": 1}  # tokens between looks at which rows have ended; elsewhere 16, for to look is to wait for the device
@@ -21,10 +23,9 @@ class KVCache:
     """Keys and values of all layers: (L, B, S, H, D), S = slots; `filled` slots are in use."""
 
     def __init__(self, model, rows, slots):
-        c, weight, kind = model.config, model.wte.weight, model.wte.weight.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        c, device, dtype = model.config, model.wte.weight.device, products_dtype(model)
         # zeros, not empty: a masked weight of 0 times an unwritten slot must be 0, and 0 * NaN is not
-        self.k = torch.zeros(c.n_layer, rows, slots, c.n_head, c.n_embd // c.n_head, device=weight.device, dtype=dtype)
+        self.k = torch.zeros(c.n_layer, rows, slots, c.n_head, c.n_embd // c.n_head, device=device, dtype=dtype)
         self.v = torch.zeros_like(self.k)
         self.filled = 0
 
@@ -137,34 +138,35 @@ def generate(model, prompts: list[list[int]], response_length: int, eos: int, te
     cache.filled = P
     rows = torch.arange(B, device=device)  # cache row -> batch row
     last = rows * P + prompt_lengths - 1  # in (B P,)
-    logits = model.logits(model.hidden(tokens[:, :P], cache, torch.arange(P, device=device)[None], last))
     live = torch.ones(B, dtype=torch.bool, device=device)
-    for n in range(response_length):
-        new, logprob = sample(logits, temperature, u[rows, n])
-        new = new.masked_fill(~live, eos)  # a row that ended re-reads its eos until it is dropped
-        at = prompt_lengths[rows] + n  # the slot of the new token
-        tokens[rows, at] = new
-        logprobs[rows, at - 1] = logprob.masked_fill(~live, 0)
-        lengths[rows] += live
-        finished[rows] |= live & (new == eos)
-        live = live & (new != eos)
-        if n + 1 == response_length:
-            break
-        if (n + 1) % LOOK.get(device.type, 16) == 0:
-            left = int(live.sum())
-            if left == 0:
+    with nullcontext() if decoder else packed(model, B):
+        logits = model.logits(model.hidden(tokens[:, :P], cache, torch.arange(P, device=device)[None], last))
+        for n in range(response_length):
+            new, logprob = sample(logits, temperature, u[rows, n])
+            new = new.masked_fill(~live, eos)  # a row that ended re-reads its eos until it is dropped
+            at = prompt_lengths[rows] + n  # the slot of the new token
+            tokens[rows, at] = new
+            logprobs[rows, at - 1] = logprob.masked_fill(~live, 0)
+            lengths[rows] += live
+            finished[rows] |= live & (new == eos)
+            live = live & (new != eos)
+            if n + 1 == response_length:
                 break
-            left = math.ceil(left / ROUND) * ROUND
-            if left <= 0.8 * len(rows) and not decoder:  # dropping rows copies the cache: worth it for several at once
-                kept = (~live).argsort(stable=True)[:left]
-                cache.keep(kept)
-                rows, at, live = rows[kept], at[kept], live[kept]
-        step = tokens[rows, at][:, None], cache, at[:, None]
-        if decoder:
-            logits = decoder.step(*step)
-        else:
-            cache.filled = P + n + 1
-            logits = model.logits(model.hidden(*step)[:, 0])
+            if (n + 1) % LOOK.get(device.type, 16) == 0:
+                left = int(live.sum())
+                if left == 0:
+                    break
+                left = math.ceil(left / ROUND) * ROUND
+                if left <= 0.8 * len(rows) and not decoder:  # dropping rows copies the cache: only for several at once
+                    kept = (~live).argsort(stable=True)[:left]
+                    cache.keep(kept)
+                    rows, at, live = rows[kept], at[kept], live[kept]
+            step = tokens[rows, at][:, None], cache, at[:, None]
+            if decoder:
+                logits = decoder.step(*step)
+            else:
+                cache.filled = P + n + 1
+                logits = model.logits(model.hidden(*step)[:, 0])
     if not logprobs.isfinite().all():
         fail("the model's logits are not finite: its weights are not, or are too large; try a lower --learning_rate")
     T = int(lengths.max())

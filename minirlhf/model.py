@@ -6,6 +6,7 @@ t of row b sits in slot positions[b, t] and sees slots <= that: prefill and deco
 Left out: attention masks, position shifts, and vocabularies padded to a round size (their extra tokens would have to be
 masked in every softmax).
 """
+import contextlib
 import math
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,11 +26,44 @@ def wide(x):
     return x.float() if x.dtype.itemsize < 4 else x
 
 
-def linear(layer, x):
-    """layer(x): (..., in) -> (..., out). One token of a few rows (B, 1, in), on a CPU, is faster as (W x^T)^T."""
-    if x.device.type != "cpu" or x.dim() < 3 or x.shape[1] > 1 or len(x) > 32 or torch.is_grad_enabled():
-        return layer(x)
-    return torch.addmm(layer.bias[:, None], layer.weight, x[:, 0].T).T[:, None]
+def linear(layer, x, gelu=False):
+    """x W^T, + the bias if the layer has one, through GELU if asked: (..., in) -> (..., out)."""
+    if getattr(layer, "packed", None) is None:
+        y = F.linear(x, layer.weight, getattr(layer, "bias", None))
+        return F.gelu(y, approximate="tanh") if gelu else y
+    weight, bias = layer.packed
+    x = x.to(weight.dtype)
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, *(("gelu", [], "tanh") if gelu else ("none", [], "")))
+
+
+def products_dtype(model):
+    """The type in which the model's products are made here: autocast's, or that of its weights."""
+    kind = model.wte.weight.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.wte.weight.dtype
+
+
+@contextlib.contextmanager
+def packed(model, rows):
+    """While inside, `linear` multiplies with copies of the weights in oneDNN's own order, without gradients.
+
+    For a CPU that makes bfloat16 products, or float32 ones by oneDNN: else each product of a few rows (about `rows`)
+    would put the weights in that order anew. The weights must stay as they are meanwhile.
+    """
+    layers = []
+    if model.wte.weight.device.type == "cpu" and torch.backends.mkldnn.is_available():
+        dtype = products_dtype(model)
+        if (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+                or dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"):
+            layers = [model.wte, *(layer for layer in model.h.modules() if isinstance(layer, nn.Linear))]
+    try:
+        for layer in layers:
+            weight, bias = (None if x is None else x.detach().to(dtype)
+                            for x in (layer.weight, getattr(layer, "bias", None)))
+            layer.packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows), bias
+        yield
+    finally:
+        for layer in layers:
+            layer.__dict__.pop("packed", None)
 
 
 @dataclass
@@ -82,7 +116,7 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x):
-        x = F.gelu(linear(self.c_fc, x), approximate="tanh")
+        x = linear(self.c_fc, x, gelu=True)
         return F.dropout(linear(self.c_proj, x), self.dropout, self.training)
 
 
@@ -172,7 +206,7 @@ class GPT(nn.Module):
 
     def logits(self, hidden):
         """(..., C) -> (..., V), float32 or wider. Apply it to the counted decisions only."""
-        return wide(F.linear(hidden, self.wte.weight))
+        return wide(linear(self.wte, hidden))
 
     def scalar(self, hidden):
         """(..., C) -> (...), float32 or wider."""

@@ -334,11 +334,14 @@ PRODUCT_ERROR = 1e-3  # of what product_error finds: float32 gives about 1e-4, T
 
 def product_error():
     """The largest error, against float64, of float32 products of matrices of N(0, 1) on the CPU: of 512 and of 8 rows
-    with 512 x 512, by itself, as a linear layer, and in a batch."""
+    with 512 x 512, by itself, as a linear layer, packed too, and in a batch."""
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(512, 512, generator=generator) for _ in range(2))
     exact, bias = a.double() @ b.double(), torch.zeros(512)
     found = [a @ b, torch.nn.functional.linear(a, b.T.contiguous(), bias), torch.bmm(a[None], b[None])[0], a[:8] @ b]
+    if torch.backends.mkldnn.is_available():
+        weight = torch.ops.mkldnn._reorder_linear_weight(b.T.contiguous())
+        found.append(torch.ops.mkldnn._linear_pointwise(a, weight, bias, "none", [], ""))
     return max(float((x - exact[:len(x)]).abs().max()) for x in found)
 
 
@@ -400,6 +403,11 @@ def warmup_cosine(step, steps, warmup_ratio):
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
+def fail_before_update(what, o):
+    fail(f"{what}: stopped before the update; the last good checkpoint, if any, is in {o.out_dir}; try a "
+         f"--learning_rate below {o.learning_rate:g}")
+
+
 def clip_gradients(model, loss, where, o, weights=True):
     """Scale the gradient down to o.max_grad_norm (0 = never) -> its norm before.
 
@@ -410,9 +418,8 @@ def clip_gradients(model, loss, where, o, weights=True):
     size = torch.nn.utils.get_total_norm(p.detach() for p in model.parameters()) if weights else 0.0
     found = float(loss), float(norm), float(size)
     if not all(map(math.isfinite, found)):
-        fail(f"{where}: not finite (loss {found[0]:.4g}, norm of the gradient {found[1]:.4g}"
-             + (f", of the weights {found[2]:.4g}" if weights else "") + "): stopped before the update; the last good "
-             f"checkpoint, if any, is in {o.out_dir}; try a --learning_rate below {o.learning_rate:g}")
+        fail_before_update(f"{where}: not finite (loss {found[0]:.4g}, norm of the gradient {found[1]:.4g}"
+                           + (f", of the weights {found[2]:.4g})" if weights else ")"), o)
     if 0 < o.max_grad_norm < found[1]:  # to multiply by 1 would cost a pass over all gradients
         torch.nn.utils.clip_grads_with_norm_(model.parameters(), o.max_grad_norm, norm)
     return found[1]

@@ -36,6 +36,14 @@ def make_model():
 
 
 @pytest.fixture
+def precision():
+    """Sets how torch multiplies float32, and puts it back."""
+    before = torch.get_float32_matmul_precision()
+    yield torch.set_float32_matmul_precision
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.fixture
 def refused(capsys):
     """refused(function, *arguments) -> what it said on standard error, having ended with exit status 2 in one line."""
     def check(function, *arguments, **options):

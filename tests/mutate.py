@@ -130,7 +130,11 @@ MODEL = [
     ("0.02 / math.sqrt(2 * self.config.n_layer)", "0.02 / math.sqrt(self.config.n_layer)"),
     ("std = 1 / math.sqrt(self.config.n_embd + 1)", "std = 1 / (self.config.n_embd + 1)"),
     ("return x.float() if x.dtype.itemsize < 4 else x", "return x"),
-    ("torch.addmm(layer.bias[:, None], layer.weight", "torch.addmm(0 * layer.bias[:, None], layer.weight"),
+    ("weight, bias, *((", "weight, None, *(("),
+    ('(("gelu", [], "tanh")', '(("gelu", [], "none")'),
+    ("dtype == torch.float32 and torch.get", "torch.get"),  # double precision too
+    ("_reorder_linear_weight(weight, rows)", "_reorder_linear_weight(2 * weight, rows)"),
+    ('layer.__dict__.pop("packed", None)', "pass"),
 ]
 DATA = [
     ("(t >= starts[:, None] - 1)", "(t >= starts[:, None])"),

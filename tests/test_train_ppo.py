@@ -400,19 +400,23 @@ def test_target_kl_ends_the_epochs(world, monkeypatch):
     assert minibatches(0.0) == (first, k3[-1]) == minibatches(2 * highest)
 
 
-@pytest.mark.parametrize("where, loss", [("advantages", "-inf"), ("returns", "inf")])
-def test_what_is_not_finite_stops_before_the_update(world, refused, where, loss):
-    """An infinite advantage or return ends the run with exit status 2 before the network that it would spoil moves."""
+@pytest.mark.parametrize("where, says", [
+    ("advantages", "step 5: the advantages are not finite"), ("returns", "step 5: the returns are not finite"),
+    ("old_logprobs", "step 5, epoch 1: not finite (loss nan"), ("values", "step 5, epoch 1: not finite (loss nan")])
+def test_what_is_not_finite_stops_before_the_update(world, refused, where, says):
+    """Advantages, returns and log-probabilities end the run with exit status 2 before a weight moves; values, which
+    only one loss meets, before one of the network that they would spoil."""
     o = options()
     nets, rollout, judged, advantages, returns = ready(world, o)
     before = copy.deepcopy(nets)
-    {"advantages": advantages, "returns": returns}[where][rollout.response_mask] = math.inf
+    columns = {"advantages": advantages, "returns": returns, **vars(judged)}
+    columns[where][rollout.response_mask] = math.nan
     error = refused(train_ppo.update, nets, optimizers(nets, o, 1e-2), rollout, judged, advantages, returns, 4, o,
                     run_of(o))
-    assert "step 5, epoch 1" in error and f"loss {loss}" in error
-    spoilt = {"advantages": ["policy", "value"], "returns": ["value"]}[where]
-    for m, n in ((getattr(nets, name), getattr(before, name)) for name in spoilt):
-        assert all(torch.equal(p, q) for p, q in zip(m.parameters(), n.parameters()))
+    assert says in error and "stopped before the update" in error
+    for name in ["value"] if where == "values" else ["policy", "value"]:
+        pairs = zip(getattr(nets, name).parameters(), getattr(before, name).parameters())
+        assert all(torch.equal(p, q) for p, q in pairs)
 
 
 def test_a_weight_that_is_not_finite_stops_before_the_update(world, refused):
