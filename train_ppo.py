@@ -21,7 +21,7 @@ from minirlhf.generate import Decoder, generate
 from minirlhf.model import GPT, places
 from minirlhf.objectives import (adaptive_kl_coef, best_of_n_kl, credit_length, entropy, explained_variance, gae, k1,
                                  k3, log_ratio, mean_interval, moments, policy_clipped, policy_loss, shape_rewards,
-                                 token_logprobs, value_clipped, value_loss, whiten, wilson_interval)
+                                 value_clipped, value_loss, whiten, wilson_interval)
 
 
 @dataclass
@@ -131,12 +131,13 @@ def load_function(spec):
 # ---- forward passes on the grid
 
 def decisions(model, tokens, counted, temperature, hidden=None):
-    """Logits (counted, V) of some decisions at the sampling temperature, and the log-probabilities (counted,) of what
-    was chosen. counted: their `places` on the grid; the head and most of the last block run on them only.
+    """Log-probabilities (counted, V) of some decisions at the sampling temperature, and those of what was chosen,
+    (counted,). counted: their `places` on the grid; the head and most of the last block run on them only.
     """
     states = (hidden or model.hidden)(tokens[:, :-1], counted=counted)  # (counted, C)
     logits = model.logits(states / temperature)  # of the C states, not of the V logits: less to divide and to keep
-    return logits, token_logprobs(logits, tokens[:, 1:].flatten()[counted])
+    logprobs = logits.log_softmax(-1)
+    return logprobs, logprobs.gather(1, tokens[:, 1:].flatten()[counted, None]).squeeze(1)
 
 
 def on_grid(counted, mask):
@@ -192,9 +193,9 @@ def judgement(nets, rollout, judge, o, run):
 
     def forward(batch, counted):
         with run.autocast():
-            logits, logprobs = decisions(nets.policy, batch.tokens, counted, o.temperature, nets.policy_hidden)
-            entropies = entropy(logits)
-            del logits
+            every, logprobs = decisions(nets.policy, batch.tokens, counted, o.temperature, nets.policy_hidden)
+            entropies = entropy(every)
+            del every
             _, ref_logprobs = decisions(nets.ref, batch.tokens, counted, o.temperature)
             values = nets.value.scalar(nets.value_hidden(batch.tokens[:, :-1], counted=counted))
         return logprobs, ref_logprobs, values, entropies
@@ -231,9 +232,9 @@ def policy_gradients(nets, parts, count, judged, advantages, o, run):
     for rows, batch, counted in parts:
         old, A = (x[rows, :batch.tokens.shape[1] - 1].flatten()[counted] for x in (judged.old_logprobs, advantages))
         with run.autocast():
-            logits, new = decisions(nets.policy, batch.tokens, counted, o.temperature, nets.policy_hidden)
-            bonus = o.ent_coef * entropy(logits) if o.ent_coef else 0.0
-        del logits  # what the backward pass needs of them is kept
+            every, new = decisions(nets.policy, batch.tokens, counted, o.temperature, nets.policy_hidden)
+            bonus = o.ent_coef * entropy(every) if o.ent_coef else 0.0
+        del every  # what the backward pass needs of them is kept
         loss = policy_loss(new, old, A, o.cliprange)
         ((loss - bonus).sum() / count).backward()
         with torch.no_grad():

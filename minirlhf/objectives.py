@@ -27,10 +27,12 @@ def token_logprobs(logits, tokens):
     return -F.cross_entropy(logits.flatten(0, -2), tokens.flatten(), reduction="none").view(tokens.shape)
 
 
-def entropy(logits):
-    """H = -sum_v p_v log p_v of softmax(logits): (..., V) -> (...), nats."""
-    logprobs = logits.log_softmax(-1)
-    return -(logprobs.exp() * logprobs).nan_to_num(0.0).sum(-1)  # p log p -> 0 as p -> 0
+def entropy(logprobs):
+    """H = -sum_v p_v log p_v: log-probabilities (..., V) that sum to 1 as probabilities -> (...), nats.
+
+    A token of probability 0 (-inf) adds nothing: p log p -> 0.
+    """
+    return -(logprobs.exp() * logprobs.clamp(min=torch.finfo(logprobs.dtype).min)).sum(-1)
 
 
 # ---- stages 1 and 2

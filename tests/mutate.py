@@ -30,9 +30,9 @@ OBJECTIVES = [
     ("n, sum_x = total(torch.stack([mask.sum().to(x.dtype), x.sum()]))",
      "n, sum_x = torch.stack([mask.sum().to(x.dtype), x.sum()])"),  # of one rank
     ("return -F.cross_entropy(logits.flatten(0, -2)", "return F.cross_entropy(logits.flatten(0, -2)"),
-    ("return -(logprobs.exp() * logprobs)", "return (logprobs.exp() * logprobs)"),
-    ("(logprobs.exp() * logprobs).nan_to_num(0.0).sum(-1)", "(logprobs.exp() * logprobs).sum(-1)"),
-    ("logprobs = logits.log_softmax(-1)", "logprobs = logits.log_softmax(0)"),  # wrong axis
+    ("return -(logprobs.exp() * logprobs", "return (logprobs.exp() * logprobs"),
+    ("logprobs.clamp(min=torch.finfo(logprobs.dtype).min)", "logprobs"),
+    ("finfo(logprobs.dtype).min)).sum(-1)", "finfo(logprobs.dtype).min)).sum(0)"),  # wrong axis
     ("return -token_logprobs(logits, tokens)", "return -token_logprobs(logits, tokens).mean()"),
     ("return -F.logsigmoid(chosen - rejected)", "return -F.logsigmoid(rejected - chosen)"),
     ("return -F.logsigmoid(chosen - rejected)", "return -torch.sigmoid(chosen - rejected).log()"),  # -log 0
@@ -151,8 +151,8 @@ DATA = [
 PPO = [
     ("model.logits(states / temperature)", "model.logits(states)"),
     ("counted=counted)  # (counted, C)", "counted=counted - 1)  # (counted, C)"),
-    ("token_logprobs(logits, tokens[:, 1:].flatten()[counted])",
-     "token_logprobs(logits, tokens[:, :-1].flatten()[counted])"),
+    ("gather(1, tokens[:, 1:].flatten()[counted, None])", "gather(1, tokens[:, :-1].flatten()[counted, None])"),
+    ("logprobs = logits.log_softmax(-1)", "logprobs = logits.log_softmax(0)"),  # wrong axis
     ("_, ref_logprobs = decisions(nets.ref", "_, ref_logprobs = decisions(nets.policy"),
     ("scores - o.missing_eos_penalty * ~rollout.finished", "scores - o.missing_eos_penalty * rollout.finished"),
     ("judged.scores.clamp(-o.reward_clip, o.reward_clip)", "judged.scores.clamp(0, o.reward_clip)"),
@@ -186,8 +186,8 @@ PPO = [
     ("d.exp(), k3(old, new))])", "d.exp(), k3(new, old))])"),
     ("lr = o.learning_rate * (1 - step / steps)", "lr = o.learning_rate"),
     ("on_grid(torch.cat(x), mask) for x in zip(*parts))", "on_grid(torch.cat(x), mask) for x in zip(*parts[::-1]))"),
-    ("logits, logprobs = decisions(nets.policy, batch.tokens, counted, o.temperature, nets.policy_hidden)",
-     "logits, logprobs = decisions(nets.policy, batch.tokens, counted, 1.0, nets.policy_hidden)"),
+    ("every, logprobs = decisions(nets.policy, batch.tokens, counted, o.temperature, nets.policy_hidden)",
+     "every, logprobs = decisions(nets.policy, batch.tokens, counted, 1.0, nets.policy_hidden)"),
     ("len(set(bigrams)) / max(1, len(bigrams))", "len(bigrams) / max(1, len(set(bigrams)))"),
     ("1 - len(set(texts)) / max(1, len(texts))", "len(set(texts)) / max(1, len(texts))"),
     ("wins = sum((r[\"score\"] > b[\"score\"])", "wins = sum((r[\"score\"] >= b[\"score\"])"),

@@ -49,8 +49,12 @@ def test_sft_loss_is_the_surprise():
     ([0.0, 1 / 2, 1 / 2], math.log(2)),
 ])
 def test_entropy_by_hand(probabilities, expected):
-    """-sum p log p, tokens of probability 0 (logit -inf) included."""
-    close(O.entropy(tensor(*probabilities).log() + 7), expected)
+    """-sum p log p, tokens of probability 0 (logit -inf) included; d H / d logit = -p (log p + H), 0 for those too."""
+    logits = (tensor(*probabilities).log() + 7).requires_grad_()
+    H = O.entropy(logits.log_softmax(-1))
+    close(H, expected)
+    H.backward()
+    close(logits.grad, [-p * (math.log(p) + expected) if p else 0.0 for p in probabilities])
 
 
 # Stages 1 and 2
@@ -347,7 +351,7 @@ TOKENS = torch.tensor([[0, 3, 1], [2, 2, 4]])
 
 @pytest.mark.parametrize("name, function, inputs", [
     ("sft_loss", lambda x: O.sft_loss(x, TOKENS), [some(2, 3, 5, grad=True)]),
-    ("entropy", O.entropy, [some(2, 3, 5, grad=True)]),
+    ("entropy", lambda x: O.entropy(x.log_softmax(-1)), [some(2, 3, 5, grad=True)]),
     ("bradley_terry_loss", O.bradley_terry_loss, [some(6, grad=True), some(6, seed=1, grad=True)]),
     ("k1", O.k1, [some(6, grad=True), some(6, seed=1, grad=True)]),
     ("k2", O.k2, [some(6, grad=True), some(6, seed=1, grad=True)]),
@@ -420,7 +424,7 @@ def test_log_probabilities_one_number_at_a_time(seed):
     expected = torch.tensor([scalar_logprob(*row) for row in rows], dtype=torch.double).view(2, 3)
     close(O.token_logprobs(logits, tokens), expected)
     close(O.sft_loss(logits, tokens), -expected)
-    close(O.entropy(logits), torch.tensor([scalar_entropy(row) for row, _ in rows], dtype=torch.double).view(2, 3))
+    close(O.entropy(logits.log_softmax(-1)), torch.tensor([scalar_entropy(row) for row, _ in rows], dtype=torch.double).view(2, 3))
 
 
 def counted(x, mask):

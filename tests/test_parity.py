@@ -148,4 +148,4 @@ def test_log_probabilities_and_entropy_equal_trl_s(trl):
     expected = utils.selective_log_softmax(logits / 0.7, tokens.view(5, 7))
     torch.testing.assert_close(O.token_logprobs(logits / 0.7, tokens.view(5, 7)), expected)
     torch.testing.assert_close(logprobs.view(5, 7), expected)
-    torch.testing.assert_close(O.entropy(logits), utils.entropy_from_logits(logits))
+    torch.testing.assert_close(O.entropy(logits.log_softmax(-1)), utils.entropy_from_logits(logits))

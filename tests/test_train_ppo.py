@@ -251,13 +251,14 @@ def test_summary_by_hand():
 
 
 def test_decisions_at_another_temperature(make_model):
-    """Logits are divided by it before the softmax: at T, log p = logit/T - logsumexp(logits/T)."""
+    """Logits are divided by it before the softmax: at T, log p = logit/T - logsumexp(logits/T), of all and of chosen
+    tokens."""
     model, tokens = make_model(), torch.tensor([[1, 2, 3, 4]])
     mask = torch.tensor([[False, True, True]])
-    logits, logprobs = train_ppo.decisions(model, tokens, places(mask), 0.5)
-    expected = model(tokens)[0, 1:3] * 2
-    torch.testing.assert_close(logits, expected)
-    torch.testing.assert_close(logprobs, expected.log_softmax(-1)[[0, 1], [3, 4]])
+    every, chosen = train_ppo.decisions(model, tokens, places(mask), 0.5)
+    expected = (model(tokens)[0, 1:3] * 2).log_softmax(-1)
+    torch.testing.assert_close(every, expected)
+    torch.testing.assert_close(chosen, expected[[0, 1], [3, 4]])
 
 
 def hand_rollout():
