@@ -118,8 +118,8 @@ def generate(model, prompts: list[list[int]], response_length: int, eos: int, te
 
     The uniform numbers are drawn at the start, one a row and step, so an answer depends on its row's numbers and not on
     when other rows end. Rows that ended leave the batch, down to a multiple of ROUND; the loop ends with the last of
-    them. decoder: the model's Decoder, if its steps are compiled. Raises ValueError for an empty prompt or one that
-    does not leave room in the model's context.
+    them. decoder: the model's Decoder, if its steps are compiled; else the weights are `packed` meanwhile. Raises
+    ValueError for an empty prompt or one that does not leave room in the model's context.
     """
     if not all(prompts):
         raise ValueError("a prompt must hold at least one token")
@@ -139,7 +139,7 @@ def generate(model, prompts: list[list[int]], response_length: int, eos: int, te
     rows = torch.arange(B, device=device)  # cache row -> batch row
     last = rows * P + prompt_lengths - 1  # in (B P,)
     live = torch.ones(B, dtype=torch.bool, device=device)
-    with nullcontext() if decoder else packed(model, B):
+    with nullcontext() if decoder else packed(model):
         logits = model.logits(model.hidden(tokens[:, :P], cache, torch.arange(P, device=device)[None], last))
         for n in range(response_length):
             new, logprob = sample(logits, temperature, u[rows, n])
@@ -157,7 +157,7 @@ def generate(model, prompts: list[list[int]], response_length: int, eos: int, te
                 if left == 0:
                     break
                 left = math.ceil(left / ROUND) * ROUND
-                if left <= 0.8 * len(rows) and not decoder:  # dropping rows copies the cache: only for several at once
+                if left <= 0.8 * len(rows) and not decoder:  # dropping rows copies the cache: only several at once
                     kept = (~live).argsort(stable=True)[:left]
                     cache.keep(kept)
                     rows, at, live = rows[kept], at[kept], live[kept]

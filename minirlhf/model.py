@@ -27,9 +27,9 @@ def wide(x):
 
 
 def linear(layer, x, gelu=False):
-    """x W^T, + the bias if the layer has one, through GELU if asked: (..., in) -> (..., out)."""
-    if getattr(layer, "packed", None) is None:
-        y = F.linear(x, layer.weight, getattr(layer, "bias", None))
+    """layer(x), through GELU if asked: (..., in) -> (..., out). If the layer is `packed`, oneDNN makes both at once."""
+    if not hasattr(layer, "packed"):
+        y = layer(x)
         return F.gelu(y, approximate="tanh") if gelu else y
     weight, bias = layer.packed
     x = x.to(weight.dtype)
@@ -42,25 +42,29 @@ def products_dtype(model):
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.wte.weight.dtype
 
 
-@contextlib.contextmanager
-def packed(model, rows):
-    """While inside, `linear` multiplies with copies of the weights in oneDNN's own order, without gradients.
+PACKS = torch.backends.mkldnn.is_available() and "AVX" in torch.backends.cpu.get_cpu_capability()
 
-    For a CPU that makes bfloat16 products, or float32 ones by oneDNN: else each product of a few rows (about `rows`)
-    would put the weights in that order anew. The weights must stay as they are meanwhile.
+
+@contextlib.contextmanager
+def packed(model):
+    """While inside, on an x86 CPU, `linear` multiplies with copies of the weights in oneDNN's own order.
+
+    Else each product would put them in such an order anew, which for few rows costs as much as to multiply. The weights
+    must stay as they are, and there are no gradients. In float32, narrow models are faster without.
     """
     layers = []
-    if model.wte.weight.device.type == "cpu" and torch.backends.mkldnn.is_available():
+    if PACKS and model.wte.weight.device.type == "cpu":
         dtype = products_dtype(model)
-        if (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-                or dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"):
+        if (dtype == torch.float32 and model.config.n_embd >= 128
+                or dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
             layers = [model.wte, *(layer for layer in model.h.modules() if isinstance(layer, nn.Linear))]
     try:
-        for layer in layers:
-            weight, bias = (None if x is None else x.detach().to(dtype)
-                            for x in (layer.weight, getattr(layer, "bias", None)))
-            layer.packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows), bias
-        yield
+        with torch.no_grad():
+            for layer in layers:
+                bias = getattr(layer, "bias", None)
+                layer.packed = (torch.ops.mkldnn._reorder_linear_weight(layer.weight.to(dtype)),
+                                None if bias is None else bias.to(dtype))
+            yield
     finally:
         for layer in layers:
             layer.__dict__.pop("packed", None)
@@ -206,7 +210,8 @@ class GPT(nn.Module):
 
     def logits(self, hidden):
         """(..., C) -> (..., V), float32 or wider. Apply it to the counted decisions only."""
-        return wide(linear(self.wte, hidden))
+        packed = hasattr(self.wte, "packed")
+        return wide(linear(self.wte, hidden) if packed else F.linear(hidden, self.wte.weight))
 
     def scalar(self, hidden):
         """(..., C) -> (...), float32 or wider."""

@@ -32,7 +32,7 @@ def entropy(logprobs):
 
     A token of probability 0 (-inf) adds nothing: p log p -> 0.
     """
-    return -(logprobs.exp() * logprobs.clamp(min=torch.finfo(logprobs.dtype).min)).sum(-1)
+    return -(logprobs.exp() * logprobs.clamp(min=-1e4)).sum(-1)
 
 
 # ---- stages 1 and 2

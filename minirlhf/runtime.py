@@ -22,6 +22,7 @@ from dataclasses import asdict, fields, replace
 import torch
 
 from minirlhf.config import fail, say
+from minirlhf.model import PACKS
 
 LOGS = ("metrics.jsonl", "samples.jsonl")
 KEPT = ("ckpt.previous.pt", "ckpt.pt", *LOGS)  # what makes a folder that of a run
@@ -333,15 +334,15 @@ PRODUCT_ERROR = 1e-3  # of what product_error finds: float32 gives about 1e-4, T
 
 
 def product_error():
-    """The largest error, against float64, of float32 products of matrices of N(0, 1) on the CPU: of 512 and of 8 rows
-    with 512 x 512, by itself, as a linear layer, packed too, and in a batch."""
+    """The largest error, against float64, of float32 products of matrices of N(0, 1) on the CPU: 512 and 8 rows with
+    512 x 512, as a product, as a linear layer, also with `packed` weights, and in a batch."""
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(512, 512, generator=generator) for _ in range(2))
     exact, bias = a.double() @ b.double(), torch.zeros(512)
     found = [a @ b, torch.nn.functional.linear(a, b.T.contiguous(), bias), torch.bmm(a[None], b[None])[0], a[:8] @ b]
-    if torch.backends.mkldnn.is_available():
+    if PACKS:
         weight = torch.ops.mkldnn._reorder_linear_weight(b.T.contiguous())
-        found.append(torch.ops.mkldnn._linear_pointwise(a, weight, bias, "none", [], ""))
+        found += [torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "") for x in (a, a[:8])]
     return max(float((x - exact[:len(x)]).abs().max()) for x in found)
 
 
@@ -404,6 +405,7 @@ def warmup_cosine(step, steps, warmup_ratio):
 
 
 def fail_before_update(what, o):
+    """Exits 2. what: where, and what is not finite there."""
     fail(f"{what}: stopped before the update; the last good checkpoint, if any, is in {o.out_dir}; try a "
          f"--learning_rate below {o.learning_rate:g}")
 

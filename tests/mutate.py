@@ -31,8 +31,9 @@ OBJECTIVES = [
      "n, sum_x = torch.stack([mask.sum().to(x.dtype), x.sum()])"),  # of one rank
     ("return -F.cross_entropy(logits.flatten(0, -2)", "return F.cross_entropy(logits.flatten(0, -2)"),
     ("return -(logprobs.exp() * logprobs", "return (logprobs.exp() * logprobs"),
-    ("logprobs.clamp(min=torch.finfo(logprobs.dtype).min)", "logprobs"),
-    ("finfo(logprobs.dtype).min)).sum(-1)", "finfo(logprobs.dtype).min)).sum(0)"),  # wrong axis
+    ("logprobs.clamp(min=-1e4)", "logprobs"),
+    ("logprobs.clamp(min=-1e4)", "logprobs.clamp(min=-4)"),
+    ("logprobs.clamp(min=-1e4)).sum(-1)", "logprobs.clamp(min=-1e4)).sum(0)"),  # wrong axis
     ("return -token_logprobs(logits, tokens)", "return -token_logprobs(logits, tokens).mean()"),
     ("return -F.logsigmoid(chosen - rejected)", "return -F.logsigmoid(rejected - chosen)"),
     ("return -F.logsigmoid(chosen - rejected)", "return -torch.sigmoid(chosen - rejected).log()"),  # -log 0
@@ -111,6 +112,7 @@ GENERATE = [
     ("cache.filled = cache.k.shape[2]", "cache.filled = cache.k.shape[2] // 2"),
     ("cache.filled = P + n + 1", "cache.filled = P + n"),
     ("T = int(lengths.max())", "T = int(lengths.min())"),
+    ("nullcontext() if decoder else packed(model)", "nullcontext()"),
 ]
 MODEL = [
     ("mul_(1 / math.sqrt(C // self.n_head))", "mul_(1 / math.sqrt(C))"),
@@ -132,8 +134,9 @@ MODEL = [
     ("return x.float() if x.dtype.itemsize < 4 else x", "return x"),
     ("weight, bias, *((", "weight, None, *(("),
     ('(("gelu", [], "tanh")', '(("gelu", [], "none")'),
-    ("dtype == torch.float32 and torch.get", "torch.get"),  # double precision too
-    ("_reorder_linear_weight(weight, rows)", "_reorder_linear_weight(2 * weight, rows)"),
+    ("dtype == torch.float32 and model.config.n_embd", "model.config.n_embd"),  # double precision too
+    ("_reorder_linear_weight(layer.weight.to(dtype))", "_reorder_linear_weight(2 * layer.weight.to(dtype))"),
+    ("None if bias is None else bias.to(dtype)", "None"),
     ('layer.__dict__.pop("packed", None)', "pass"),
 ]
 DATA = [
@@ -180,6 +183,7 @@ PPO = [
     ("                    nets.policy.zero_grad(set_to_none=True)\n", ""),
     ("if moved > min(o.target_kl or BLOWN_UP, BLOWN_UP):", "if moved > (o.target_kl or math.inf):"),
     ("if moved > min(o.target_kl or BLOWN_UP, BLOWN_UP):", "if moved > BLOWN_UP:"),
+    ("if not x.isfinite().all():", "if x.isnan().any():"),
     ("learn(nets.value, value_optimizer, float(value_sums[0] / count),", "learn(nets.value, value_optimizer, 0.0,"),
     ("optimizer.step()\n        optimizer.zero_grad(set_to_none=True)", "optimizer.step()"),  # they pile up
     ("@torch.no_grad()\ndef judgement", "def judgement"),

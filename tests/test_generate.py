@@ -1,4 +1,5 @@
 """Sampling against the model without a cache, and against chains whose answers are known by hand."""
+import contextlib
 import math
 
 import pytest
@@ -7,7 +8,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from minirlhf import generate as generation
 from minirlhf.generate import Decoder, KVCache, Rollout, generate, sample
-from minirlhf.model import GPTConfig
+from minirlhf.model import PACKS, GPTConfig, packed
 from minirlhf.objectives import token_logprobs
 
 PROMPTS = [[1], [2, 3, 4, 5, 6, 7], [8, 0, 9], [1, 1], [0], [5, 4, 3, 2, 1], [12, 12, 12], [0, 0], [6, 2], [3]]
@@ -279,6 +280,21 @@ def test_bfloat16_rollouts(make_model):
     mask = rollout.response_mask
     assert rollout.sampler_logprobs.dtype == torch.float32
     assert (rollout.sampler_logprobs - logprobs)[mask].abs().mean() < 0.1
+
+
+@pytest.mark.skipif(not PACKS, reason="not an x86 CPU with oneDNN")
+def test_packed_weights_give_the_same_answers(make_model, monkeypatch):
+    """Ragged prompts, rows that leave, one token a step: tokens and ends are those of the weights as they are."""
+    model, used = make_model(n_embd=128), []
+    model.wte.weight.data *= 0.15  # less sharp, so that answers end at many lengths
+    rollouts = []
+    for context in (packed, lambda model: contextlib.nullcontext()):
+        monkeypatch.setattr(generation, "packed", lambda model: used.append(len(used)) or context(model))
+        rollouts.append(generate(model, 4 * PROMPTS, STEPS, EOS, generator=torch.Generator().manual_seed(3)))
+    a, b = rollouts
+    assert len(set(a.lengths.tolist())) > 4 and used == [0, 1]
+    assert torch.equal(a.tokens, b.tokens) and torch.equal(a.lengths, b.lengths) and torch.equal(a.finished, b.finished)
+    torch.testing.assert_close(a.sampler_logprobs, b.sampler_logprobs, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("every", [3, 8])

@@ -53,8 +53,8 @@ def test_entropy_by_hand(probabilities, expected):
     logits = (tensor(*probabilities).log() + 7).requires_grad_()
     H = O.entropy(logits.log_softmax(-1))
     close(H, expected)
-    H.backward()
-    close(logits.grad, [-p * (math.log(p) + expected) if p else 0.0 for p in probabilities])
+    (3 * H).backward()
+    close(logits.grad, [-3 * p * (math.log(p) + expected) if p else 0.0 for p in probabilities])
 
 
 # Stages 1 and 2
@@ -424,7 +424,8 @@ def test_log_probabilities_one_number_at_a_time(seed):
     expected = torch.tensor([scalar_logprob(*row) for row in rows], dtype=torch.double).view(2, 3)
     close(O.token_logprobs(logits, tokens), expected)
     close(O.sft_loss(logits, tokens), -expected)
-    close(O.entropy(logits.log_softmax(-1)), torch.tensor([scalar_entropy(row) for row, _ in rows], dtype=torch.double).view(2, 3))
+    expected = torch.tensor([scalar_entropy(row) for row, _ in rows], dtype=torch.double).view(2, 3)
+    close(O.entropy(logits.log_softmax(-1)), expected)
 
 
 def counted(x, mask):

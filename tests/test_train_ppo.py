@@ -401,17 +401,20 @@ def test_target_kl_ends_the_epochs(world, monkeypatch):
     assert minibatches(0.0) == (first, k3[-1]) == minibatches(2 * highest)
 
 
-@pytest.mark.parametrize("where, says", [
-    ("advantages", "step 5: the advantages are not finite"), ("returns", "step 5: the returns are not finite"),
-    ("old_logprobs", "step 5, epoch 1: not finite (loss nan"), ("values", "step 5, epoch 1: not finite (loss nan")])
-def test_what_is_not_finite_stops_before_the_update(world, refused, where, says):
+@pytest.mark.parametrize("where, value, says", [
+    ("advantages", -math.inf, "step 5: the advantages are not finite"),
+    ("advantages", math.nan, "step 5: the advantages are not finite"),
+    ("returns", math.inf, "step 5: the returns are not finite"),
+    ("old_logprobs", math.nan, "step 5, epoch 1: not finite (loss nan"),
+    ("values", math.nan, "step 5, epoch 1: not finite (loss nan")])
+def test_what_is_not_finite_stops_before_the_update(world, refused, where, value, says):
     """Advantages, returns and log-probabilities end the run with exit status 2 before a weight moves; values, which
     only one loss meets, before one of the network that they would spoil."""
     o = options()
     nets, rollout, judged, advantages, returns = ready(world, o)
     before = copy.deepcopy(nets)
     columns = {"advantages": advantages, "returns": returns, **vars(judged)}
-    columns[where][rollout.response_mask] = math.nan
+    columns[where][rollout.response_mask] = value
     error = refused(train_ppo.update, nets, optimizers(nets, o, 1e-2), rollout, judged, advantages, returns, 4, o,
                     run_of(o))
     assert says in error and "stopped before the update" in error
