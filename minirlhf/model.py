@@ -210,8 +210,8 @@ class GPT(nn.Module):
 
     def logits(self, hidden):
         """(..., C) -> (..., V), float32 or wider. Apply it to the counted decisions only."""
-        packed = hasattr(self.wte, "packed")
-        return wide(linear(self.wte, hidden) if packed else F.linear(hidden, self.wte.weight))
+        # called as a layer, wte would look tokens up
+        return wide(linear(self.wte, hidden) if hasattr(self.wte, "packed") else F.linear(hidden, self.wte.weight))
 
     def scalar(self, hidden):
         """(..., C) -> (...), float32 or wider."""
