@@ -440,3 +440,34 @@ def test_count_parameters(make_model):
     """A tied matrix counts once: 13 x 16 embeddings, 32 x 16 places, two blocks, the last LayerNorm."""
     block = 16 * 48 + 48 + 16 * 16 + 16 + 16 * 64 + 64 + 64 * 16 + 16 + 4 * 16
     assert runtime.count_parameters(make_model()) == 13 * 16 + 32 * 16 + 2 * block + 2 * 16
+
+
+def test_muon_in_float32_equals_torch_s(monkeypatch):
+    """Five steps with weight decay, on tall, wide and square matrices and one without a gradient, are those of
+    torch.optim.Muon where that does not round to bfloat16; their state goes into torch's own and back."""
+    g = torch.Generator().manual_seed(0)
+    shapes = ((12, 4), (4, 12), (8, 8), (3, 3))
+    start = [torch.randn(shape, generator=g) for shape in shapes]
+    gradients = [[torch.randn(shape, generator=g) for shape in shapes[:3]] for _ in range(5)]
+    monkeypatch.setattr(torch.Tensor, "bfloat16", lambda self: self.clone())
+    ends, states = [], []
+    for kind in (torch.optim.Muon, runtime.Muon):
+        weights = [w.clone().requires_grad_() for w in start]
+        optimizer = kind(weights, lr=0.1, weight_decay=0.3)
+        for step in gradients:
+            for p, gradient in zip(weights, step):
+                p.grad = gradient.clone()
+            optimizer.step()
+        ends.append(weights), states.append(optimizer.state_dict())
+    torch.testing.assert_close(ends[1], ends[0])
+    assert torch.equal(ends[1][3], start[3]) and not torch.allclose(ends[1][0], start[0], atol=0.1)
+    torch.testing.assert_close(states[1], states[0])
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_muon_is_torch_s_where_the_chip_has_bfloat16(native, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native, raising=False)
+    model = torch.nn.Module()
+    model.h = torch.nn.Linear(2, 2)
+    o = SimpleNamespace(optimizer="muon", learning_rate=0.01, muon_learning_rate=0.02, weight_decay=0.1)
+    assert (type(runtime.make_optimizers(model, o)[1]) is torch.optim.Muon) is native
