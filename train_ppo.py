@@ -3,25 +3,25 @@
 Each step reads as five paragraphs: ROLLOUT, JUDGEMENT, CREDIT, UPDATE, LOOK. All per-token tensors share the grid
 (B, T-1): index t means "having read tokens[:, :t+1], choose tokens[:, t+1]".
 """
-import importlib.util
 import math
 import os
 import shlex
-import sys
 import time
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 
-from minirlhf import check, checkpoint, prepare, runtime
+from minirlhf import checkpoint, prepare, runtime
 from minirlhf.config import RunOptions, fail, launch, parse
-from minirlhf.data import Row, encode_prompts, encode_row, endless_batch, fingerprint, load_prompts, repeats
+from minirlhf.data import encode_prompts, endless_batch, fingerprint, load_prompts, repeats
+from minirlhf.evaluate import answer, concerns, decisions, on_grid, report, summary
 from minirlhf.generate import Decoder, generate
 from minirlhf.model import GPT, places
 from minirlhf.objectives import (adaptive_kl_coef, best_of_n_kl, credit_length, entropy, explained_variance, gae, k1,
-                                 k3, log_ratio, mean_interval, moments, policy_clipped, policy_loss, shape_rewards,
-                                 value_clipped, value_loss, whiten, wilson_interval)
+                                 k3, log_ratio, moments, policy_clipped, policy_loss, shape_rewards, value_clipped,
+                                 value_loss, whiten)
+from minirlhf.rewards import Judge, load_function
 
 
 @dataclass
@@ -69,80 +69,6 @@ class Options(RunOptions):
 
 
 BLOWN_UP = 1.0  # nats a decision (k3) between new and old policy: a sound update moves by a hundredth of it
-
-
-# ---- what judges an answer
-
-class Judge:
-    """Scores of answers by a reward model, or by a user's function (row by row on texts)."""
-
-    def __init__(self, run, tokenizer, model=None, function=None, name=""):
-        self.run, self.tokenizer, self.model, self.function, self.name = run, tokenizer, model, function, name
-
-    @torch.no_grad()
-    def __call__(self, rollout):
-        """Rollout -> scores (B,), float32, on the run's device."""
-        if self.model is not None:
-            with self.run.autocast():
-                scores = self.model.score(rollout.tokens, rollout.lengths)
-            if not scores.isfinite().all():
-                row = int(scores.isfinite().int().argmin())
-                fail(f"{self.name}: gives the score {float(scores[row])} to the completion "
-                     f"{self.tokenizer.decode(rollout.responses()[row])[:60]!r}: stopped before the update; try "
-                     "--dtype float32")
-            return scores
-        prompts = [self.tokenizer.decode(row[:n]) for row, n in
-                   zip(rollout.tokens.tolist(), rollout.prompt_lengths.tolist())]
-        completions = [self.tokenizer.decode(ids) for ids in rollout.responses()]
-        try:
-            scores = list(self.function(prompts, completions))
-        except (Exception, SystemExit) as error:
-            fail(f"--reward {self.name}: raised {type(error).__name__}: {error}")
-        if len(scores) != len(prompts):
-            fail(f"--reward {self.name}: returned {len(scores)} scores for {len(prompts)} answers")
-        for i, s in enumerate(scores):
-            try:
-                scores[i] = float(s)
-            except Exception:
-                fail(f"--reward {self.name}: row {i}: expected a number, found {type(s).__name__}")
-            if not abs(scores[i]) < 1e6:
-                fail(f"--reward {self.name}: row {i}: {scores[i]}, no number below a million, for the completion "
-                     f"{completions[i][:60]!r}")
-        return torch.tensor(scores, device=self.run.device)
-
-
-def load_function(spec):
-    """"path/module.py:function" -> the function. Exits 2 where there is none."""
-    path, colon, name = spec.rpartition(":")
-    if not colon or not path.endswith(".py") or not os.path.isfile(path):
-        fail(f"--reward {spec}: expected FILE.py:FUNCTION, with a file that exists")
-    module_spec = importlib.util.spec_from_file_location("reward", path)
-    module = sys.modules["reward"] = importlib.util.module_from_spec(module_spec)
-    sys.path.insert(0, os.path.dirname(os.path.abspath(path)))  # for what it imports from beside it
-    try:
-        module_spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        fail(f"--reward {spec}: importing it raised {type(error).__name__}: {error}")
-    if not callable(getattr(module, name, None)):
-        fail(f"--reward {spec}: {path} has no function {name}")
-    return getattr(module, name)
-
-
-# ---- forward passes on the grid
-
-def decisions(model, tokens, counted, temperature, hidden=None):
-    """Log-probabilities (counted, V) of some decisions at the sampling temperature, and those of what was chosen,
-    (counted,). counted: their `places` on the grid; the head and most of the last block run on them only.
-    """
-    states = (hidden or model.hidden)(tokens[:, :-1], counted=counted)  # (counted, C)
-    logits = model.logits(states / temperature)  # of the C states, not of the V logits: less to divide and to keep
-    logprobs = logits.log_softmax(-1)
-    return logprobs, logprobs.gather(1, tokens[:, 1:].flatten()[counted, None]).squeeze(1)
-
-
-def on_grid(counted, mask):
-    """(counted,) -> (B, T-1), 0 elsewhere."""
-    return torch.zeros(mask.shape, dtype=counted.dtype, device=mask.device).masked_scatter(mask, counted)
 
 
 # ---- the paragraphs of a step
@@ -305,157 +231,6 @@ def make_optimizers(policy, value, o):
             for model in (policy, value)]
 
 
-# ---- looking at held-out prompts
-
-@torch.no_grad()
-def answer(policy, ref, judges, run, tokenizer, prompts, o, draw=0, decoder=None, batch_size=128):
-    """The policy's answers to held-out prompts with fixed seeds, another set for each `draw` -> list of dicts."""
-    rows = []
-    for at in range(0, len(prompts), batch_size):
-        with run.autocast():
-            rollout = generate(policy, prompts[at:at + batch_size], o.response_length, tokenizer.eos, o.temperature,
-                               runtime.generator(o.seed, at, 0, f"held-out {draw}"), decoder)
-            mask = rollout.response_mask
-            logprobs, ref_logprobs = (on_grid(decisions(m, rollout.tokens, places(mask), o.temperature)[1], mask)
-                                      for m in (policy, ref))
-        scores = [judge(rollout) for judge in judges]
-        columns = {"k1": k1(logprobs, ref_logprobs).sum(1), "k3": k3(logprobs, ref_logprobs).sum(1),
-                   "ref_logprob": ref_logprobs.sum(1), "length": mask.sum(1), "finished": rollout.finished,
-                   **dict(zip(("score", "judge"), scores))}
-        for i, (prompt, response) in enumerate(zip(prompts[at:at + batch_size], rollout.responses())):
-            row = {name: column[i].item() for name, column in columns.items()}
-            rows.append({"prompt": tokenizer.decode(prompt), "completion": tokenizer.decode(response),
-                         "ids": [token for token in response if token != tokenizer.eos], **row})
-    return rows
-
-
-def summary(rows, base):
-    """Figures of answers against the SFT model's answers to the same prompts."""
-    n = len(rows)
-    wins = sum((r["score"] > b["score"]) + 0.5 * (r["score"] == b["score"]) for r, b in zip(rows, base))
-    bigrams = [pair for r in rows for pair in zip(r["ids"], r["ids"][1:])]
-    texts = [r["completion"] for r in rows]
-    out = {"prompts": n, "score": mean_interval(torch.tensor([r["score"] for r in rows])),
-           "kl": mean_interval(torch.tensor([r["k1"] for r in rows])),
-           "kl_k3": mean_interval(torch.tensor([r["k3"] for r in rows])),
-           "win_rate": (wins / n, *wilson_interval(wins, n)),
-           "eos_rate": sum(r["finished"] for r in rows) / n, "mean_length": sum(r["length"] for r in rows) / n,
-           "distinct_2": len(set(bigrams)) / max(1, len(bigrams)),
-           "repeated": 1 - len(set(texts)) / max(1, len(texts)),
-           "ref_logprob_per_token": sum(r["ref_logprob"] for r in rows) / max(1, sum(r["length"] for r in rows))}
-    if "judge" in rows[0]:
-        judged = sum((r["judge"] > b["judge"]) + 0.5 * (r["judge"] == b["judge"]) for r, b in zip(rows, base))
-        out["judge_win_rate"] = (judged / n, *wilson_interval(judged, n))
-    return out
-
-
-FIGURES = (("score", "mean score", "{:.3f} +- {:.3f}"),
-           ("win_rate", "preferred to the SFT answer", "{:.1%} ({:.1%}-{:.1%})"),
-           ("judge_win_rate", "the same, by the judge", "{:.1%} ({:.1%}-{:.1%})"),
-           ("kl", "KL from SFT, nats a response (k1)", "{:.2f} +- {:.2f}"),
-           ("kl_k3", "the same by k3", "{:.2f} +- {:.2f}"),
-           ("eos_rate", "answers that end", "{:.1%}"), ("mean_length", "mean length, tokens", "{:.1f}"),
-           ("distinct_2", "distinct bigrams", "{:.3f}"), ("repeated", "repeated answers", "{:.1%}"),
-           ("ref_logprob_per_token", "log-probability a token under SFT", "{:.3f}"))
-
-
-def report(run, before, after):
-    """The closing table: held-out figures before and after."""
-    run.say(f"{'held-out prompts, 95% intervals: ' + str(after['prompts']):<38}{'before':>24}{'after':>24}")
-    for key, label, form in FIGURES:
-        if key in after:
-            cells = (form.format(*(v if isinstance(v, (tuple, list)) else [v])) for v in (before[key], after[key]))
-            run.say("".join([f"{label:<38}", *(f"{cell:>24}" for cell in cells)]))
-
-
-def concerns(record, spread, base, o):
-    """Yields (what about, a warning) where a step's figures have left those of the SFT model's answers, `base`.
-
-    spread: the variance of the step's scores.
-    """
-    done, score, kl_coef = (record[k] for k in ("step", "objective/scores", "objective/kl_coef"))
-    length, H, eos = (record[k] for k in ("completions/mean_length", "policy/entropy_avg", "completions/eos_rate"))
-    usual_length, usual_H = base["mean_length"], -base["ref_logprob_per_token"]
-    if spread <= 1e-12 * (1 + score ** 2) and o.batch_size > 1:
-        yield "variance", f"all scores of step {done} are {score:.4f}: there is nothing to learn from"
-    if eos < 0.5:
-        yield "eos", (f"{eos:.0%} of the answers of step {done} ended within {o.response_length} tokens; raise "
-                      f"--response_length, or --missing_eos_penalty above {o.missing_eos_penalty:g}")
-    if length < 0.5 * usual_length:
-        yield "length", (f"answers have shrunk to {length:.1f} tokens from the SFT model's {usual_length:.1f}; raise "
-                         f"--kl_length_credit above {o.kl_length_credit:g} or --kl_coef above {kl_coef:g}")
-    if length > 2 * usual_length:
-        yield "length", (f"answers have grown to {length:.1f} tokens from the SFT model's {usual_length:.1f}; lower "
-                         f"--kl_length_credit below {o.kl_length_credit:g} or raise --kl_coef above {kl_coef:g}")
-    if H < 0.5 * usual_H:
-        yield "entropy", (f"entropy has fallen to {H:.2f} nats a decision from the SFT model's {usual_H:.2f}: answers "
-                          f"grow alike; raise --ent_coef above {o.ent_coef:g} or --kl_coef above {kl_coef:g}")
-
-
-def run_checks(nets, judge, tokenizer, prompts, room, first, o, run):
-    """--check: what must hold of this stage, on one batch of answers.
-
-    room: tokens at which prompts are trimmed; first: the steps that were taken before.
-    """
-    checks, o = check.Checks(run), replace(o, value_warmup=0, target_kl=0.0, micro_batch_size=max(1, len(prompts) // 4))
-    policy, value = nets.policy.eval(), nets.value.eval()
-    with run.autocast():
-        rollout = generate(policy, prompts, o.response_length, tokenizer.eos, o.temperature,
-                           run.generator(first, "check"), nets.decoder)
-    rows = [Row(row[:n], p) for row, n, p in
-            zip(rollout.tokens.tolist(), rollout.lengths.tolist(), rollout.prompt_lengths.tolist())]
-    for name, model in (("policy", policy), ("value network", value), ("reward model", judge.model)):
-        if model is not None:
-            check.padding(checks, model, rows, name)
-    check.cache(checks, policy, rows)
-    judged, mask = judgement(nets, rollout, judge, o, run), rollout.response_mask
-    checks.close("the sampler's log-probabilities are the trainer's", rollout.sampler_logprobs[mask],
-                 judged.old_logprobs[mask], "the temperature is missing in one of them, or positions differ")
-    advantages, returns, _, _ = credit(rollout, judged, o.kl_coef, o, run.total)
-    gradients, every = [], torch.arange(len(rows), device=run.device)
-    count = run.total(mask.sum())
-    for size in (len(rows), 1):
-        parts = microbatches(rollout, every, replace(o, micro_batch_size=size))
-        sums = policy_gradients(nets, parts, count, judged, advantages, o, run)
-        value_gradients(nets, parts, count, judged, returns, o, run)
-        gradients.append(check.gradients([policy, value]))
-    off = math.sqrt(2 * float(sums[1] / count))
-    checks("the ratio is 1 before the first update", off <= checks.limit, f"log-ratios of {off:.1e} nats (root mean "
-           f"square), at most {checks.limit:.0e}",
-           "dropout is on, or old and new log-probabilities differ in temperature")
-    check.microbatches(checks, *gradients)
-    kl = k1(judged.old_logprobs, judged.ref_logprobs).sum(1).mean()
-    if not first:
-        checks("the KL from the SFT model is 0 at the start", abs(kl) <= 10 * checks.limit, f"{float(kl):.1e} nats a "
-               "response", "policy and reference start from different weights")
-    before = [[p.detach().clone() for p in model.parameters()] for model in (policy, value)]
-    optimizers = make_optimizers(policy, value, replace(o, learning_rate=0.0))
-    totals, counted, _, _ = update(nets, optimizers, rollout, judged, advantages, returns, first, o, run)
-    approxkl, clipfrac = (float(totals[i] / counted) for i in (1, 2))
-    moved = not check.same_weights([policy, value], before)
-    again = judgement(nets, rollout, judge, o, run)
-    drift = abs(float(k1(again.old_logprobs, again.ref_logprobs).sum(1).mean() - kl))
-    checks("at learning rate 0 KL, approxkl and clipfrac stay 0",
-           not moved and max(drift, approxkl) <= checks.limit and clipfrac <= checks.limit / 3,
-           f"{drift:.1e}, {approxkl:.1e}, {clipfrac:.1e}",
-           "something besides the optimizers changes the weights, or the ratio's denominator is not the old policy")
-    if judge.model is not None:
-        short = [row for row in rows if row.prompt_length < room]  # a trimmed prompt may begin within a word
-        texts = check.texts(tokenizer, short)
-        own = [tokenizer.encode_prompt(p) + tokenizer.encode_completion(c) for p, c in texts]
-        theirs = [encode_row(judge.tokenizer, p, c, judge.model.config.block_size, "trim").ids for p, c in texts]
-        prompts_too = all(row.ids[:row.prompt_length] == ids[:row.prompt_length] for row, ids in zip(short, theirs))
-        sampled = sum([*row.ids, tokenizer.eos][:len(ids)] == ids for row, ids in zip(short, own))
-        checks("policy and reward model see the same ids for the same text", own == theirs and prompts_too,
-               f"{len(own)} answers; {sampled} of them were sampled as their text is encoded",
-               "their tokenizers differ, or prompts are encoded otherwise than in stages 1 and 2")
-    ended = float(rollout.finished.float().mean())
-    checks("eos is reachable", ended > 0, f"{ended:.0%} of {len(rows)} answers end within {o.response_length} tokens",
-           "the SFT model was not trained on eos, or --response_length is too short")
-    check.saved(checks, policy, tokenizer, "ppo")
-    checks.end()
-
-
 def main():
     o, start, start_path = checkpoint.resume(parse(Options), "ppo", (
         "seed", "init_from", "reward_model", "reward", "value_init", "batch_size", "total_episodes", "temperature",
@@ -524,7 +299,8 @@ def main():
                 start = state = None  # a second copy of weights and moments
         nets = Networks(policy, ref, value_model, o.compile)
         if o.check:
-            run_checks(nets, judges[0], tokenizer, prompts[:64], room, first, o, run)
+            from minirlhf import check
+            check.ppo(nets, judges[0], tokenizer, prompts[:64], room, first, o, run)
 
         # ---- what is about to happen
         run.say(f"PPO: {len(prompts):,} prompts for training, {len(val_prompts):,} held out, from {o.data_dir}")

@@ -3,24 +3,22 @@
 Starts from the SFT trunk with a new scalar head and minimises -log sigmoid(r_better - r_worse) over all pairs of each
 record. Its accuracy is set against chance, against length alone, and against how well people predict one another.
 """
-import math
 import os
 import shlex
 import time
-from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
-from minirlhf import check, checkpoint, prepare, runtime
+from minirlhf import checkpoint, prepare, runtime
 from minirlhf.config import RunOptions, fail, launch, parse
-from minirlhf.data import (Order, Row, collate, encode_prompts, encode_row, fingerprint, load_preferences,
+from minirlhf.data import (Order, Row, encode_prompts, encode_row, fingerprint, load_preferences,
                            load_prompts, repeats, too_long)
+from minirlhf.evaluate import calibration, reward_model_figures, score_all, show_pairs, verdict
 from minirlhf.generate import generate
-from minirlhf.objectives import bradley_terry_loss, expected_calibration_error, fit_temperature
+from minirlhf.objectives import bradley_terry_loss
 
-BINS = (0, 0.5, 1, 2, 4, math.inf)  # of `margin`, for the accuracy by how clear a preference was
 
 
 @dataclass
@@ -66,18 +64,6 @@ def encode_preferences(tokenizer, preferences, block_size, long_prompts):
     return kept, dropped, every
 
 
-def score_all(model, run, rows, eos, batch_size=128, forward=None):
-    """Scores of many rows, each different row once, rows of like length together, which saves padding: (N,)."""
-    unique = sorted({tuple(row.ids): row for row in rows}.values(), key=lambda row: len(row.ids))
-    scores = []
-    for at in range(0, len(unique), batch_size):
-        tokens, _, lengths = collate(unique[at:at + batch_size], eos, run.device)
-        with run.autocast():
-            scores.append(model.score(tokens, lengths, forward))
-    place = {tuple(row.ids): i for i, row in enumerate(unique)}
-    return torch.cat(scores)[[place[tuple(row.ids)] for row in rows]]
-
-
 def batch_gradients(model, forward, batch, eos, o, run):
     """Add to each .grad the gradient of the mean loss over all pairs of some records, in microbatches and over all
     ranks -> the loss in nats a pair, pairs ordered rightly, pairs."""
@@ -95,108 +81,6 @@ def batch_gradients(model, forward, batch, eos, o, run):
         sums += torch.stack([loss.detach(), (scores[better] > scores[worse]).sum()])
     run.sum_gradients(model.parameters())
     return *run.total(sums).tolist(), count
-
-
-def accuracy_with_interval(better, worse, texts, seed=0, replicates=400):
-    """Share of pairs with better > worse (ties half), and its 95 % bootstrap interval over texts.
-
-    Pairs share texts and so are not independent: texts are resampled, a pair weighs the product of its texts' counts.
-    texts: (i, j) for each pair.   Efron 1979; Owen 2007 for the product weights.
-    """
-    right = (better > worse).double() + 0.5 * (better == worse)
-    names = {t: k for k, t in enumerate(sorted({t for pair in texts for t in pair}))}
-    i, j = (torch.tensor([names[pair[k]] for pair in texts]) for k in (0, 1))
-    g = torch.Generator().manual_seed(seed)
-    means = []
-    for _ in range(replicates):
-        counts = torch.bincount(torch.randint(len(names), (len(names),), generator=g), minlength=len(names)).double()
-        weight = counts[i] * counts[j]
-        if weight.sum() > 0:
-            means.append(float((weight * right).sum() / weight.sum()))
-    low, high = torch.tensor(means).quantile(torch.tensor([0.025, 0.975])).tolist()
-    return float(right.mean()), low, high
-
-
-@torch.no_grad()
-def evaluate(model, run, records, eos, prefer_longer):
-    """Held-out figures of a set of pairs -> (dict of figures, differences r_better - r_worse)."""
-    model.eval()
-    pairs = [(rows[i], rows[j], extra) for rows, index, extra in records for i, j in index]
-    scores = score_all(model, run, [row for a, b, _ in pairs for row in (a, b)], eos).cpu().view(-1, 2)
-    model.train()
-    better, worse = scores.T
-    texts = [(tuple(a.ids), tuple(b.ids)) for a, b, _ in pairs]
-    length = torch.tensor([[len(a.ids), len(b.ids)] for a, b, _ in pairs]).double() * (1 if prefer_longer else -1)
-
-    def figures(keep):
-        k = torch.tensor(keep)
-        accuracy, low, high = accuracy_with_interval(better[k], worse[k], [texts[i] for i in keep])
-        by_length = ((length[k, 0] > length[k, 1]).double() + 0.5 * (length[k, 0] == length[k, 1])).mean()
-        out = {"pairs": len(keep), "accuracy": accuracy, "low": low, "high": high, "length_only": float(by_length)}
-        others = [pairs[i][2].get("others_margin") for i in keep]
-        others = [m for m in others if isinstance(m, (int, float))]
-        if len(others) == len(keep):
-            out["ceiling"] = sum((m > 0) + 0.5 * (m == 0) for m in others) / len(others)
-        return out
-
-    kinds, bins = defaultdict(list), defaultdict(list)
-    for i, (_, _, extra) in enumerate(pairs):
-        kind, margin = str(extra.get("kind", "pairs")), extra.get("margin")
-        kind = "kind all" if kind == "all" else kind  # "all" is the name of all pairs
-        kinds[kind].append(i)
-        if isinstance(margin, (int, float)) and margin > 0:
-            low, high = next((a, b) for a, b in zip(BINS, BINS[1:]) if a < margin <= b)
-            bins[f"{kind}, margin {low}-{high}" if high < math.inf else f"{kind}, margin > {low}"].append(i)
-            if margin > 1:
-                bins[f"{kind}, margin > 1"].append(i)
-    groups = {"all": list(range(len(pairs))), **(kinds if len(kinds) > 1 else {}), **dict(sorted(bins.items()))}
-    return {name: figures(keep) for name, keep in groups.items()}, (better - worse).double()
-
-
-def calibration(differences):
-    """ECE before and after a temperature. T is fitted on even pairs and judged on odd ones; then fitted on all."""
-    flip = torch.where(torch.arange(len(differences)) % 4 < 2, 1.0, -1.0)  # half are asked the other way round
-    half = fit_temperature(differences[::2])
-
-    def ece(temperature):
-        d, sign = differences[1::2], flip[1::2]
-        return expected_calibration_error(torch.sigmoid(sign * d / temperature), sign > 0) if len(d) else math.nan
-
-    return {"temperature": fit_temperature(differences), "ece": ece(1.0), "ece_with_temperature": ece(half)}
-
-
-def verdict(figures, calibrated):
-    """One sentence: may a policy be optimised against this model?"""
-    a = figures["all"]
-    span = f"held-out accuracy {a['accuracy']:.3f} (95% {a['low']:.3f}-{a['high']:.3f})"
-    if a["pairs"] < 50:
-        return f"Too few held-out pairs ({a['pairs']}) to say whether this model is good enough to optimise against."
-    if a["low"] <= 0.5:
-        return (f"Not good enough to optimise against: {span} cannot be told from chance; it needs more or clearer "
-                "preferences.")
-    if a["low"] <= a["length_only"]:
-        return (f"Not good enough to optimise against: {span} does not beat preferring one length "
-                f"({a['length_only']:.3f}); a policy would learn length.")
-    if a["accuracy"] < 0.65:
-        return (f"Weak: {span} beats chance, but a policy would find its errors soon; keep the KL small (a high "
-                "--kl_coef).")
-    return (f"Good enough to optimise against, under a KL penalty: {span}, length alone {a['length_only']:.3f}, "
-            f"calibration error {calibrated['ece_with_temperature']:.3f} at temperature "
-            f"{calibrated['temperature']:.2f}.")
-
-
-@torch.no_grad()
-def show_pairs(model, run, tokenizer, records, step, count):
-    """Print and keep a few held-out pairs with the scores of both texts."""
-    model.eval()
-    for rows, index, _ in records[:count]:
-        i, j = index[0]
-        scores = score_all(model, run, [rows[i], rows[j]], tokenizer.eos).tolist()
-        texts = [tokenizer.decode(rows[k].ids) for k in (i, j)]
-        run.say(f"    {'right' if scores[0] > scores[1] else 'wrong'}: {scores[0]:+.2f} {texts[0]}  >  "
-                f"{scores[1]:+.2f} {texts[1]}")
-        run.write("samples.jsonl", {"step": step, "chosen": texts[0], "rejected": texts[1], "scores": scores})
-    model.train()
 
 
 @torch.no_grad()
@@ -217,32 +101,6 @@ def set_scale(model, sft, run, tokenizer, prompts, o):
     model.gain.div_(std)
     model.bias.copy_((model.bias - mean) / std)
     return mean, std
-
-
-def run_checks(model, tokenizer, batch, optimizers, o, run):
-    """--check: what must hold of this stage, on one batch of training records."""
-    checks, eos, rows = check.Checks(run), tokenizer.eos, [row for rows, _, _ in batch for row in rows]
-    model.eval()
-    check.padding(checks, model, rows, "reward model")
-    with torch.no_grad():
-        parts = check.ragged(rows)
-        scores = [score_all(model, run, parts, eos, size) for size in (len(parts), 1)]
-    checks.close("a score does not depend on what else is scored", *scores,
-                 "the score is not read at the last real token")
-    gradients = []
-    for size in (len(batch), 1):
-        batch_gradients(model, model.hidden, batch, eos, replace(o, micro_batch_size=size), run)
-        gradients.append(check.gradients([model]))
-    check.microbatches(checks, *gradients)
-    batch_gradients(model, model.hidden, batch, eos, o, run)
-    check.stillness(checks, model, optimizers)
-    whole = [row for row in rows if not row.trimmed]
-    check.same_ids(checks, tokenizer, whole)
-    ends = sum(row.ids[-1] == eos for row in whole)
-    checks("a text is scored at its eos", ends == len(whole), f"{ends} of {len(whole)} texts",
-           "completions are encoded without eos, which is where stage 3 reads the score")
-    check.saved(checks, model, tokenizer, "rm")
-    checks.end()
 
 
 def main():
@@ -295,7 +153,8 @@ def main():
                 run.say(f"{o.out_dir}: this run is finished ({first} steps)")
                 return
         if o.check:
-            run_checks(model, tokenizer, [train_set[i] for i in order.batch(0)], optimizers, o, run)
+            from minirlhf import check
+            check.rm(model, tokenizer, [train_set[i] for i in order.batch(0)], optimizers, o, run)
         forward = torch.compile(model.hidden, dynamic=True) if o.compile else model.hidden
 
         # ---- what is about to happen
@@ -356,7 +215,7 @@ def main():
             # ---- now and then: held-out accuracy, a checkpoint
             scheduled = done % o.eval_interval == 0 and done < steps
             if scheduled:
-                record["eval"], _ = evaluate(model, run, val_set, tokenizer.eos, longer)
+                record["eval"], _ = reward_model_figures(model, run, val_set, tokenizer.eos, longer)
                 run.say("  held out: " + ", ".join(f"{name} {f['accuracy']:.3f}" for name, f in record["eval"].items()
                                                    if "margin" not in name))
                 show_pairs(model, run, tokenizer, val_set, done, o.num_samples)
@@ -368,7 +227,7 @@ def main():
 
         # ---- the reward's scale, then what the model is worth
         mean, std = set_scale(model, sft, run, tokenizer, prompts, o)
-        figures, differences = evaluate(model, run, val_set, tokenizer.eos, longer)
+        figures, differences = reward_model_figures(model, run, val_set, tokenizer.eos, longer)
         calibrated = calibration(differences)
         info = {"figures": figures, "calibration": calibrated, "verdict": verdict(figures, calibrated)}
         run.write("metrics.jsonl", {"step": steps, "final": info})

@@ -6,16 +6,16 @@ import math
 import os
 import shlex
 import time
-from collections import defaultdict
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 
-from minirlhf import check, checkpoint, prepare, runtime
+from minirlhf import checkpoint, prepare, runtime
 from minirlhf.config import RunOptions, fail, launch, parse
 from minirlhf.data import (Order, collate, encode_prompts, encode_row, fingerprint, load_demonstrations, load_prompts,
                            repeats, too_long)
+from minirlhf.evaluate import describe, held_out_loss
 from minirlhf.generate import generate
 from minirlhf.model import GPT, GPTConfig, places
 from minirlhf.objectives import sft_loss
@@ -71,36 +71,6 @@ def batch_gradients(model, forward, batch, eos, o, run):
     return float(run.total(loss_sum))
 
 
-@torch.no_grad()
-def evaluate(model, run, rows, byte_counts, kinds, tokenizer, batch_size):
-    """Held-out loss -> {kind: {"nats_per_token", "bits_per_byte"}}, with kind "all" over everything."""
-    model.eval()
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
-    nats = {}
-    for at in range(0, len(order), batch_size):
-        batch = order[at:at + batch_size]
-        tokens, mask, _ = collate([rows[i] for i in batch], tokenizer.eos, run.device)
-        with run.autocast():
-            logits = model.logits(model.hidden(tokens[:, :-1], counted=places(mask)))
-        losses = torch.zeros(mask.shape, device=run.device).masked_scatter_(mask, sft_loss(logits, tokens[:, 1:][mask]))
-        nats.update(zip(batch, losses.sum(1).tolist()))
-    model.train()
-    sums = defaultdict(lambda: [0.0, 0, 0])
-    for i, row in enumerate(rows):
-        for kind in ("all", kinds[i]):
-            for k, amount in enumerate((nats[i], len(row.ids) - row.prompt_length, byte_counts[i])):
-                sums[kind][k] += amount
-    return {kind: {"nats_per_token": n / t, "bits_per_byte": n / math.log(2) / max(b, 1)} for kind, (n, t, b) in
-            sorted(sums.items()) if kind}
-
-
-def describe(held_out):
-    """"4.9 nats/token, 2.0 bits/byte (amazon 1.8, ...)"."""
-    kinds = ", ".join(f"{kind} {f['bits_per_byte']:.3f}" for kind, f in held_out.items() if kind != "all")
-    return (f"{held_out['all']['nats_per_token']:.4f} nats/token, {held_out['all']['bits_per_byte']:.3f} bits/byte"
-            + (f" ({kinds})" if kinds else ""))
-
-
 def show_samples(model, run, tokenizer, prompts, step, o):
     """Print and keep completions of a few held-out prompts, drawn with the same numbers each time."""
     if not prompts:
@@ -114,34 +84,6 @@ def show_samples(model, run, tokenizer, prompts, step, o):
         prompt, completion = tokenizer.decode(ids), tokenizer.decode(response)
         run.say(f"    {prompt} |{completion}")
         run.write("samples.jsonl", {"step": step, "prompt": prompt, "completion": completion})
-
-
-def run_checks(model, tokenizer, batch, optimizers, o, run):
-    """--check: what must hold of this stage, on one batch of training rows."""
-    checks, eos = check.Checks(run), tokenizer.eos
-    model.eval()
-    check.padding(checks, model, batch, "model")
-    check.cache(checks, model, batch)
-    gradients = []
-    for size in (len(batch), 1):
-        loss = batch_gradients(model, model.hidden, batch, eos, replace(o, micro_batch_size=size), run)
-        gradients.append(check.gradients([model]))
-    check.microbatches(checks, *gradients)
-    if o.init_from == "scratch" and not o.resume:
-        uniform = math.log(tokenizer.vocab_size)
-        checks("a new model knows nothing", abs(loss - uniform) < 0.1 * uniform,
-               f"{loss:.2f} nats a token, {uniform:.2f} for an even guess", "the initial weights have another scale")
-    batch_gradients(model, model.hidden, batch, eos, o, run)
-    check.stillness(checks, model, optimizers)
-    whole = [row for row in batch if not row.trimmed]
-    if whole:  # a cut row has neither its text's ids nor its end
-        check.same_ids(checks, tokenizer, whole)
-        tokens, mask, _ = collate(whole, eos, run.device)
-        ends = int((tokens[:, 1:][mask] == eos).sum())
-        checks("eos is reachable", ends == len(whole), f"{ends} of {len(whole)} completions train it",
-               "eos is masked as if it were padding, so a model never learns to stop")
-    check.saved(checks, model, tokenizer, "sft")
-    checks.end()
 
 
 def main():
@@ -208,7 +150,8 @@ def main():
                                   [d.prompt for d in val], max(2, block_size - o.response_length), "trim")
         shown = shown[:o.num_samples]
         if o.check:
-            run_checks(model, tokenizer, [train_rows[i] for i in order.batch(0)], optimizers, o, run)
+            from minirlhf import check
+            check.sft(model, tokenizer, [train_rows[i] for i in order.batch(0)], optimizers, o, run)
         forward = torch.compile(model.hidden, dynamic=True) if o.compile else model.hidden
 
         # ---- what is about to happen
@@ -256,7 +199,7 @@ def main():
 
             # ---- now and then: held-out loss, samples, a checkpoint
             if done % o.eval_interval == 0 or done == steps:
-                held_out = evaluate(model, run, val_rows, byte_counts, kinds, tokenizer, o.micro_batch_size)
+                held_out = held_out_loss(model, run, val_rows, byte_counts, kinds, tokenizer, o.micro_batch_size)
                 record["eval"], now = held_out, held_out["all"]["nats_per_token"]
                 run.say(f"  held out: {describe(held_out)}{'  best so far' if now < best else ''}")
                 if not math.isfinite(now):

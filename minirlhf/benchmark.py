@@ -38,6 +38,7 @@ from minirlhf import runtime
 from minirlhf.config import fail, launch, parse, say
 from minirlhf.data import Row
 from minirlhf.model import GPT, GPTConfig
+from minirlhf.rewards import Judge
 
 NO_EOS = -1  # no token has this id
 
@@ -261,7 +262,7 @@ def time_ppo(o, w, iters):
     policy, ref = (make_model(w, "lm", run.device, 1) for _ in range(2))
     value, reward = (make_model(w, "scalar", run.device, seed) for seed in (2, 3))
     runtime.pick_products(policy)
-    nets, judge = train_ppo.Networks(policy, ref, value, o.compile), train_ppo.Judge(run, None, reward)
+    nets, judge = train_ppo.Networks(policy, ref, value, o.compile), Judge(run, None, reward)
     optimizers = train_ppo.make_optimizers(policy, value, options)
     prompts, seconds = random_ids(w, w.batch, w.prompt), []
     for step in range(iters + 1):

@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 NEAREST = {"minirlhf/objectives.py": ["objectives", "train_ppo"], "minirlhf/generate.py": ["generate", "parity"],
            "minirlhf/model.py": ["model", "generate", "parity"], "minirlhf/data.py": ["data"],
-           "train_ppo.py": ["train_ppo"], "minirlhf/checkpoint.py": ["checkpoint", "faults"],
+           "train_ppo.py": ["train_ppo"], "minirlhf/evaluate.py": ["train_ppo", "train_rm"], "minirlhf/checkpoint.py": ["checkpoint", "faults"],
            "minirlhf/runtime.py": ["runtime", "train_ppo", "faults"]}
 
 OBJECTIVES = [
@@ -152,10 +152,6 @@ DATA = [
     ("epoch, i = divmod(step, self.steps_per_epoch)", "epoch, i = 0, step % self.steps_per_epoch"),
 ]
 PPO = [
-    ("model.logits(states / temperature)", "model.logits(states)"),
-    ("counted=counted)  # (counted, C)", "counted=counted - 1)  # (counted, C)"),
-    ("gather(1, tokens[:, 1:].flatten()[counted, None])", "gather(1, tokens[:, :-1].flatten()[counted, None])"),
-    ("logprobs = logits.log_softmax(-1)", "logprobs = logits.log_softmax(0)"),  # wrong axis
     ("_, ref_logprobs = decisions(nets.ref", "_, ref_logprobs = decisions(nets.policy"),
     ("scores - o.missing_eos_penalty * ~rollout.finished", "scores - o.missing_eos_penalty * rollout.finished"),
     ("judged.scores.clamp(-o.reward_clip, o.reward_clip)", "judged.scores.clamp(0, o.reward_clip)"),
@@ -192,9 +188,6 @@ PPO = [
     ("on_grid(torch.cat(x), mask) for x in zip(*parts))", "on_grid(torch.cat(x), mask) for x in zip(*parts[::-1]))"),
     ("every, logprobs = decisions(nets.policy, batch.tokens, counted, o.temperature, nets.policy_hidden)",
      "every, logprobs = decisions(nets.policy, batch.tokens, counted, 1.0, nets.policy_hidden)"),
-    ("len(set(bigrams)) / max(1, len(bigrams))", "len(bigrams) / max(1, len(set(bigrams)))"),
-    ("1 - len(set(texts)) / max(1, len(texts))", "len(set(texts)) / max(1, len(texts))"),
-    ("wins = sum((r[\"score\"] > b[\"score\"])", "wins = sum((r[\"score\"] >= b[\"score\"])"),
     ("-judged.old_logprobs, judged.scores, paid", "judged.old_logprobs, judged.scores, paid"),
     ("\"objective/non_score_reward\": -priced_kl", "\"objective/non_score_reward\": priced_kl"),
     ("\"objective/rlhf_reward\": rewarded - priced_kl", "\"objective/rlhf_reward\": rewarded + priced_kl"),
@@ -205,6 +198,15 @@ PPO = [
     ("replace(o, num_ppo_epochs=1) if far else o", "o"),
     ("return rollout.take(rollout.lengths.argsort(stable=True))",
      "rollout.lengths = rollout.lengths.sort().values\n    return rollout"),
+]
+EVALUATE = [
+    ("model.logits(states / temperature)", "model.logits(states)"),
+    ("counted=counted)  # (counted, C)", "counted=counted - 1)  # (counted, C)"),
+    ("gather(1, tokens[:, 1:].flatten()[counted, None])", "gather(1, tokens[:, :-1].flatten()[counted, None])"),
+    ("logprobs = logits.log_softmax(-1)", "logprobs = logits.log_softmax(0)"),  # wrong axis
+    ("len(set(bigrams)) / max(1, len(bigrams))", "len(bigrams) / max(1, len(set(bigrams)))"),
+    ("1 - len(set(texts)) / max(1, len(texts))", "len(set(texts)) / max(1, len(texts))"),
+    ("wins = sum((r[\"score\"] > b[\"score\"])", "wins = sum((r[\"score\"] >= b[\"score\"])"),
 ]
 CHECKPOINT = [
     ('return "" if value.isfinite().all() else name', 'return ""'),
@@ -233,7 +235,7 @@ RUNTIME = [
 ]
 MUTATIONS = [(file, *pair) for file, pairs in (
     ("minirlhf/objectives.py", OBJECTIVES), ("minirlhf/generate.py", GENERATE), ("minirlhf/model.py", MODEL),
-    ("minirlhf/data.py", DATA), ("train_ppo.py", PPO), ("minirlhf/checkpoint.py", CHECKPOINT),
+    ("minirlhf/data.py", DATA), ("train_ppo.py", PPO), ("minirlhf/evaluate.py", EVALUATE), ("minirlhf/checkpoint.py", CHECKPOINT),
     ("minirlhf/runtime.py", RUNTIME)) for pair in pairs]
 
 

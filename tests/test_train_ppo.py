@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import train_ppo
+from minirlhf import evaluate, rewards
 from minirlhf.generate import KVCache, Rollout, generate
 from minirlhf.model import GPT, GPTConfig, places
 from minirlhf.runtime import generator
@@ -242,7 +243,7 @@ def test_summary_by_hand():
     base = [row(0.0, [1], 1, "x", judge=0.0)] * 4
     rows = [row(1.0, [1, 2, 3], 4, "a", judge=1.0), row(2.0, [1, 2], 3, "b", judge=-1.0),
             row(0.0, [4, 5, 6], 4, "a", judge=0.0), row(-1.0, [7], 1, "c", judge=2.0)]
-    out = train_ppo.summary(rows, base)
+    out = evaluate.summary(rows, base)
     assert out["win_rate"][0] == 2.5 / 4 and out["judge_win_rate"][0] == 2.5 / 4
     assert out["score"][0] == 0.5 and out["kl"] == (2.0, 0.0) and out["kl_k3"] == (1.0, 0.0)
     assert out["eos_rate"] == 0.5 and out["mean_length"] == 3.0 and out["prompts"] == 4
@@ -255,7 +256,7 @@ def test_decisions_at_another_temperature(make_model):
     tokens."""
     model, tokens = make_model(), torch.tensor([[1, 2, 3, 4]])
     mask = torch.tensor([[False, True, True]])
-    every, chosen = train_ppo.decisions(model, tokens, places(mask), 0.5)
+    every, chosen = evaluate.decisions(model, tokens, places(mask), 0.5)
     expected = (model(tokens)[0, 1:3] * 2).log_softmax(-1)
     torch.testing.assert_close(every, expected)
     torch.testing.assert_close(chosen, expected[[0, 1], [3, 4]])
@@ -438,7 +439,7 @@ def test_a_score_that_is_not_finite_is_refused(world, refused):
     _, judge, rollout = world(o)
     judge.model.gain.fill_(math.inf)
     tokenizer = types.SimpleNamespace(decode=lambda ids: f"<{len(ids)} tokens>")
-    error = refused(train_ppo.Judge(run_of(o), tokenizer, judge.model, name="rm.pt"), rollout)
+    error = refused(rewards.Judge(run_of(o), tokenizer, judge.model, name="rm.pt"), rollout)
     assert "rm.pt: gives the score" in error and "inf" in error and "tokens>" in error
 
 
@@ -457,7 +458,7 @@ FIGURES = {"step": 7, "objective/scores": 0.5, "objective/kl_coef": 0.05, "compl
 def test_what_a_person_is_warned_about(changes, spread, words):
     """Half the SFT model's length or entropy, twice its length, fewer than half ended, equal scores; else nothing."""
     base = {"mean_length": 10.0, "ref_logprob_per_token": -4.0}
-    found = [*train_ppo.concerns(FIGURES | changes, spread, base, options())]
+    found = [*evaluate.concerns(FIGURES | changes, spread, base, options())]
     assert len(found) == (1 if words else 0)
     assert all(word in " ".join(found[0]) for word in words)
 
@@ -482,7 +483,7 @@ def test_rollouts_and_looks_take_the_compiled_steps(world, monkeypatch):
     a, b = (train_ppo.roll_out(n, [[1], [2]] * 4, 99, 0, o, run_of(o)) for n in (plain, compiled))
     assert torch.equal(a.tokens, b.tokens) and Counting.steps == 4
     tokenizer = types.SimpleNamespace(decode=str, eos=99)
-    train_ppo.answer(nets.policy, nets.ref, [], run_of(o), tokenizer, [[1], [2]], o, decoder=compiled.decoder)
+    evaluate.answer(nets.policy, nets.ref, [], run_of(o), tokenizer, [[1], [2]], o, decoder=compiled.decoder)
     assert Counting.steps == 8
 
 

@@ -8,8 +8,9 @@ import torch
 
 import train_rm
 from minirlhf.data import Preference, Row
+from minirlhf.evaluate import accuracy_with_interval, calibration, score_all, verdict
 from minirlhf.tokenizer import Tokenizer
-from train_rm import accuracy_with_interval, calibration, encode_preferences, score_all, verdict
+from train_rm import encode_preferences
 
 
 def test_scores_do_not_depend_on_the_batch(make_model):
