@@ -3,9 +3,25 @@
 Invariant: prompt and completion are encoded apart and joined as ids, here and everywhere; masks are made from
 lengths, never from token ids.
 
-Records: {"prompt", "completion"}, {"text"}, {"prompt"}, {"prompt", "chosen", "rejected"}, {"prompt", "completions"
-[, "scores"]} (best first), {"messages": [{"role", "content"}, ...]}; chosen and rejected may be message lists too.
-Where a preference has no prompt, what the texts share is the prompt. Other columns are kept in `extra`.
+A file holds one JSON object a line; a column that is null is absent. TEXT is a string, taken as it is, or a list of
+messages [{"role": "system", "user" or "assistant", "content"}, ...], joined as "\\n\\nHuman: ...\\n\\nAssistant: ...".
+
+    file         columns                            what is read
+    sft          prompt, completion: TEXT           the completion is trained, given the prompt
+                 messages                           the last answer is trained, given what stands before it
+                 messages, completion: TEXT         the messages are the prompt and end with the question
+                 text: a string                     all of it is trained; no prompt
+    preferences  prompt, chosen, rejected: TEXT     answers to a prompt
+                 messages, chosen, rejected: TEXT   the messages are the prompt
+                 chosen, rejected: TEXT             what both share is the prompt
+                 [prompt or messages,] completions  a ranking, best first: a list of strings
+                 [, scores]                         their numbers; equal ones are tied
+    prompts      prompt: TEXT                       a list of messages ends before the answer
+                 messages                           the same
+
+Answers may be whole conversations, as messages or text, that hold the prompt as well: it is read once. Beside answers
+that are messages a prompt that is a string is the user's turn. What would lose a text is refused: a question under
+another name (QUESTIONS), unless its words stand in what is read. All other columns are kept in `extra`.
 
 Left out: streaming and memory mapping. Human feedback fits in memory.
 """
@@ -14,6 +30,10 @@ import json
 import math
 import os
 import random
+import re
+import shlex
+import stat
+from collections import Counter
 from dataclasses import dataclass, field
 
 import torch
@@ -22,6 +42,32 @@ from torch.nn.utils.rnn import pad_sequence
 from minirlhf.config import fail
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"  # how messages become text: the form of Anthropic's hh-rlhf
+QUESTIONS = {"prompt", "messages", "question", "questions", "instruction", "instructions", "input", "inputs", "query",
+             "system", "system_prompt", "system_message", "user_prompt", "context", "history", "problem", "post",
+             "article", "conversation", "conversations", "dialogue", "dialog"}
+ANSWERS = ("completion", "answer", "response", "output", "target")  # names of what may answer a "text"
+AS_LINES = 'python -c "import csv, json, sys; [print(json.dumps(r)) for r in %s]" OLD > NEW'
+AS_UTF8 = ("UTF-16: python -c \"import sys; open(sys.argv[2], 'w', encoding='utf-8').write(open(sys.argv[1], "
+           "encoding='utf-16%s').read())\" OLD NEW")
+FOREIGN = {  # how files begin that hold no JSON lines
+    b"\x1f\x8b": "gzip: gzip -dc < OLD > NEW",
+    b"PAR1": 'Parquet: python -c "import pandas, sys; pandas.read_parquet(sys.argv[1]).to_json(sys.argv[2], '
+             "orient='records', lines=True)\" OLD NEW",
+    b"PK\3\4": "a zip archive: unpack it", b"\x28\xb5\x2f\xfd": "zstd: zstd -dc < OLD > NEW",
+    b"BZh": "bzip2: bzip2 -dc < OLD > NEW", b"version https://git-lfs": "a Git LFS pointer: git lfs pull",
+    b"<": "a web page: download the file itself", b"\xff\xfe": AS_UTF8 % "", b"\xfe\xff": AS_UTF8 % "",
+    b"{\0": AS_UTF8 % "-le", b"[\0": AS_UTF8 % "-le", b"\0": AS_UTF8 % "-be",
+    b"[": "one JSON list, not an object a line: " + AS_LINES % "json.load(open(sys.argv[1], 'rb'))",
+    b"{\n": "objects over several lines: write one a line", b"{\r": "objects over several lines: write one a line"}
+DIALECTS = {  # what other programs' records have, and the way to ours
+    ("conversations",): "ShareGPT: name the list 'messages', and in it 'from' and 'value' 'role' and 'content'",
+    ("instruction", "output"): "Alpaca: join instruction and input as 'prompt', name the output 'completion'",
+    ("question", "answer"): "questions and answers: name them 'prompt' and 'completion'",
+    ("prompt", "response"): "prompts and responses: name the response 'completion'",
+    ("completions", "labels"): "TRL's stepwise supervision: no stage reads labels of steps",
+    ("completion", "label"): "TRL's unpaired preference: keep the good ones without 'label', or make pairs",
+    ("response_0", "response_1"): "PKU-SafeRLHF: name the better response 'chosen', the other 'rejected'",
+    ("response_1", "response_2"): "HelpSteer: name the better response 'chosen', the other 'rejected'"}
 
 
 @dataclass
@@ -49,31 +95,53 @@ class Preference:
 # ---- reading
 
 def read_records(path):
-    """Yields ("file:line", object) for each line that is not blank. Exits 2 on what is not UTF-8, JSON or an object."""
-    if not os.path.isfile(path) or not os.access(path, os.R_OK):
-        fail(f"{path}: {'may not be read' if os.path.isfile(path) else 'no such file'}")
+    """Yields ("file:line", object) for each line that is not blank. Exits 2 on what is not UTF-8, JSON or an object.
+
+    A pipe is refused: a run reads its files more than once.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError) as error:
+        fail(f"{path}: {'may not be read' if isinstance(error, PermissionError) else 'no such file'}")
+    if not stat.S_ISREG(mode):
+        fail(f"{path}: " + ("a folder; name a file in it" if stat.S_ISDIR(mode) else
+                            "a pipe or device, which can be read only once; write what it gives to a file first"))
+    if not os.access(path, os.R_OK):
+        fail(f"{path}: may not be read")
     count = 0
     with open(path, "rb") as f:
         for number, line in enumerate(f, 1):
-            where = f"{path}:{number}"
+            where, reason = f"{path}:{number}", ""
             if number == 1:
                 line = line.removeprefix(b"\xef\xbb\xbf")
             try:
                 text = line.decode("utf-8").strip()
-            except UnicodeDecodeError as error:
-                fail(f"{where}: not UTF-8 at byte {error.start} of the line ({error.reason})")
-            if not text:
-                continue
-            try:
+                if not text:
+                    continue
                 record = json.loads(text)
+                if not isinstance(record, dict):
+                    reason = f"expected an object, found {type(record).__name__}"
+            except UnicodeDecodeError as error:
+                reason = f"not UTF-8 at byte {error.start} of the line ({error.reason})"
             except (ValueError, RecursionError) as error:
-                fail(f"{where}: not JSON: {error}")
-            if not isinstance(record, dict):
-                fail(f"{where}: expected an object, found {type(record).__name__}")
+                reason = f"not JSON: {error}"
+            if reason:
+                fail(f"{where}: {reason}" + (what_it_is(path, line) if not count else ""))
             count += 1
             yield where, record
     if not count:
         fail(f"{path}: holds no records")
+
+
+def what_it_is(path, line):
+    """What a file seems to be whose first line is no record, and the way out; "" where it does not tell."""
+    start = line.lstrip()
+    what = next((what for begin, what in FOREIGN.items() if start.startswith(begin)), "")
+    if not what and not start.startswith(b"{") and (b"," in start or b"\t" in start):
+        what = "CSV: " + AS_LINES % ("csv.DictReader(open(sys.argv[1], newline='')%s)" % (
+            "" if b"," in start else ", delimiter='\\t'"))
+    old, new = shlex.quote(str(path)), shlex.quote(f"{path}.new")
+    return "; the file looks like " + what.replace("OLD", old).replace("NEW", new) if what else ""
 
 
 def clean(text):
@@ -83,14 +151,33 @@ def clean(text):
 
 def other_columns(record, *known):
     """What stands beside a row; the scripts print some of it."""
-    return {k: clean(v) if isinstance(v, str) else v for k, v in record.items() if k not in known}
+    return {k: clean(v) if isinstance(v, str) else v for k, v in record.items() if k not in known and v is not None}
+
+
+def refuse(where, record, problem):
+    """Exits 2 with the columns that are there, and the dialect that has them."""
+    found = ", ".join(repr(name[:40]) for name in [*record][:16]) + ", ..." * (len(record) > 16)
+    dialect = next((d for names, d in DIALECTS.items() if all(record.get(n) is not None for n in names)), None)
+    question = next((n for n in record if n.lower() in QUESTIONS and "system" not in n and texts_in(record[n])), None)
+    way = f"; this looks like {dialect}" if dialect else ""
+    if question and not dialect and not present(record, "prompt", "messages"):
+        way = f"; name {question!r} 'prompt'"
+    fail(f"{where}: {problem}; the record has: {found or 'nothing'}{way}")
 
 
 def take_text(where, record, name):
     if not isinstance(record.get(name), str):
         found = "is missing" if name not in record else f"must be a string, found {type(record[name]).__name__}"
-        fail(f"{where}: {name!r} {found}; the record has: {', '.join(map(repr, record)) or 'nothing'}")
+        refuse(where, record, f"{name!r} {found}")
     return clean(record[name])
+
+
+def take(where, record, name):
+    """-> the text of a column of TEXT, and its messages, None for a string."""
+    value = record.get(name)
+    if isinstance(value, list) and (not value or isinstance(value[0], dict)):
+        return join_messages(where, name, value), value
+    return take_text(where, record, name), None
 
 
 def join_messages(where, name, messages):
@@ -103,7 +190,7 @@ def join_messages(where, name, messages):
             fail(f"{where}: {name!r}: a message needs a string 'role' and a string 'content'")
         role = message.get("role")
         if role not in ("system", "user", "assistant"):
-            fail(f"{where}: {name!r}: a role is system, user or assistant, found {role!r}")
+            fail(f"{where}: {name!r}: a role is system, user or assistant, found {str(role)[:40]!r}")
         opening = {"user": HUMAN + " ", "assistant": ASSISTANT + " ", "system": ""}[role]
         parts.append(opening + clean(message["content"]))
     return "".join(parts)
@@ -117,23 +204,40 @@ def open_answer(where, name, messages):
     return text + ASSISTANT
 
 
-def load_demonstrations(path) -> list[Demonstration]:
-    rows = []
-    for where, record in read_records(path):
-        if "messages" in record:
-            messages = record["messages"]
-            text = join_messages(where, "messages", messages)
-            if messages[-1]["role"] != "assistant":
-                fail(f"{where}: 'messages' must end with the assistant's answer")
-            completion = " " + clean(messages[-1]["content"])
-            prompt = text.removesuffix(completion)
-        elif "text" in record and "completion" not in record:
-            prompt, completion = "", take_text(where, record, "text")
-        else:
-            prompt, completion = take_text(where, record, "prompt"), take_text(where, record, "completion")
-        extra = other_columns(record, "prompt", "completion", "text", "messages")
-        rows.append(Demonstration(prompt, completion, extra))
-    return rows
+def texts_in(value):
+    """All strings in a column that are not blank, however deep, but for the names of roles."""
+    found, rest = [], [value]
+    while rest:
+        value = rest.pop()
+        if isinstance(value, str) and value.strip():
+            found.append(clean(value).strip())
+        elif isinstance(value, list):
+            rest += value
+        elif isinstance(value, dict):
+            rest += [v for k, v in value.items() if k not in ("role", "from")]
+    return found
+
+
+def stands_in(read, text):
+    """Whether the text stands in what was read, and not within a word."""
+    at = read.find(text)
+    while at >= 0:
+        end = at + len(text)
+        seams = (read[max(at - 1, 0):at], text[0]), (text[-1], read[end:end + 1])
+        if not any(a.isalnum() and b.isalnum() for a, b in seams):
+            return True
+        at = read.find(text, end)
+    return False
+
+
+def lose_nothing(where, record, prompt, texts, used, *also):
+    """Exits 2 where a question, or a column named in `also`, holds text that is not in what was read."""
+    for name, value in record.items():
+        if (name.lower() in QUESTIONS or name in also) and name not in used:
+            read = "\n".join([prompt, *texts, *(prompt + text for text in texts)])
+            if not all(stands_in(read, text) for text in texts_in(value)):
+                refuse(where, record, f"the text of {name!r} would be lost, for no column that is read holds it: put "
+                                      "it into one, or leave it out")
 
 
 def shared_prompt(texts):
@@ -142,16 +246,109 @@ def shared_prompt(texts):
     at = prefix.rfind(ASSISTANT)
     if at >= 0:
         return prefix[:at + len(ASSISTANT)]
-    while prefix and not all(t[len(prefix):len(prefix) + 1].isspace() for t in texts):
-        prefix = prefix[:-1]
-    return prefix
+    if all(t[len(prefix):len(prefix) + 1].isspace() for t in texts):
+        return prefix
+    words = prefix.rsplit(None, 1)
+    return prefix[:max(len(prefix) - 1 - (len(words[-1]) if words and not prefix[-1].isspace() else 0), 0)]
+
+
+def turns_of(talk):
+    return [turn.strip() for turn in re.split(f"{HUMAN}|{ASSISTANT}", talk)]
+
+
+def holds(talk, question):
+    """Whether the question, with its roles or as the words of one turn, stands in the talk."""
+    words = question.strip()
+    if HUMAN.strip() in words or ASSISTANT.strip() in words:
+        return words in talk
+    return bool(words) and words in turns_of(talk)
+
+
+def doubled(question, texts):
+    """Whether all texts begin with the question, as answers by chance do not: up to a blank, or for three words."""
+    return (bool(question.strip()) and all(t.startswith(question) for t in texts) and max(texts, key=len) != question
+            and (question[-1].isspace() or len(question.split(None, 3)) > 2
+                 or all(t[len(question):len(question) + 1].isspace() for t in texts if t != question)))
+
+
+def answers_to(where, record, asked, texts, talks):
+    """-> (prompt, the answers alone). asked: the column of the question, or None; talks: the texts' messages, or Nones.
+
+    Answers that hold the question, as UltraFeedback's do, lose it; those that are turns follow turns.
+    """
+    shared = shared_prompt(texts)
+    whole, rest = (shared if shared.endswith(ASSISTANT) else ""), [t[len(shared):] for t in texts]
+    if len({talk is None for talk in talks}) > 1:
+        refuse(where, record, "the answers must be strings, or all lists of messages")
+    if asked is None:
+        return shared, rest
+    question, messages = take(where, record, asked)
+    if messages or asked == "messages":
+        question = open_answer(where, asked, record[asked])
+    alone = talks[0] is None or all(talk[0]["role"] == "assistant" for talk in talks)
+    if whole and (talks[0] is None or not alone) and holds(whole, question):
+        return whole, rest
+    if not alone:
+        if question.strip():
+            refuse(where, record, f"{asked!r} is no turn of the conversation that the answers share: keep one of them")
+        return shared, rest
+    said = [turn for turn in turns_of(question) if turn][-1:] if HUMAN in question else [question]
+    if talks[0] is None and said and doubled(said[0], texts):
+        texts = [t[len(said[0]):] for t in texts]
+    if messages or talks[0]:
+        question, texts = question if messages else as_turn(question), [t.removeprefix(ASSISTANT) for t in texts]
+        texts = [t if t.startswith(" ") else " " + t for t in texts]
+    return question, texts
+
+
+def as_turn(question):
+    """A string as the user's turn, up to "Assistant:"; what has turns already is only opened for the answer."""
+    if question.rstrip().endswith(ASSISTANT.strip()):
+        return question.rstrip()
+    return (question if HUMAN in question or not question.strip() else f"{HUMAN} {question}") + ASSISTANT
+
+
+def present(record, *names):
+    """The first of the names whose column is there and not null, or None."""
+    return next((name for name in names if record.get(name) is not None), None)
+
+
+def load_demonstrations(path) -> list[Demonstration]:
+    rows = []
+    for where, record in read_records(path):
+        asked, answer = "prompt", present(record, "completion")
+        if answer and record.get("label") in (True, False):  # TRL's; 0 and 1 are equal to these
+            refuse(where, record, "'label' says which completions are bad, and all would be trained")
+        if present(record, "messages"):
+            messages, asked = record["messages"], "messages"
+            text = join_messages(where, "messages", messages)
+            if messages[-1]["role"] == "assistant":
+                completion, answer = " " + clean(messages[-1]["content"]), "messages"
+                prompt = text.removesuffix(completion)
+            elif not answer:
+                fail(f"{where}: 'messages' must end with the assistant's answer")
+        elif present(record, "text") and not answer:
+            prompt, completion, asked, answer = "", take_text(where, record, "text"), "text", "text"
+        if answer in (None, "completion"):
+            text, talk = take(where, record, "completion")
+            if talk and talk[-1]["role"] != "assistant":
+                fail(f"{where}: 'completion' must end with the assistant's answer")
+            prompt, (completion,) = answers_to(where, record, asked, [text], [talk])
+        also = ANSWERS if asked == "text" else ["completion"]
+        lose_nothing(where, record, prompt, [completion], (asked, answer), *also)
+        extra = other_columns(record, "prompt", "completion", "text", "messages")
+        rows.append(Demonstration(prompt, completion, extra))
+    return rows
 
 
 def load_preferences(path) -> list[Preference]:
     rows = []
     for where, record in read_records(path):
-        if "completions" in record:
-            texts, scores = record["completions"], record.get("scores")
+        asked, scores, also = present(record, "prompt", "messages"), None, []
+        if present(record, "completions"):
+            texts, scores, also = record["completions"], record.get("scores"), ["chosen", "rejected"]
+            if present(record, "labels"):
+                refuse(where, record, "'labels' of 'completions' say which steps are right, not which answer is better")
             if not isinstance(texts, list) or len(texts) < 2 or not all(isinstance(t, str) for t in texts):
                 fail(f"{where}: 'completions' must be a list of two or more strings, best first")
             if scores is not None:
@@ -160,36 +357,25 @@ def load_preferences(path) -> list[Preference]:
                     fail(f"{where}: 'scores' must be a list of {len(texts)} numbers, one a completion")
                 if any(a < b for a, b in zip(scores, scores[1:])):
                     fail(f"{where}: 'scores' must fall: 'completions' are listed best first")
-            texts = [clean(t) for t in texts]
+            texts, talks = [clean(t) for t in texts], [None] * len(texts)
         else:
-            for name in ("chosen", "rejected"):
-                if isinstance(record.get(name), list):
-                    record[name] = join_messages(where, name, record[name])
-            texts, scores = [take_text(where, record, "chosen"), take_text(where, record, "rejected")], None
-        if "prompt" in record:
-            if isinstance(record["prompt"], list):
-                prompt = open_answer(where, "prompt", record["prompt"])
-                texts = [t.removeprefix(ASSISTANT) for t in texts]
-                texts = [t if t.startswith(" ") else " " + t for t in texts]
-            else:
-                prompt = take_text(where, record, "prompt")
-        else:
-            prompt = shared_prompt(texts)
-            texts = [t[len(prompt):] for t in texts]
-        extra = other_columns(record, "prompt", "chosen", "rejected", "completions", "scores")
-        rows.append(Preference(prompt, texts, scores, extra))
+            texts, talks = zip(*(take(where, record, name) for name in ("chosen", "rejected")))
+        if asked == "messages" and join_messages(where, asked, record[asked]) in texts:
+            asked = None  # the whole conversation once more
+        prompt, texts = answers_to(where, record, asked, texts, talks)
+        lose_nothing(where, record, prompt, texts, (asked,), *also, *([] if asked else ["text"]))
+        extra = other_columns(record, "prompt", "messages", "chosen", "rejected", "completions", "scores")
+        rows.append(Preference(prompt, [*texts], scores, extra))
     return rows
 
 
 def load_prompts(path) -> list[str]:
     rows = []
     for where, record in read_records(path):
-        if "messages" in record:
-            rows.append(open_answer(where, "messages", record["messages"]))
-        elif isinstance(record.get("prompt"), list):
-            rows.append(open_answer(where, "prompt", record["prompt"]))
-        else:
-            rows.append(take_text(where, record, "prompt"))
+        name = present(record, "prompt", "messages") or "prompt"
+        text, messages = take(where, record, name) if name == "prompt" else (None, record[name])
+        rows.append(text if messages is None else open_answer(where, name, messages))
+        lose_nothing(where, record, rows[-1], [], (name, "messages", "conversation", "conversations"))
     return rows
 
 
@@ -210,6 +396,55 @@ def repeats(train, val, what):
         yield f"warning: {repeated} of {len(train)} {what} for training are repeats"
     if shared:
         yield f"warning: {shared} {what} stand in both training and held-out data, which flatters the held-out figures"
+
+
+def blank_ends(prompts, what):
+    """A warning, with the count, of prompts that end in a blank: tokens of words begin with theirs."""
+    if count := sum(prompt[-1:].isspace() for prompt in prompts):
+        yield (f"warning: {count} of {len(prompts)} {what} end in a blank; a prompt should end before it, and its "
+               "answer begin with it, as words do")
+
+
+# ---- columns beside the texts
+
+def number(value):
+    """A column's value where it is a finite number, else None: no string, NaN or true."""
+    return float(value) if type(value) in (int, float) and abs(value) < 1e300 else None
+
+
+def label_of(value, taken=("all",)):
+    """A short name for tables, on one line, of what a column holds: "movie". Values that differ have names that differ;
+    none is one of `taken`, which have "kind " in front, or holds commas, quotes or brackets but in quotes."""
+    try:
+        text = clean(value) if isinstance(value, str) else json.dumps(value)
+    except RecursionError:
+        text = "(deep)"
+    if not text.isprintable() or text != text.strip() or not text or set(text) & set(",\"'()"):
+        text = json.dumps(text)
+    if text.replace("kind ", "") in taken:
+        return "kind " + text
+    return text if len(text) <= 32 else f"{text[:21]}...{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def labels_of(rows, column, default, taken=("all",), most=20):
+    """A label a row, `default` where the column is missing; of more than `most` labels the rare ones are "(others)"."""
+    labels = [label_of(row.extra[column], taken) if column in row.extra else default for row in rows]
+    shown = {label for label, _ in Counter(labels).most_common(most)}
+    return [label if label in shown else "(others)" for label in labels]
+
+
+def doubtful_columns(rows, what):
+    """Lines, with counts, of columns beside the texts: those that should hold numbers and do not, and text unread."""
+    for name in ("margin", "others_margin"):
+        wrong = [row.extra[name] for row in rows if name in row.extra and number(row.extra[name]) is None]
+        if wrong:
+            yield (f"warning: {name!r} is no number in {len(wrong)} of {len(rows)} {what} (as {label_of(wrong[0])}); "
+                   "figures leave it out there")
+    unread = Counter(name for row in rows for name, value in row.extra.items()
+                     if any(len(text.split(None, 3)) > 2 for text in texts_in(value)))
+    if unread:
+        yield (f"note: columns of {what} that hold text and are not read: "
+               + ", ".join(f"{label_of(name)} ({n})" for name, n in unread.most_common(8)))
 
 
 # ---- encoding

@@ -8,12 +8,14 @@ Left out: chat templates and padding tokens. Rows are padded with eos and masked
 import heapq
 import os
 import tempfile
+import time
+from array import array
 from collections import Counter, defaultdict
 
 import regex  # tiktoken stands on it
 import tiktoken
 
-from minirlhf.config import fail
+from minirlhf.config import fail, say
 
 EOS = "<|endoftext|>"
 # GPT-2's pattern (Radford et al. 2019, encoder.py), with possessive quantifiers: the same splits, no backtracking
@@ -74,54 +76,81 @@ class Tokenizer:
         return cls(dict(sorted(ranks.items(), key=lambda item: item[1])), "gpt2")
 
     @classmethod
-    def train(cls, texts: list[str], vocab_size: int) -> "Tokenizer":
+    def train(cls, texts: list[str], vocab_size: int, say=say) -> "Tokenizer":
         """Byte-level BPE (Sennrich et al. 2016) of the texts: merge the most frequent pair until vocab_size - 1 ranks.
 
         Pairs never cross the split pattern's words. Ties go to the pair whose bytes come first, so that the result is a
         function of the texts alone. Stops early when no pair occurs twice; tokens that were never seen do not arise but
-        for single bytes.
+        for single bytes. A merge costs in proportion to the places that it changes, so that one word of megabytes takes
+        no longer than as much prose; what takes seconds says so.
         """
         if vocab_size < 257:
             fail(f"--vocab_size {vocab_size}: byte-level BPE needs at least 257 (256 bytes and the end-of-text token)")
-        words = Counter(word for text in texts for word in regex.findall(PATTERN, text))
-        counts = list(words.values())
-        pieces = [[bytes([b]) for b in word.encode("utf-8", "replace")] for word in words]
-        pair_counts, where = Counter(), defaultdict(set)  # where: the words that hold (or once held) a pair
-        for i, piece in enumerate(pieces):
-            for pair in zip(piece, piece[1:]):
-                pair_counts[pair] += counts[i]
-                where[pair].add(i)
-        heap = [(-n, pair) for pair, n in pair_counts.items()]
+        watch, words = Watch(say), Counter()
+        for text in texts:
+            words.update(regex.findall(PATTERN, text))
+            watch(lambda: f"{len(words):,} different words")
+        names, ranks = [bytes([b]) for b in range(256)], {bytes([b]): b for b in range(256)}
+        # All words one after another, a token a place; a merge leaves the pair's second place empty. Arrays of numbers
+        # take 4 bytes a place, lists of objects ten times that
+        tokens, times, before, after = array("i"), array("q"), array("i"), array("i")
+        pair_counts, where = Counter(), defaultdict(lambda: array("i"))  # where: places that hold (or once held) a pair
+        for word, count in words.items():
+            piece, start = word.encode("utf-8", "replace"), len(tokens)
+            end = start + len(piece)
+            tokens.extend(piece)
+            times.extend(array("q", [count]) * len(piece))
+            before.extend(range(start - 1, end - 1))
+            after.extend(range(start + 1, end + 1))
+            before[start] = after[-1] = -1
+            for i, pair in enumerate(zip(piece, piece[1:]), start):
+                pair_counts[pair] += count
+                where[pair].append(i)
+            watch(lambda: f"{end:,} bytes of different words")
+        heap = [(-n, names[a], names[b], (a, b)) for (a, b), n in pair_counts.items()]
         heapq.heapify(heap)
-        ranks = {bytes([b]): b for b in range(256)}
         while heap and len(ranks) < vocab_size - 1:
-            n, pair = heapq.heappop(heap)
+            n, first, second, pair = heapq.heappop(heap)
             if -n != pair_counts[pair]:  # an outdated entry; the current count has its own
                 continue
             if -n < 2:
                 break
-            merged = pair[0] + pair[1]
-            ranks.setdefault(merged, len(ranks))
+            merged = ranks.setdefault(first + second, len(ranks))
+            if merged == len(names):
+                names.append(first + second)
             changed = Counter()
-            for i in where.pop(pair):
-                piece, new, j = pieces[i], [], 0
-                while j < len(piece):
-                    if piece[j:j + 2] == [*pair]:
-                        new.append(merged)
-                        j += 2
-                    else:
-                        new.append(piece[j])
-                        j += 1
-                if len(new) == len(piece):
+            for i in sorted(where.pop(pair)):  # from the left, as "aaa" must give aa + a
+                j = after[i]
+                if j < 0 or (tokens[i], tokens[j]) != pair:
                     continue
-                for old in zip(piece, piece[1:]):
-                    changed[old] -= counts[i]
-                for pair_now in zip(new, new[1:]):
-                    changed[pair_now] += counts[i]
-                    where[pair_now].add(i)
-                pieces[i] = new
-            for changed_pair, difference in changed.items():
+                left, right, count = before[i], after[j], times[i]
+                changed[pair] -= count
+                tokens[i], tokens[j], after[i] = merged, -1, right
+                if left >= 0:
+                    changed[tokens[left], pair[0]] -= count
+                    changed[tokens[left], merged] += count
+                    where[tokens[left], merged].append(left)
+                if right >= 0:
+                    before[right] = i
+                    changed[pair[1], tokens[right]] -= count
+                    changed[merged, tokens[right]] += count
+                    where[merged, tokens[right]].append(i)
+            for (a, b), difference in changed.items():
                 if difference:
-                    pair_counts[changed_pair] += difference
-                    heapq.heappush(heap, (-pair_counts[changed_pair], changed_pair))
+                    pair_counts[a, b] += difference
+                    heapq.heappush(heap, (-pair_counts[a, b], names[a], names[b], (a, b)))
+            watch(lambda: f"{len(ranks):,} of {vocab_size - 1:,} tokens")
         return cls(ranks, "bpe")
+
+
+class Watch:
+    """Says how far the learning is, once it has taken 3 seconds, then at twice the time of the last line."""
+
+    def __init__(self, say):
+        self.say, self.began, self.due = say, time.monotonic(), 3
+
+    def __call__(self, progress):
+        seconds = time.monotonic() - self.began
+        if seconds > self.due:
+            self.say(f"learning a vocabulary: {progress()}, {seconds:.0f} s")
+            self.due = 2 * seconds

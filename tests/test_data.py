@@ -1,14 +1,23 @@
 """Records in, batches out: every form that is accepted, every fault that is named, masks and orders by hand."""
+import bz2
+import gzip
 import json
 import math
+import os
+import random
+import re
+import subprocess
+import time
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
 
 from minirlhf import data
-from minirlhf.data import (Demonstration, Order, Preference, Row, collate, encode_prompts, encode_row, endless_batch,
-                           load_demonstrations, load_preferences, load_prompts, trim_left)
+from minirlhf.data import (Demonstration, Order, Preference, Row, blank_ends, collate, doubtful_columns, encode_prompts,
+                           encode_row, endless_batch, label_of, labels_of, load_demonstrations, load_preferences,
+                           load_prompts, number, shared_prompt, trim_left)
 from minirlhf.tokenizer import EOS, Tokenizer
 
 
@@ -48,6 +57,18 @@ GOOD, BAD = says("assistant", "See you!"), says("assistant", "Go.")
     ({"prompt": "A", "completion": "b", "text": "ignored"}, "A", "b"),
     ({"messages": TALK + [GOOD]}, TALK_TEXT + "\n\nAssistant:", " See you!"),
     ({"messages": [says("user", "Hi"), says("assistant", "")]}, "\n\nHuman: Hi\n\nAssistant:", " "),
+    ({"messages": TALK, "completion": "See you!"}, TALK_TEXT + "\n\nAssistant:", " See you!"),
+    ({"messages": TALK, "completion": [GOOD]}, TALK_TEXT + "\n\nAssistant:", " See you!"),
+    ({"prompt": TALK, "completion": [GOOD]}, TALK_TEXT + "\n\nAssistant:", " See you!"),
+    ({"prompt": "Bye", "completion": [GOOD]}, "\n\nHuman: Bye\n\nAssistant:", " See you!"),
+    ({"prompt": "Bye", "completion": TALK + [GOOD]}, TALK_TEXT + "\n\nAssistant:", " See you!"),  # the question once
+    ({"prompt": "Bye", "messages": TALK + [GOOD], "completion": "See you!"}, TALK_TEXT + "\n\nAssistant:", " See you!"),
+    ({"prompt": "Name a tree.", "completion": "Name a tree. Oak."}, "Name a tree.", " Oak."),
+    ({"prompt": "Hello", "completion": "Hello! There."}, "Hello", "Hello! There."),  # an answer, by chance alike
+    # null is absent, and an empty text loses nothing
+    ({"messages": None, "prompt": "A", "completion": "b", "n": None}, "A", "b"),
+    ({"prompt": None, "completion": None, "messages": None, "text": "A"}, "", "A"),
+    ({"prompt": "", "text": "A"}, "", "A"),
 ])
 def test_demonstrations(write, record, prompt, completion):
     """{"prompt", "completion"}, {"text"}, {"messages"}: a prompt ends with the role whose turn it is."""
@@ -68,6 +89,15 @@ def test_demonstrations(write, record, prompt, completion):
      "\n\nHuman: Hi\n\nAssistant:", [" I do", " I did"]),
     ({"chosen": TALK + [GOOD], "rejected": TALK + [BAD]}, TALK_TEXT + "\n\nAssistant:", [" See you!", " Go."]),
     ({"prompt": TALK, "chosen": [GOOD], "rejected": [BAD]}, TALK_TEXT + "\n\nAssistant:", [" See you!", " Go."]),
+    # a string beside messages is the user's turn, unless it has its roles
+    ({"prompt": "Bye", "chosen": [GOOD], "rejected": [BAD]}, "\n\nHuman: Bye\n\nAssistant:", [" See you!", " Go."]),
+    ({"prompt": "\n\nHuman: Bye", "chosen": [GOOD], "rejected": [BAD]}, "\n\nHuman: Bye\n\nAssistant:",
+     [" See you!", " Go."]),
+    ({"prompt": None, "chosen": "A b", "rejected": "A c", "completions": None}, "A", [" b", " c"]),
+    ({"messages": TALK, "completions": ["a", " b"]}, TALK_TEXT + "\n\nAssistant:", [" a", " b"]),
+    ({"prompt": TALK[1:2], "chosen": "Hi there", "rejected": "Hi you"}, "\n\nHuman: Hi\n\nAssistant:",
+     [" there", " you"]),
+    ({"prompt": "Hello", "chosen": "Hello! You", "rejected": "Hello."}, "Hello", ["Hello! You", "Hello."]),  # by chance
 ])
 def test_preferences(write, record, prompt, completions):
     """Pairs and rankings, texts and messages, with a prompt or with what the texts share as one."""
@@ -75,11 +105,102 @@ def test_preferences(write, record, prompt, completions):
     assert (row.prompt, row.completions, row.scores) == (prompt, completions, None)
 
 
+WHOLE = {"chosen": TALK + [GOOD], "rejected": TALK + [BAD]}
+SPOKEN = {"chosen": TALK_TEXT + "\n\nAssistant: See you!", "rejected": TALK_TEXT + "\n\nAssistant: Go."}
+
+
+@pytest.mark.parametrize("record", [
+    {"prompt": "Bye", **WHOLE, "score_chosen": 8.5},  # UltraFeedback: the last question, or the first
+    {"prompt": "Hi ", **WHOLE},
+    {"prompt": "Bye", "messages": TALK + [GOOD], **WHOLE},
+    {"prompt": TALK, **WHOLE},
+    {"prompt": TALK[1:], **WHOLE},  # without the system's words, which the answers have
+    {"prompt": TALK_TEXT, **WHOLE},
+    {"prompt": None, "messages": TALK, **WHOLE},
+    {"messages": TALK + [GOOD], **WHOLE},
+    {"messages": TALK, "chosen": [GOOD], "rejected": [BAD]},
+    {"messages": TALK, "chosen": "See you!", "rejected": " Go."},
+    {"prompt": TALK, **SPOKEN},
+    {"prompt": "Bye", **SPOKEN},
+    {"prompt": TALK_TEXT + "\n\nAssistant:", **SPOKEN},
+    {"prompt": TALK_TEXT + "\n\nAssistant:", "question": "Bye", "system": "Be kind.", **SPOKEN},  # nothing is lost
+    {"prompt": "Bye", "question": "", "input": None, "history": [], **WHOLE},
+    {"prompt": "Bye", "completions": [*SPOKEN.values()], "chosen": "See you!"},
+], ids=range(16))
+def test_a_question_that_stands_twice_is_read_once(write, record):
+    """In `prompt` or `messages`, and again in whole conversations, as messages or text: one question, two answers."""
+    (row,) = load_preferences(write(record))
+    assert (row.prompt, row.completions) == (TALK_TEXT + "\n\nAssistant:", [" See you!", " Go."])
+
+
+WORD = re.compile("[a-h]{8}")
+
+
+def words_of(value):
+    return set(WORD.findall(json.dumps(value)))
+
+
+def random_record(rng):
+    """-> a record of made-up words of 8 letters, each in one message or more, and its answers' columns."""
+    def words():
+        return " ".join("".join(rng.choices("abcdefgh", k=8)) for _ in range(rng.randint(1, 4)))
+
+    def spoken(talk):
+        return "".join({"system": "", "user": "\n\nHuman: ", "assistant": "\n\nAssistant: "}[m["role"]] + m["content"]
+                       for m in talk)
+
+    talk = [says("system", words())] * rng.randint(0, 1)
+    for _ in range(rng.randint(0, 2)):
+        talk += [says("user", words()), says("assistant", words())]
+    talk += [says("user", words())]
+    other = [says("user", words())]
+    answers = [says("assistant", words()) for _ in range(2)]
+    form = rng.choice([lambda a: a["content"], lambda a: " " + a["content"], lambda a: [a], lambda a: talk + [a],
+                       lambda a: spoken(talk + [a]), lambda a: talk[-1]["content"] + " " + a["content"]])
+    values = [*map(form, answers)]
+    record = rng.choice([dict(zip(("chosen", "rejected"), values)), {"completion": values[0]}, {"completions": values}])
+    names = (*record,)
+    asked = [talk, talk[-1:], talk[-1]["content"], talk[0]["content"], spoken(talk), spoken(talk) + "\n\nAssistant:",
+             None, "", other[0]["content"], other]
+    for name in ("prompt", "messages", "Question", "system", "history"):
+        if rng.random() < (0.8 if name == "prompt" else 0.25):
+            record[name] = rng.choice(asked + [talk + answers[:1]])
+    if rng.random() < 0.2:
+        record["text"] = rng.choice([words(), spoken(talk)])
+    return {name: record[name] for name in rng.sample([*record], len(record))}, names
+
+
+def test_no_text_is_lost_or_doubled(tmp_path):
+    """Random records in all forms, right and wrong: each is refused in one line, or all its words are read, but for a
+    `text` beside a prompt, and none stands twice in a prompt and its answer."""
+    rng, read, path = random.Random(0), Counter(), tmp_path / "x.jsonl"
+    for _ in range(1500):
+        record, names = random_record(rng)
+        path.write_text(json.dumps(record))
+        for load in (load_demonstrations, load_preferences):
+            try:
+                (row,) = load(path)
+            except SystemExit as stop:
+                assert stop.code == 2
+                read[load, "refused"] += 1
+                continue
+            read[load, "read"] += 1
+            prompt, answers = row.prompt, [row.completion] if load is load_demonstrations else row.completions
+            others = ("text", *names) if load is load_demonstrations and names != ("completion",) else ("text",)
+            held = {name: value for name, value in record.items() if name not in others}
+            assert words_of(held) <= words_of([prompt, *answers]), record
+            assert all(Counter(WORD.findall(prompt + a)).most_common(1)[0][1] == 1 for a in answers), record
+    assert min(read.values()) > 250, read
+
+
 @pytest.mark.parametrize("record, prompt", [
     ({"prompt": "A b"}, "A b"),
     ({"prompt": ""}, ""),
     ({"messages": TALK}, TALK_TEXT + "\n\nAssistant:"),
     ({"prompt": TALK}, TALK_TEXT + "\n\nAssistant:"),
+    ({"prompt": None, "messages": TALK}, TALK_TEXT + "\n\nAssistant:"),
+    ({"prompt": "A", "messages": TALK}, "A"),  # a good prompt is not overruled
+    ({"prompt": "A", "messages": None, "system": "", "completion": "b", "label": False}, "A"),
 ])
 def test_prompts(write, record, prompt):
     """{"prompt"} as text or messages, {"messages"}."""
@@ -184,7 +305,6 @@ def test_lines_that_are_no_record(write, refused, line, words):
     (load_demonstrations, {"messages": []}, ["'messages'", "not empty"]),
     (load_preferences, {"prompt": "a", "chosen": "b"}, ["'rejected' is missing", "'prompt', 'chosen'"]),
     (load_preferences, {"prompt": "a", "rejected": "b"}, ["'chosen' is missing"]),
-    (load_preferences, {"prompt": None, "chosen": "b", "rejected": "c"}, ["'prompt' must be a string, found NoneType"]),
     (load_preferences, {"prompt": "a", "chosen": 1, "rejected": "c"}, ["'chosen' must be a string, found int"]),
     (load_preferences, {"chosen": [], "rejected": []}, ["'chosen' must be a list of messages that is not empty"]),
     (load_preferences, {"prompt": "a", "completions": ["b"]}, ["'completions'", "two or more"]),
@@ -195,13 +315,51 @@ def test_lines_that_are_no_record(write, refused, line, words):
     (load_preferences, {"prompt": "a", "completions": ["b", "c"], "scores": [True, False]}, ["'scores'", "numbers"]),
     (load_preferences, {"prompt": "a", "completions": ["b", "c"], "scores": [1, math.nan]}, ["'scores'", "numbers"]),
     (load_preferences, {"prompt": "a", "completions": ["b", "c"], "scores": [1, 2]}, ["'scores' must fall", "best"]),
-], ids=range(31))
+], ids=range(30))
 def test_records_that_do_not_fit(write, refused, load, record, words):
     """Exit 2 with file:line, the field and what is there instead."""
     good = {"prompt": "a", "completion": "b", "chosen": "c", "rejected": "d"}
     path = write(good, record, good)
     error = refused(load, path)
     assert f"{path}:2: " in error and all(word in error for word in words)
+
+
+@pytest.mark.parametrize("load, record, words", [
+    (load_preferences, {"question": "Q", "chosen": "b", "rejected": "c"}, ["'question' would be lost", "'question', "]),
+    (load_preferences, {"Instruction": "Q", "completions": ["b", "c"]}, ["'Instruction' would be lost"]),
+    (load_preferences, {"system": "S", "prompt": "Q", "chosen": "b", "rejected": "c"}, ["'system' would be lost"]),
+    (load_preferences, {"input": "Q", "chosen": [GOOD], "rejected": [BAD]}, ["'input'", "name 'input' 'prompt'"]),
+    (load_preferences, {"text": "Q", "chosen": "b", "rejected": "c"}, ["'text' would be lost"]),
+    (load_preferences, {"prompt": "Q", "messages": TALK, "chosen": "b", "rejected": "c"}, ["'messages' would be lost"]),
+    (load_preferences, {"prompt": "Q", **WHOLE}, ["'prompt' is no turn of the conversation"]),
+    (load_preferences, {"prompt": "Q", "chosen": [GOOD], "rejected": TALK + [BAD]}, ["'prompt' is no turn"]),
+    (load_preferences, {"prompt": "Q", "chosen": [GOOD], "rejected": "b"}, ["strings, or all lists of messages"]),
+    (load_preferences, {"messages": TALK + [GOOD], "chosen": "b", "rejected": "c"}, ["'messages' must end before"]),
+    (load_preferences, {"prompt": "Q", "completions": ["a", "b"], "chosen": "c"}, ["'chosen' would be lost"]),
+    (load_preferences, {"prompt": "Q", "completions": ["a", "b"], "labels": [True, False]}, ["TRL's stepwise"]),
+    (load_preferences, {"prompt": "Q", "completion": "a", "label": True}, ["'chosen' is missing", "TRL's unpaired"]),
+    (load_preferences, {"prompt": "Q", "chosen": None, "rejected": "b"}, ["'chosen' must be a string, found NoneType"]),
+    (load_demonstrations, {"prompt": "Q", "completion": "a", "label": False}, ["'label'", "TRL's unpaired"]),
+    (load_demonstrations, {"prompt": "Q", "completions": ["a"], "labels": [True]}, ["TRL's stepwise"]),
+    (load_demonstrations, {"question": "Q", "answer": "A"}, ["'question', 'answer'", "'prompt' and 'completion'"]),
+    (load_demonstrations, {"instruction": "Q", "input": "", "output": "A"}, ["Alpaca", "'completion'"]),
+    (load_demonstrations, {"conversations": [{"from": "human", "value": "Hi"}]}, ["ShareGPT", "'messages'"]),
+    (load_demonstrations, {"prompt": "Q", "text": "A"}, ["'prompt' would be lost"]),
+    (load_demonstrations, {"text": "Q", "response": "A"}, ["'response' would be lost"]),
+    (load_demonstrations, {"system": "S", "messages": TALK + [GOOD]}, ["'system' would be lost"]),
+    (load_demonstrations, {"prompt": "Q", "messages": TALK + [GOOD]}, ["'prompt' would be lost"]),
+    (load_demonstrations, {"completion": "Q", "messages": TALK + [GOOD]}, ["'completion' would be lost"]),
+    (load_demonstrations, {"prompt": "Q", "completion": [GOOD, TALK[1]]}, ["'completion' must end with"]),
+    (load_demonstrations, {"prompt": TALK + [GOOD], "completion": "a"}, ["'prompt' must end before"]),
+    (load_prompts, {"question": "Q"}, ["'prompt' is missing", "name 'question' 'prompt'"]),
+    (load_prompts, {"prompt": "Q", "system": "S"}, ["'system' would be lost"]),
+    (load_prompts, {"prompt": None, "Query": "Q"}, ["'prompt' must be a string, found NoneType"]),
+    (load_prompts, {str(n): n for n in range(9999)}, ["'prompt' is missing", "'15', ..."]),
+], ids=range(30))
+def test_dialects_are_refused_by_name(write, refused, load, record, words):
+    """Columns of other programs, and texts that would be lost or doubled: file:line, what is there, the way out."""
+    error = refused(load, write(record))
+    assert "rows.jsonl:1: " in error and all(word in error for word in words) and len(error) < 500
 
 
 @pytest.mark.parametrize("content", [b"", b"\n \r\n\n", b"\xef\xbb\xbf"])
@@ -213,9 +371,69 @@ def test_files_without_records(tmp_path, refused, content):
 
 
 def test_files_that_are_none(tmp_path, refused):
-    """Missing, or a folder."""
-    for path in (tmp_path / "none.jsonl", tmp_path):
-        assert str(path) in refused(load_prompts, path)
+    """Missing, a folder, a pipe that nobody writes to (which must not wait), a device without an end."""
+    os.mkfifo(tmp_path / "pipe")
+    for path, words in ((tmp_path / "none.jsonl", "no such file"), (tmp_path / "a\0b", "no such file"),
+                        (tmp_path, "a folder; name a file in it"), (tmp_path / "pipe", "a pipe or device"),
+                        (Path("/dev/zero"), "a pipe or device")):
+        assert f"{path}: {words}" in refused(load_prompts, path)
+
+
+ROWS = [{"prompt": "caf\u00e9, \u6f22", "completion": " a"}, {"prompt": "b", "completion": " c"}]
+LINES = "\n".join(map(json.dumps, ROWS))
+
+
+LIST, CSV = "one JSON list, not an object a line: ", "CSV: "
+
+
+@pytest.mark.parametrize("content, kinds", [
+    (json.dumps(ROWS), [LIST]),
+    ("\n" + json.dumps(ROWS, indent=1, ensure_ascii=False), [LIST]),
+    ('prompt,completion\n"caf\u00e9, \u6f22", a\nb, c\n', [CSV]),
+    ('"prompt","completion"\r\n"caf\u00e9, \u6f22"," a"\r\n"b"," c"\r\n', [CSV]),
+    ("prompt\tcompletion\ncaf\u00e9, \u6f22\t a\nb\t c\n", [CSV]),
+    (gzip.compress(LINES.encode()), ["gzip: "]),
+    (bz2.compress(LINES.encode()), ["bzip2: "]),
+    (LINES.encode("utf-16"), ["UTF-16: "]),
+    (LINES.encode("utf-16-le"), ["UTF-16: "]),
+    (LINES.encode("utf-16-be"), ["UTF-16: "]),
+    (gzip.compress(json.dumps(ROWS).encode("utf-16")), ["gzip: ", "UTF-16: ", LIST]),
+], ids=range(11))
+def test_the_command_that_is_named_converts_the_file(tmp_path, refused, content, kinds):
+    """A file of another kind is named, and the shell command in the message writes one that loads, or, where it was
+    wrapped twice, one that is named in its turn."""
+    path = tmp_path / "it's mine.jsonl"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    for kind in kinds:
+        error = refused(load_demonstrations, path)
+        assert f"{path}:{1 + (path.read_bytes()[:1] == bytes([10]))}: " in error
+        before, _, command = error.partition(f"; the file looks like {kind}")
+        assert before and subprocess.run(command, shell=True).returncode == 0
+        path = Path(f"{path}.new")
+    assert [(row.prompt, row.completion) for row in load_demonstrations(path)] == [(*r.values(),) for r in ROWS]
+
+
+def test_parquet_is_named_with_a_command(tmp_path, refused):
+    """Messages in Parquet, too, come out as the lists that they are."""
+    pandas, rows = pytest.importorskip("pandas"), [{"messages": [says("user", "Hi"), says("assistant", "Ho")]}]
+    pytest.importorskip("pyarrow")
+    pandas.DataFrame(rows).to_parquet(tmp_path / "x")
+    _, _, command = refused(load_demonstrations, tmp_path / "x").partition("; the file looks like Parquet: ")
+    assert subprocess.run(command, shell=True).returncode == 0
+    assert load_demonstrations(tmp_path / "x.new") == [Demonstration("\n\nHuman: Hi\n\nAssistant:", " Ho")]
+
+
+@pytest.mark.parametrize("content, words", [
+    (b"PK\3\4\x14", "a zip archive"), (b"\x28\xb5\x2f\xfd\0", "zstd"), (b"<!DOCTYPE html>\n", "a web page"),
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", "a Git LFS pointer: git lfs pull"),
+    (b'{\n  "prompt": "a"\n}\n', "objects over several lines"),
+])
+def test_other_kinds_of_files_are_named(tmp_path, refused, content, words):
+    """What no short command converts; a fault in a later line is that line's alone."""
+    (tmp_path / "x").write_bytes(content)
+    assert f"{tmp_path / 'x'}:1: " in (error := refused(load_prompts, tmp_path / "x")) and words in error
+    (tmp_path / "x").write_bytes(b'{"prompt": "a"}\n' + content)
+    assert f"{tmp_path / 'x'}:2: " in (error := refused(load_prompts, tmp_path / "x")) and "looks like" not in error
 
 
 def test_repeats_are_counted():
@@ -226,6 +444,64 @@ def test_repeats_are_counted():
     assert "2 prompts" in warning
     assert len([*data.repeats(["a", "a"], ["a"], "prompts")]) == 2
     assert not [*data.repeats(["a", "b"], ["c", "c"], "prompts")]
+
+
+def test_prompts_that_end_in_a_blank_are_counted():
+    """Spaces, line ends and no-break spaces; an empty prompt ends in nothing."""
+    (line,) = blank_ends(["a", "a ", "b\n", "", "\u00a0", "a b"], "prompts")
+    assert "3 of 6 prompts end in a blank" in line
+    assert not [*blank_ends(["a", "", "\n\nHuman: b\n\nAssistant:"], "prompts")]
+
+
+def test_numbers_by_hand():
+    """A finite number is one; text, true, NaN, infinities and what overflows are none."""
+    assert [number(x) for x in (2, -0.5, 0, 10 ** 20)] == [2, -0.5, 0, 1e20]
+    assert {number(x) for x in ("2", True, False, None, math.nan, math.inf, -math.inf, 10 ** 400, [], {})} == {None}
+
+
+def test_doubtful_columns_are_told():
+    """Margins that are no numbers, and text that is not read, each with a count; short names are not text."""
+    margins = [1.5, "1.5", math.nan, True, -2, [3]]
+    rows = [Preference("", ["a", "b"], None, {"margin": m, "kind": "x", "domains": ["a b", "c"]}) for m in margins]
+    (line,) = doubtful_columns(rows, "preferences")
+    assert "'margin' is no number in 4 of 6 preferences (as 1.5)" in line
+    rows = [Preference("", ["a", "b"], None, {"others_margin": "\n", "ask": "Why is that?", "said": [{"x": "a b c"}]})]
+    number_line, text_line = doubtful_columns(rows, "rows")
+    assert '\'others_margin\' is no number in 1 of 1 rows (as "\\n")' in number_line
+    assert text_line.endswith("are not read: ask (1), said (1)")
+    assert not [*doubtful_columns([Preference("", ["a", "b"])], "rows")]
+
+
+@pytest.mark.parametrize("value, label", [
+    ("movie", "movie"), ("Caf\u00e9 au lait", "Caf\u00e9 au lait"), (3, "3"), (True, "true"), (0.5, "0.5"),
+    ("all", "kind all"), ("kind all", "kind kind all"), ("all films", "all films"),
+    ("a\nb", '"a\\nb"'), ("\x1b[1m", '"\\u001b[1m"'), ("\u202e", '"\\u202e"'), ("", '""'), (" a", '" a"'),
+    ("mean, margin > 1", '"mean, margin > 1"'), ("(others)", '"(others)"'), ("\ud800", "\ufffd"),
+])
+def test_labels_by_hand(value, label):
+    """What a table can show stays; the rest is quoted and escaped; the name of the total is not taken."""
+    assert label_of(value) == label
+
+
+def test_labels_are_short_and_differ():
+    """One printable line of at most 32 characters whatever the column holds; 3,000 long names with one beginning have
+    3,000 labels, of which a table shows the 20 most frequent."""
+    deep = json.loads("[" * 900 + "]" * 900)
+    names = ["x" * 100 + str(n) for n in range(3000)]
+    labels = [label_of(value) for value in [*names, deep, {"a": ["\n"]}, "\0" * 99, 10 ** 400, "\u2028", math.nan]]
+    assert len(set(labels)) == len(labels) and all(label.isprintable() and len(label) <= 32 for label in labels)
+    rows = [Demonstration("", "", {"kind": name}) for name in names + ["a", "a"]] + [Demonstration("", "")] * 3
+    labels = Counter(labels_of(rows, "kind", "none"))
+    assert len(labels) == 21 and labels["a"] == 2 and labels["none"] == 3 and labels["(others)"] == 3005 - 2 - 3 - 18
+    assert labels_of(rows[-1:] + [Demonstration("", "", {"kind": "pairs"})], "kind", "pairs", ("all", "pairs")) == [
+        "pairs", "kind pairs"]
+
+
+def test_long_texts_take_linear_time(write):
+    """Megabytes without a blank, alike in both answers but for the end, are read in a moment."""
+    began = time.perf_counter()
+    (row,) = load_preferences(write({"chosen": "a" * 2_000_000 + "b", "rejected": "a" * 2_000_000 + "c"}))
+    assert row.prompt == "" and shared_prompt(["a" + "b" * 10 ** 6] * 2) == "" and time.perf_counter() - began < 5
 
 
 def test_fingerprint_tells_files_apart(tmp_path):

@@ -1,6 +1,7 @@
 """Byte-level BPE: learned as the definition says, round trips on any text, and never a special token from text."""
 import io
 import random
+import time
 from collections import Counter
 
 import pytest
@@ -123,6 +124,40 @@ def test_training_equals_the_definition(seed):
     texts = [" ".join(rng.choices(words, k=8)) for _ in range(40)]
     assert list(Tokenizer.train(texts, 400).ranks.items()) == list(naive_bpe(texts, 400).items())
     assert list(Tokenizer.train(TEXTS, 320).ranks.items()) == list(naive_bpe(TEXTS, 320).items())
+
+
+@pytest.mark.parametrize("text", ["ab" * 40, "a" * 97, "abcab" * 9 + "ba" * 5, "aab" * 20 + "aaab" * 7, "xyzzy" * 12],
+                         ids=range(5))
+def test_training_on_one_long_word_equals_the_definition(text):
+    """Where a pair meets itself, and merges make pairs that were there before: the merges of a fresh count."""
+    for texts in ([text], [text, text[3:] + " " + text[:40]], [text * 2 + "c"] * 2):
+        assert list(Tokenizer.train(texts, 300).ranks.items()) == list(naive_bpe(texts, 300).items())
+
+
+@pytest.mark.parametrize("make", [
+    lambda rng, n: "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=n)), lambda rng, n: "ab" * (n // 2),
+    lambda rng, n: "a" * n, lambda rng, n: "\u6f22\u5b57" * (n // 6), lambda rng, n: " " * n], ids=range(5))
+def test_training_and_encoding_a_word_of_any_length_take_linear_time(make):
+    """Ten times the letters without a blank cost about ten times the time, not a hundred times, and come back whole."""
+    seconds = []
+    for n in (10_000, 100_000):
+        text, began = make(random.Random(0), n), time.process_time()
+        tokenizer = Tokenizer.train([text], 1000)
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+        seconds.append(time.process_time() - began)
+    assert seconds[1] < 40 * seconds[0] + 1
+
+
+def test_long_training_says_how_far_it_is(monkeypatch, capsys):
+    """Nothing in the first 3 seconds; then a line, at ever longer intervals, while reading and while merging."""
+    clock = iter(range(10 ** 9))
+    monkeypatch.setattr("minirlhf.tokenizer.time.monotonic", lambda: 0.25 * next(clock))
+    Tokenizer.train(["a b"] * 5, 258)
+    assert capsys.readouterr().out == ""
+    said = []
+    Tokenizer.train(iter(TEXTS), 500, say=said.append)
+    assert said[0].startswith("learning a vocabulary: ") and "different words, 3 s" in said[0] and len(said) < 6
+    assert "of 499 tokens" in said[-1]
 
 
 def test_training_is_a_function_of_the_texts(tokenizer):
