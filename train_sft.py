@@ -1,23 +1,21 @@
-"""Stage 1, supervised fine-tuning: demonstrations -> a model that answers in their manner.
+"""Stage 1, supervised fine-tuning: demonstrations -> a model that answers like them.
 
 Minimises the cross-entropy of completion tokens and eos given the prompt, from random weights or from a checkpoint.
 """
 import math
 import os
-import shlex
 import time
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 
-from minirlhf import checkpoint, prepare, runtime
-from minirlhf.config import RunOptions, fail, launch, parse
-from minirlhf.data import (Order, collate, encode_prompts, encode_row, fingerprint, load_demonstrations, load_prompts,
-                           repeats, too_long)
-from minirlhf.evaluate import describe, held_out_loss
-from minirlhf.generate import generate
-from minirlhf.model import GPT, GPTConfig, places
+from minirlhf import checkpoint, evaluate, kernels, prepare, runtime
+from minirlhf.config import RunOptions, fail, launch, parse, warn_idle
+from minirlhf.data import (Order, blank_ends, collate, doubtful_columns, encode_prompts, encode_row, labels_of,
+                           load_demonstrations, load_prompts, repeats, too_long)
+from minirlhf.generate import compile_model, generate
+from minirlhf.model import GPT, GPTConfig, flat_indices
 from minirlhf.objectives import sft_loss
 from minirlhf.tokenizer import Tokenizer
 
@@ -27,6 +25,7 @@ SIZES = ("tokenizer", "vocab_size", "n_layer", "n_head", "n_embd", "block_size")
 @dataclass
 class Options(RunOptions):
     """Stage 1, supervised fine-tuning: demonstrations -> SFT model. Reads sft.{train,val}.jsonl of --data_dir."""
+    # ---- model, data, output
     data_dir: str = "data/sentiment"  # folder of sft.{train,val}.jsonl; the default is prepared when it is missing
     out_dir: str = "out/sft"  # where ckpt.pt, config.json, metrics.jsonl and samples.jsonl go
     init_from: str = "scratch"  # scratch, or a checkpoint of this stage whose weights and tokenizer to start from
@@ -38,6 +37,7 @@ class Options(RunOptions):
     block_size: int = 128  # longest row in tokens, prompt and completion [4..]
     dropout: float = 0.0  # on embeddings, attention and residual branches, in training only [0..1)
     long_prompts: Literal["drop", "trim"] = "drop"  # rows over block_size: drop them, or trim the prompt at its left
+    # ---- training
     num_train_epochs: float = 4  # passes over the training data (0..1000000]
     batch_size: int = 64  # rows an optimizer step, over all ranks [1..]
     micro_batch_size: int = 64  # rows a forward and backward pass: for memory; changes no gradient [1..]
@@ -47,24 +47,24 @@ class Options(RunOptions):
     weight_decay: float = 0.1  # on matrices only [0..]
     warmup_ratio: float = 0.05  # share of the steps in which the rate rises; then it falls to 0 as a cosine [0..1]
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm; 0 = never [0..]
+    # ---- evaluations and checkpoints
     eval_interval: int = 250  # steps between evaluations, checkpoints and samples; the last step always does [1..]
     log_interval: int = 10  # steps between log lines [1..]
-    num_samples: int = 4  # completions of held-out prompts shown at each evaluation [0..]
     response_length: int = 48  # longest sample in tokens [1..]
 
 
-def batch_gradients(model, forward, batch, eos, o, run):
+def batch_gradients(model, batch, eos, o, run):
     """Add to each .grad the gradient of a batch's loss, in microbatches and over all ranks -> the loss, nats a token.
 
-    Each microbatch's sum is divided by the whole batch's count, so its size changes nothing.
+    Each microbatch's sum is divided by the whole batch's tokens, so its size changes nothing.
     """
-    count = sum(len(row.ids) - row.prompt_length for row in batch)
+    n_tokens = sum(len(row.ids) - row.prompt_length for row in batch)  # of completions, eos included
     share, loss_sum = run.share(batch), torch.zeros((), device=run.device)
     for at in range(0, len(share), o.micro_batch_size):
         tokens, mask, _ = collate(share[at:at + o.micro_batch_size], eos, run.device)
         with run.autocast():
-            logits = model.logits(forward(tokens[:, :-1], counted=places(mask)))  # (counted, V)
-        loss = sft_loss(logits, tokens[:, 1:][mask]).sum() / count
+            logits = model.logits(model.states(tokens[:, :-1], flat_indices(mask)))  # (N, V)
+        loss = sft_loss(logits, tokens[:, 1:][mask]).sum() / n_tokens
         loss.backward()
         loss_sum += loss.detach()
     run.sum_gradients(model.parameters())
@@ -86,93 +86,103 @@ def show_samples(model, run, tokenizer, prompts, step, o):
         run.write("samples.jsonl", {"step": step, "prompt": prompt, "completion": completion})
 
 
-def main():
-    given = parse(Options)
-    o, start, start_path = checkpoint.resume(given, "sft", (
-        *SIZES, "seed", "init_from", "batch_size", "num_train_epochs", "optimizer", "long_prompts", "data_dir"))
+def read_demonstrations(o):
+    """-> training and held-out demonstrations, and the paths of the two files."""
+    paths = [os.path.join(o.data_dir, f"sft.{split}.jsonl") for split in ("train", "val")]
+    return [*map(load_demonstrations, paths)], paths
+
+
+def encode_demonstrations(parts, paths, o, tokenizer, block_size):
+    """-> training rows, held-out rows, held-out demonstrations, and the lines to say. Exits 2 where no row fits."""
+    encoded, lines = [], []
+    for part, path, name in zip(parts, paths, ("training", "held-out")):
+        rows = [encode_row(tokenizer, d.prompt, d.completion, block_size, o.long_prompts) for d in part]
+        if not any(rows):
+            fail(f"{path}: every row is longer than the context of {block_size} tokens; use --long_prompts trim or a "
+                 "larger --block_size")
+        if long := too_long(rows, block_size, o.long_prompts):
+            lines.append(f"{name} rows: {long}")
+        lines += [*doubtful_columns(part, f"{name} rows"), *blank_ends([d.prompt for d in part],
+                                                                       f"prompts of {name} rows")]
+        encoded.append([(d, row) for d, row in zip(part, rows) if row])
+    train_rows, (val, val_rows) = [row for _, row in encoded[0]], zip(*encoded[1])
+    head = f"{len(train_rows):,} rows for training, {len(val_rows):,} held out, from {o.data_dir}"
+    lines += repeats(*([(d.prompt, d.completion) for d in part] for part in parts), "demonstrations")
+    return train_rows, val_rows, val, [head, *lines]
+
+
+def main(argv=None):
+    given = parse(Options, argv)
+    o, saved = checkpoint.resume(given, "sft", (
+        *SIZES, "seed", "batch_size", "num_train_epochs", "optimizer", "long_prompts"))
+    warn_idle(o, "optimizer adamw", o.optimizer == "adamw", "muon_learning_rate")
+    warn_idle(o, "tokenizer gpt2", o.tokenizer == "gpt2", "vocab_size")
     if o.n_embd % o.n_head:
         fail(f"--n_head {o.n_head}: must divide --n_embd {o.n_embd}")
     if os.path.normpath(o.data_dir) == Options.data_dir:
         prepare.ensure(o.data_dir)
-    train_path, val_path = (os.path.join(o.data_dir, f"sft.{split}.jsonl") for split in ("train", "val"))
-    train, val = load_demonstrations(train_path), load_demonstrations(val_path)
+    parts, paths = read_demonstrations(o)
     with runtime.Run(o, "sft") as run:
-        # ---- tokenizer and rows, then model and optimizers: new, of a checkpoint, or of the run to resume
-        if o.init_from != "scratch" and not o.resume:
-            start, start_path = checkpoint.read(o.init_from, ["sft"]), o.init_from
-        if start:
-            model, tokenizer = checkpoint.build(start, start_path, run.device, o.dropout)
-            config, own = model.config, {name: start["options"].get(name, getattr(o, name)) for name in SIZES}
+        # ---- tokenizer and model: new, or a checkpoint's
+        source = saved or (checkpoint.Saved(checkpoint.read(o.init_from, ["sft"]), o.init_from)
+                           if o.init_from != "scratch" else None)
+        if source:
+            model, tokenizer = checkpoint.build(*source, run.device, o.dropout)
+            own = {name: source.payload["options"].get(name, getattr(o, name)) for name in SIZES}
             for name in own.keys() & given.given:
                 if getattr(o, name) != own[name]:
-                    fail(f"--{name} {getattr(o, name)}: {start_path} has {own[name]}; leave the option out")
-            o = replace(o, **own)
+                    fail(f"--{name} {getattr(o, name)}: {source.path} has {own[name]}; leave the option out")
+            run.options = o = replace(o, **own)
         else:
             tokenizer = Tokenizer.gpt2() if o.tokenizer == "gpt2" else Tokenizer.train(
-                (d.prompt + d.completion for d in train), o.vocab_size)
+                (d.prompt + d.completion for d in parts[0]), o.vocab_size, say=run.say)
             config = GPTConfig(o.n_layer, o.n_head, o.n_embd, tokenizer.vocab_size, o.block_size, o.dropout)
-        block_size = config.block_size
-        encoded = [[encode_row(tokenizer, d.prompt, d.completion, block_size, o.long_prompts) for d in part]
-                   for part in (train, val)]
-        train_rows = [row for row in encoded[0] if row]
-        val, val_rows = [d for d, row in zip(val, encoded[1]) if row], [row for row in encoded[1] if row]
-        if not train_rows or not val_rows:
-            fail(f"{train_path if not train_rows else val_path}: every row is longer than the context of {block_size} "
-                 "tokens; use --long_prompts trim or a larger --block_size")
-        if not start:
+        block_size = (model.config if source else config).block_size
+        train_rows, val_rows, val, about_data = encode_demonstrations(parts, paths, o, tokenizer, block_size)
+        if not source:
             try:
                 model = GPT(config).init_weights(runtime.generator(o.seed, 0, 0, "init")).to(run.device)
             except RuntimeError as error:  # no room
                 fail(f"a model of --n_layer {o.n_layer} and --n_embd {o.n_embd} cannot be made: {error}")
-        runtime.pick_products(model)
+        kernels.pick_matmul(model)
         order = Order([len(row.ids) for row in train_rows], o.batch_size, o.seed)
         steps = max(1, round(o.num_train_epochs * order.steps_per_epoch))
-        optimizers, first = runtime.make_optimizers(model, o), 0
-        best, best_state, best_figures = math.inf, None, None
-        prints, surroundings = {o.data_dir: fingerprint(train_path, val_path)}, run.surroundings()
-        if o.resume:
-            with checkpoint.fitting(start_path):
-                state = start["training"]
-                checkpoint.same_inputs(state["data"], prints, start_path)
-                checkpoint.load_weights(model, state["model"], start_path)
-                checkpoint.load_optimizers(optimizers, state["optimizers"], start_path)
-                first, best = checkpoint.step_of(state, steps, start_path), float(start["info"]["nats_per_token"])
-                if best < math.inf:  # what cannot be described is refused now, not at the end
-                    best_state, best_figures = start["model"], start["info"]["held_out"]
-                    describe(best_figures)
-                surroundings = run.surroundings(start.get("environment"))
-                start = state = None  # a second copy of weights and moments
-            if first >= steps:
-                run.say(f"{o.out_dir}: this run is finished ({first} steps)")
-                return
+        optimizers = runtime.make_optimizers(model, o)
+
+        # ---- a new run, or one that goes on
+        training = checkpoint.Training(run, tokenizer, model, optimizers, {f"the data of {o.data_dir}": paths})
+        first, kept = training.restore(saved, steps)
+        best, best_weights, best_figures = math.inf, None, None  # the lowest held-out loss so far
+        with checkpoint.fitting(o.out_dir):  # what cannot be described is refused now, not at the end
+            if kept and float(kept["info"]["nats_per_token"]) < math.inf:
+                best, best_weights = float(kept["info"]["nats_per_token"]), kept["best"]
+                best_figures = kept["info"]["held_out"]
+                evaluate.describe(best_figures)
+        source = saved = kept = None
+        if first >= steps:
+            run.say(f"{o.out_dir}: this run is finished ({first} steps)")
+            return
         prompts_path = os.path.join(o.data_dir, "prompts.val.jsonl")
         shown, _ = encode_prompts(tokenizer, load_prompts(prompts_path) if os.path.exists(prompts_path) else
                                   [d.prompt for d in val], max(2, block_size - o.response_length), "trim")
-        shown = shown[:o.num_samples]
+        shown = shown[:evaluate.SHOWN]
         if o.check:
             from minirlhf import check
             check.sft(model, tokenizer, [train_rows[i] for i in order.batch(0)], optimizers, o, run)
-        forward = torch.compile(model.hidden, dynamic=True) if o.compile else model.hidden
-
-        # ---- what is about to happen
+        if o.compile:
+            compile_model(model)
         tokens_per_epoch = sum(len(row.ids) - 1 for row in train_rows)
-        counted = sum(len(row.ids) - row.prompt_length for row in train_rows)
-        run.say(f"SFT: {len(train_rows):,} rows for training, {len(val_rows):,} held out, from {o.data_dir}")
-        for part, name in zip(encoded, ("training", "held-out")):
-            if long := too_long(part, block_size, o.long_prompts):
-                run.say(f"     {name} rows: {long}")
-        for warning in repeats(*([(d.prompt, d.completion) for d in part] for part in (train, val)), "demonstrations"):
-            run.say(warning)
-        run.say(f"     {tokens_per_epoch:,} tokens an epoch, {counted:,} of them count; vocabulary "
-                f"{tokenizer.vocab_size:,} ({tokenizer.name})")
-        run.say(f"     model: {model.config.n_layer} layers x {model.config.n_embd}, {model.config.n_head} heads, "
-                f"{runtime.count_parameters(model):,} parameters, from {o.init_from}")
-        run.say(f"     {run.hardware}; {steps} steps of {o.batch_size} "
-                f"rows, about {tokens_per_epoch // order.steps_per_epoch:,} tokens each; {o.optimizer}")
-        run.say(f"     output: {o.out_dir}" + (f"; goes on from step {first}" if first else ""))
+        trained = sum(len(row.ids) - row.prompt_length for row in train_rows)
+        run.announce("SFT", [
+            *about_data, f"{tokens_per_epoch:,} tokens an epoch, {trained:,} of them are trained; vocabulary "
+            f"{tokenizer.vocab_size:,} ({tokenizer.name})",
+            f"model: {model.config.n_layer} layers x {model.config.n_embd}, {model.config.n_head} heads, "
+            f"{runtime.count_parameters(model):,} parameters, from {o.init_from}",
+            f"{run.hardware}; {steps} steps of {o.batch_size} rows, about "
+            f"{tokens_per_epoch // order.steps_per_epoch:,} tokens each; {o.optimizer}"], first)
 
         byte_counts = [tokenizer.count_bytes(row.ids[row.prompt_length:]) for row in val_rows]
-        kinds = [str(d.extra.get("domain", "")) for d in val]
+        kinds = labels_of(val, "domain", "")
         seen, seen_seconds = 0, 0.0
         run.start_logs(first)
         for step in range(first, steps):
@@ -182,11 +192,8 @@ def main():
             runtime.set_rate(optimizers, factor)
             batch = [train_rows[i] for i in order.batch(step)]
             run.seed_dropout(step)
-            loss = batch_gradients(model, forward, batch, tokenizer.eos, o, run)
-            norm = runtime.clip_gradients(model, loss, f"step {step + 1}", o)
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+            loss = batch_gradients(model, batch, tokenizer.eos, o, run)
+            norm = runtime.optimizer_step(model, optimizers, loss, f"step {step + 1}", o)
             seen += sum(len(row.ids) - 1 for row in batch)
             seen_seconds += time.perf_counter() - began
             done, stopping = step + 1, run.should_stop()
@@ -198,31 +205,26 @@ def main():
                 seen, seen_seconds = 0, 0.0
 
             # ---- now and then: held-out loss, samples, a checkpoint
-            if done % o.eval_interval == 0 or done == steps:
-                held_out = held_out_loss(model, run, val_rows, byte_counts, kinds, tokenizer, o.micro_batch_size)
+            scheduled = done % o.eval_interval == 0 or done == steps
+            if scheduled:
+                held_out = evaluate.held_out_loss(model, run, val_rows, byte_counts, kinds, tokenizer,
+                                                  o.micro_batch_size)
                 record["eval"], now = held_out, held_out["all"]["nats_per_token"]
-                run.say(f"  held out: {describe(held_out)}{'  best so far' if now < best else ''}")
+                run.say(f"  held out: {evaluate.describe(held_out)}{'  best so far' if now < best else ''}")
                 if not math.isfinite(now):
                     fail(f"step {done}: the held-out loss is {now}: stopped; a checkpoint, if any, is in {o.out_dir}; "
                          f"try a --learning_rate below {o.learning_rate:g}")
                 show_samples(model, run, tokenizer, shown, done, o)
                 if now < best:
                     best, best_figures = now, held_out
-                    best_state = {name: value.clone() for name, value in model.state_dict().items()}
+                    best_weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
             run.write("metrics.jsonl", record)
-            if (done % o.eval_interval == 0 or done == steps or stopping) and run.main:
-                run.sync()
-                run.say(checkpoint.save(
-                    run.path("ckpt.pt"), stage="sft", model=model, weights=best_state, tokenizer=tokenizer, options=o,
-                    environment=surroundings, info={"nats_per_token": best, "held_out": best_figures},
-                    training={"step": done, "model": model.state_dict(), "data": prints,
-                              "optimizers": [optimizer.state_dict() for optimizer in optimizers]}))
+            if scheduled or stopping:
+                training.save(done, {"nats_per_token": best, "held_out": best_figures}, best_weights)
             if stopping and done < steps:
                 run.exit_stopped()
-        run.say(f"\nbest held-out loss: {describe(best_figures)}")
-        run.say(f"saved {run.path('ckpt.pt')} after {runtime.clock(time.perf_counter() - run.started)}; next: python "
-                f"train_rm.py{'' if o.data_dir == Options.data_dir else ' --data_dir ' + shlex.quote(o.data_dir)}"
-                f"{'' if o.out_dir == Options.out_dir else ' --init_from ' + shlex.quote(run.path('ckpt.pt'))}")
+        run.say(f"\nbest held-out loss: {evaluate.describe(best_figures)}")
+        run.saved(runtime.next_command("train_rm.py", data_dir=o.data_dir, init_from=run.path("ckpt.pt")))
 
 
 if __name__ == "__main__":

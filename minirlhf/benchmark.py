@@ -34,11 +34,12 @@ import torch
 import train_ppo
 import train_rm
 import train_sft
-from minirlhf import runtime
+from minirlhf import kernels, runtime
 from minirlhf.config import fail, launch, parse, say
 from minirlhf.data import Row
+from minirlhf.generate import compile_model
 from minirlhf.model import GPT, GPTConfig
-from minirlhf.rewards import Judge
+from minirlhf.rewards import RewardModel
 
 NO_EOS = -1  # no token has this id
 
@@ -176,7 +177,7 @@ def matmul_peak(device, dtype):
     before, found = torch.get_float32_matmul_precision(), {}
     for precision in ("highest", "medium") if device.type == "cpu" and dtype == torch.float32 else (before,):
         torch.set_float32_matmul_precision(precision)
-        if precision == "medium" and runtime.product_error() > runtime.PRODUCT_ERROR:
+        if precision == "medium" and kernels.matmul_error() > kernels.MATMUL_ERROR:
             continue
         for n in (512, 1024, 2048) if device.type == "cpu" else (2048, 4096, 8192):
             a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
@@ -261,8 +262,10 @@ def time_ppo(o, w, iters):
         response_length=w.response, learning_rate=1e-5, value_warmup=0, ent_coef=0.0)
     policy, ref = (make_model(w, "lm", run.device, 1) for _ in range(2))
     value, reward = (make_model(w, "scalar", run.device, seed) for seed in (2, 3))
-    runtime.pick_products(policy)
-    nets, judge = train_ppo.Networks(policy, ref, value, o.compile), Judge(run, None, reward)
+    kernels.pick_matmul(policy)
+    reward = RewardModel(reward, None, run)
+    if o.compile:
+        compile_model(policy, decode=True), compile_model(value)
     optimizers = train_ppo.make_optimizers(policy, value, options)
     prompts, seconds = random_ids(w, w.batch, w.prompt), []
     for step in range(iters + 1):
@@ -272,12 +275,12 @@ def time_ppo(o, w, iters):
             synchronize(run.device)
             marks.append(time.perf_counter())
 
-        rollout = train_ppo.roll_out(nets, prompts, NO_EOS, step, options, run)
+        rollout = train_ppo.roll_out(policy, prompts, [*range(len(prompts))], NO_EOS, step, options, run)
         mark()
-        judged = train_ppo.judgement(nets, rollout, judge, options, run)
+        train_ppo.score_rollout(rollout, policy, ref, value, reward, options, run)
         mark()
-        advantages, returns, _, _ = train_ppo.credit(rollout, judged, options.kl_coef, options, run.total)
-        train_ppo.update(nets, optimizers, rollout, judged, advantages, returns, step, options, run)
+        train_ppo.credit(rollout, options.kl_coef, options, run)
+        train_ppo.update(rollout, policy, value, optimizers, step, options.num_ppo_epochs, options, run)
         mark()
         seconds.append([after - before for before, after in zip(marks, marks[1:])])
     assert rollout.tokens.shape == (w.batch, w.prompt + w.response)
@@ -289,19 +292,17 @@ def time_step(o, w, iters, batch):
     script = train_sft if o.what == "sft" else train_rm
     options, run = start(o, script, batch_size=batch, optimizer="adamw", learning_rate=1e-5)
     model = make_model(w, "lm" if o.what == "sft" else "scalar", run.device, 1)
-    runtime.pick_products(model)
+    kernels.pick_matmul(model)
     optimizers = runtime.make_optimizers(model, options)
-    forward = torch.compile(model.hidden, dynamic=True) if o.compile else model.hidden
+    if o.compile:
+        compile_model(model)
     rows = [Row(ids, 1) for ids in random_ids(w, batch * (1 if o.what == "sft" else 2), LENGTH)]
     data = rows if o.what == "sft" else [(pair, [(0, 1)], {}) for pair in zip(rows[::2], rows[1::2])]
     seconds = []
     for _ in range(iters + 1):
         began = time.perf_counter()
-        loss = script.batch_gradients(model, forward, data, 0, options, run)
-        runtime.clip_gradients(model, loss if o.what == "sft" else loss[0], "benchmark", options)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        loss = script.batch_gradients(model, data, 0, options, run)
+        runtime.optimizer_step(model, optimizers, loss if o.what == "sft" else loss[0], "benchmark", options)
         synchronize(run.device)
         seconds.append(time.perf_counter() - began)
     return run, seconds[1:], seconds[0]

@@ -1,6 +1,6 @@
 """--check: what must hold of any run, tested on the user's own model, data and device, a line for each.
 
-Differences are given in standard deviations of what is compared, so that a new model's small numbers hide nothing.
+Differences are given in standard standard deviations of what is compared, so that a new model's small numbers hide nothing.
 
 Left out: anything that needs training. That a run improves is seen in the run.
 """
@@ -14,7 +14,7 @@ import torch
 from minirlhf import checkpoint
 from minirlhf.data import Row, collate, encode_row
 from minirlhf.evaluate import score_all
-from minirlhf.generate import KVCache, generate
+from minirlhf.generate import KVCache
 from minirlhf.objectives import k1
 
 
@@ -33,7 +33,7 @@ class Checks:
     def close(self, claim, a, b, cause):
         """Tensors a and b differ by rounding only."""
         gap = float((a - b).float().pow(2).mean().sqrt() / a.float().std(correction=0).clamp_min(1e-12))
-        self(claim, gap <= self.limit, f"they differ by {gap:.1e} deviations, at most {self.limit:.0e}", cause)
+        self(claim, gap <= self.limit, f"they differ by {gap:.1e} standard deviations, at most {self.limit:.0e}", cause)
 
     def end(self):
         """Exits 1 if a check failed."""
@@ -162,14 +162,14 @@ def sft(model, tokenizer, batch, optimizers, o, run):
     cache(checks, model, batch)
     found = []
     for size in (len(batch), 1):
-        loss = train_sft.batch_gradients(model, model.hidden, batch, eos, replace(o, micro_batch_size=size), run)
+        loss = train_sft.batch_gradients(model, batch, eos, replace(o, micro_batch_size=size), run)
         found.append(gradients([model]))
     microbatches(checks, *found)
     if o.init_from == "scratch" and not o.resume:
         uniform = math.log(tokenizer.vocab_size)
         checks("a new model knows nothing", abs(loss - uniform) < 0.1 * uniform,
                f"{loss:.2f} nats a token, {uniform:.2f} for an even guess", "the initial weights have another scale")
-    train_sft.batch_gradients(model, model.hidden, batch, eos, o, run)
+    train_sft.batch_gradients(model, batch, eos, o, run)
     stillness(checks, model, optimizers)
     whole = [row for row in batch if not row.trimmed]
     if whole:  # a cut row has neither its text's ids nor its end
@@ -196,10 +196,10 @@ def rm(model, tokenizer, batch, optimizers, o, run):
                  "the score is not read at the last real token")
     found = []
     for size in (len(batch), 1):
-        train_rm.batch_gradients(model, model.hidden, batch, eos, replace(o, micro_batch_size=size), run)
+        train_rm.batch_gradients(model, batch, eos, replace(o, micro_batch_size=size), run)
         found.append(gradients([model]))
     microbatches(checks, *found)
-    train_rm.batch_gradients(model, model.hidden, batch, eos, o, run)
+    train_rm.batch_gradients(model, batch, eos, o, run)
     stillness(checks, model, optimizers)
     whole = [row for row in rows if not row.trimmed]
     same_ids(checks, tokenizer, whole)
@@ -210,65 +210,75 @@ def rm(model, tokenizer, batch, optimizers, o, run):
     checks.end()
 
 
-def ppo(nets, judge, tokenizer, prompts, room, first, o, run):
-    """--check: what must hold of this stage, on one batch of answers.
+class GradientRecorder:
+    """In an optimizer's place: keeps the gradient and moves nothing."""
 
-    room: tokens at which prompts are trimmed; first: the steps that were taken before.
-    """
+    def __init__(self, model):
+        self.model, self.gradient = model, None
+
+    def step(self):
+        self.gradient = gradients([self.model])
+
+    def zero_grad(self, set_to_none=True):
+        self.model.zero_grad(set_to_none)
+
+
+def ppo(policy, ref, value, reward, tokenizer, prompts, first, o, run):
+    """--check: what must hold of this stage, on one batch of answers. first: the steps that were taken before."""
     import train_ppo
 
-    checks, o = Checks(run), replace(o, value_warmup=0, target_kl=0.0, micro_batch_size=max(1, len(prompts) // 4))
-    policy, value = nets.policy.eval(), nets.value.eval()
-    with run.autocast():
-        rollout = generate(policy, prompts, o.response_length, tokenizer.eos, o.temperature,
-                           run.generator(first, "check"), nets.decoder)
+    checks = Checks(run)
+    o = replace(o, value_warmup=0, max_update_kl=1.0, max_grad_norm=0.0, micro_batch_size=max(1, len(prompts) // 4))
+    policy.eval(), value.eval()
+    batch = train_ppo.roll_out(policy, prompts, [*range(len(prompts))], tokenizer.eos, first, o, run)
     rows = [Row(row[:n], p) for row, n, p in
-            zip(rollout.tokens.tolist(), rollout.lengths.tolist(), rollout.prompt_lengths.tolist())]
-    for name, model in (("policy", policy), ("value network", value), ("reward model", judge.model)):
+            zip(batch.tokens.tolist(), batch.lengths.tolist(), batch.prompt_lengths.tolist())]
+    for name, model in (("policy", policy), ("value network", value), ("reward model", reward.model)):
         if model is not None:
             padding(checks, model, rows, name)
     cache(checks, policy, rows)
-    judged, mask = train_ppo.judgement(nets, rollout, judge, o, run), rollout.response_mask
-    checks.close("the sampler's log-probabilities are the trainer's", rollout.sampler_logprobs[mask],
-                 judged.old_logprobs[mask], "the temperature is missing in one of them, or positions differ")
-    advantages, returns, _, _ = train_ppo.credit(rollout, judged, o.kl_coef, o, run.total)
-    found, every = [], torch.arange(len(rows), device=run.device)
-    count = run.total(mask.sum())
+    train_ppo.score_rollout(batch, policy, ref, value, reward, o, run)
+    train_ppo.credit(batch, o.kl_coef, o, run)
+    checks.close("the sampler's log-probabilities are the trainer's", batch.flat(batch.sampler_logprobs),
+                 batch.flat(batch.logprobs), "the temperature is missing in one of them, or positions differ")
+    found = []
     for size in (len(rows), 1):
-        parts = train_ppo.microbatches(rollout, every, replace(o, micro_batch_size=size))
-        sums = train_ppo.policy_gradients(nets, parts, count, judged, advantages, o, run)
-        train_ppo.value_gradients(nets, parts, count, judged, returns, o, run)
-        found.append(gradients([policy, value]))
-    off = math.sqrt(2 * float(sums[1] / count))
+        recorders = [GradientRecorder(model) for model in (policy, value)]
+        figures, _ = train_ppo.update(batch, policy, value, recorders, first, 1,
+                                      replace(o, num_mini_batches=1, micro_batch_size=size), run)
+        found.append(torch.cat([recorder.gradient for recorder in recorders]))
+    off = math.sqrt(2 * figures["policy/approxkl_avg"])
     checks("the ratio is 1 before the first update", off <= checks.limit, f"log-ratios of {off:.1e} nats (root mean "
            f"square), at most {checks.limit:.0e}",
            "dropout is on, or old and new log-probabilities differ in temperature")
     microbatches(checks, *found)
-    kl = k1(judged.old_logprobs, judged.ref_logprobs).sum(1).mean()
+    kl = k1(batch.logprobs, batch.ref_logprobs).sum(1).mean()
     if not first:
         checks("the KL from the SFT model is 0 at the start", abs(kl) <= 10 * checks.limit, f"{float(kl):.1e} nats a "
                "response", "policy and reference start from different weights")
     before = [[p.detach().clone() for p in model.parameters()] for model in (policy, value)]
     optimizers = train_ppo.make_optimizers(policy, value, replace(o, learning_rate=0.0))
-    totals, counted, _, _ = train_ppo.update(nets, optimizers, rollout, judged, advantages, returns, first, o, run)
-    approxkl, clipfrac = (float(totals[i] / counted) for i in (1, 2))
+    figures, _ = train_ppo.update(batch, policy, value, optimizers, first, o.num_ppo_epochs, o, run)
+    approxkl, clipfrac = figures["policy/approxkl_avg"], figures["policy/clipfrac_avg"]
     moved = not same_weights([policy, value], before)
-    again = train_ppo.judgement(nets, rollout, judge, o, run)
-    drift = abs(float(k1(again.old_logprobs, again.ref_logprobs).sum(1).mean() - kl))
+    train_ppo.score_rollout(batch, policy, ref, value, reward, o, run)
+    drift = abs(float(k1(batch.logprobs, batch.ref_logprobs).sum(1).mean() - kl))
     checks("at learning rate 0 KL, approxkl and clipfrac stay 0",
            not moved and max(drift, approxkl) <= checks.limit and clipfrac <= checks.limit / 3,
            f"{drift:.1e}, {approxkl:.1e}, {clipfrac:.1e}",
            "something besides the optimizers changes the weights, or the ratio's denominator is not the old policy")
-    if judge.model is not None:
+    if reward.model is not None:
+        room = policy.config.block_size - o.response_length
         short = [row for row in rows if row.prompt_length < room]  # a trimmed prompt may begin within a word
         own = [tokenizer.encode_prompt(p) + tokenizer.encode_completion(c) for p, c in texts(tokenizer, short)]
-        theirs = [encode_row(judge.tokenizer, p, c, judge.model.config.block_size, "trim").ids for p, c in texts(tokenizer, short)]
+        theirs = [encode_row(reward.tokenizer, p, c, reward.model.config.block_size, "trim").ids
+                  for p, c in texts(tokenizer, short)]
         prompts_too = all(row.ids[:row.prompt_length] == ids[:row.prompt_length] for row, ids in zip(short, theirs))
         sampled = sum([*row.ids, tokenizer.eos][:len(ids)] == ids for row, ids in zip(short, own))
         checks("policy and reward model see the same ids for the same text", own == theirs and prompts_too,
                f"{len(own)} answers; {sampled} of them were sampled as their text is encoded",
                "their tokenizers differ, or prompts are encoded otherwise than in stages 1 and 2")
-    ended = float(rollout.finished.float().mean())
+    ended = float(batch.finished.float().mean())
     checks("eos is reachable", ended > 0, f"{ended:.0%} of {len(rows)} answers end within {o.response_length} tokens",
            "the SFT model was not trained on eos, or --response_length is too short")
     saved(checks, policy, tokenizer, "ppo")

@@ -16,10 +16,12 @@ import pickle
 import time
 import zipfile
 from dataclasses import asdict, fields, replace
+from typing import NamedTuple
 
 import torch
 
 from minirlhf.config import check_ranges, fail, say
+from minirlhf.data import fingerprint
 from minirlhf.model import GPT, GPTConfig
 from minirlhf.tokenizer import Tokenizer
 
@@ -247,14 +249,6 @@ def load_optimizers(optimizers, states, path):
                     fail(f"{path}: does not fit: {wrong[0]} of a weight of shape {tuple(p.shape)}")
 
 
-def step_of(training, steps, path):
-    """The steps that were taken. Exits 2 where that is no number from 0 to `steps`."""
-    step = training["step"]
-    if type(step) is not int or not 0 <= step <= steps:
-        fail(f"{path}: does not fit: step {str(step)[:40]!r} of {steps}")
-    return step
-
-
 def load(path, stages, device):
     """-> (model in eval mode, tokenizer, payload)."""
     payload = read(path, stages)
@@ -276,21 +270,73 @@ def compatible(first, first_path, second, second_path):
 
 # ---- going on
 
-def same_inputs(was, now, path):
-    """Exits 2 where a file that a run began with has changed: {name: data.fingerprint}."""
-    for name in now:
-        if was[name] != now[name]:
-            fail(f"--resume: {name} is not what the run of {path} began with")
+class Saved(NamedTuple):
+    """A checkpoint to go on from."""
+    payload: dict
+    path: str
+
+
+class Training:
+    """What a stage saves now and then and takes up again: its networks, optimizers, step, and which inputs it had.
+
+    inputs: {what: [files]}, whose contents must be the same on resume, wherever they lie; a change of .py files is only
+    told. networks: what is trained besides `model`, by the name in the file.
+    """
+
+    def __init__(self, run, tokenizer, model, optimizers, inputs, **networks):
+        self.run, self.tokenizer, self.model, self.optimizers = run, tokenizer, model, optimizers
+        self.networks, self.environment = networks, run.environment()
+        self.fingerprints = {what: fingerprint(*paths) for what, paths in inputs.items()}
+        self.code = [what for what, paths in inputs.items() if any(path.endswith(".py") for path in paths)]
+
+    def restore(self, saved, steps):
+        """saved: `Saved` or None -> steps taken so far, what else the stage kept; the weights others shall use, if
+        they are not the last, under "best". Exits 2 where an input has changed or something does not fit."""
+        if saved is None:
+            return 0, {}
+        payload, path = saved
+        with fitting(path):
+            state = payload["training"]
+            for (what, now), was in zip(self.fingerprints.items(), state.pop("data").values()):
+                if was != now and what in self.code:
+                    self.run.say(f"resume: warning: {what} has changed since the run of {path} began")
+                elif was != now:
+                    fail(f"--resume: {what} is not what the run of {path} began with")
+            best = payload["model"] if "model" in state else None
+            load_weights(self.model, state.pop("model", payload["model"]), path)
+            for name, network in self.networks.items():
+                load_weights(network, state.pop(name), path)
+            load_optimizers(self.optimizers, state.pop("optimizers"), path)
+            self.environment = self.run.environment(payload.get("environment"))
+            step = state["step"]
+            if type(step) is not int or not 0 <= step <= steps:
+                fail(f"{path}: does not fit: step {str(step)[:40]!r} of {steps}")
+            payload.pop("model")  # a second copy of the weights
+            return step, {**state, "info": payload["info"], "options": payload["options"], "best": best}
+
+    def save(self, step, info, best=None, **state):
+        """out_dir/ckpt.pt, by the first rank. best: the weights that others shall use, where not the last."""
+        if self.run.main:
+            self.run.sync()
+            training = {"step": step, "data": self.fingerprints, **state,
+                        **{name: network.state_dict() for name, network in self.networks.items()},
+                        "optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
+            if best is not None:
+                training["model"] = self.model.state_dict()
+            self.run.say(save(self.run.path("ckpt.pt"), stage=self.run.stage, model=self.model, weights=best,
+                              tokenizer=self.tokenizer, options=self.run.options, info=info,
+                              environment=self.environment, training=training))
+
 
 def resume(o, stage, structural):
-    """Options of --resume -> (options to go on with, payload or None, where it came from).
+    """Options of --resume -> (options to go on with, Saved or None).
 
     What the command line does not name stays as the run had it; what it names and changes is listed, and refused where
     the run would no longer be the same one: `structural`. A damaged checkpoint gives way to the one before it; a run
     that ended before its first starts again.
     """
     if not o.resume:
-        return o, None, None
+        return o, None
     tell = say if os.environ.get("RANK", "0") == "0" else lambda text: None
     if o.overwrite:
         fail("--resume and --overwrite exclude each other")
@@ -313,7 +359,11 @@ def resume(o, stage, structural):
         if was.get("stage") != stage:
             fail(f"--resume: {begun}: holds the options of {STAGES.get(was.get('stage'), 'no run')}, expected those of "
                  f"{STAGES[stage]}")
-    own, changes = {f.name for f in fields(o)} - {"resume", "overwrite", "check", "out_dir"}, {}
+    names = {f.name for f in fields(o)}
+    if unknown := sorted(map(str, was.keys() - names - {"stage"})):
+        fail(f"--resume: {path if payload else begun}: has options that this version does not know: "
+             f"{', '.join(unknown)}; go on with the version that made it, or start another run")
+    own, changes = names - {"resume", "overwrite", "check", "out_dir"}, {}
     for name, value in was.items():
         if name in own and name not in o.given:
             changes[name] = value
@@ -324,6 +374,7 @@ def resume(o, stage, structural):
             tell(f"resume: {text}")
     if payload is None:
         changes |= {"resume": False, "overwrite": True}
-    o = replace(o, **changes)
+    given, o = o.given, replace(o, **changes)
+    o.given = given
     check_ranges(o)
-    return o, payload, path
+    return o, Saved(payload, path) if payload else None

@@ -5,7 +5,7 @@
         "What this script does."
         batch_size: int = 64  # rows a step [1..]
 
-A range at the end of a comment, as in [1..], [0..1] or (0..], is enforced as well as shown ("(" excludes the end). A
+A line `# ---- heading` opens a group of the help. A range at the end of a comment, as in [1..], [0..1] or (0..], is enforced as well as shown ("(" excludes the end). A
 Literal type gives choices. `--name=value` and `--name value` both work, `--flag` alone means True, `@file` reads
 options from a file with one `name = value` a line. An unknown name is refused, abbreviations too.
 
@@ -48,11 +48,31 @@ def launch(main):
         raise SystemExit(130)
 
 
+def warn_idle(options, what, makes_idle, *names):
+    """One line for each named option that was given though `what` leaves it without effect."""
+    for name in names:
+        if makes_idle and name in getattr(options, "given", ()) and os.environ.get("RANK", "0") == "0":
+            say(f"warning: --{name} has no effect with --{what}")
+
+
+def positive_int(text):
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
+    return int(text)
+
+
+def temperature_number(text):
+    if float(text) != 0 and not 0.01 <= float(text) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text}: must be 0, or a finite number from 0.01 on")
+    return float(text)
+
+
 @dataclass
 class RunOptions:
     """What every stage has in common."""
+    # ---- the run
     device: str = "auto"  # cpu, cuda, cuda:N, mps; auto takes the GPU when there is one
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the products; auto: bfloat16 where the chip has it
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matmuls; auto: bfloat16 where the chip has it
     compile: bool = False  # run networks and decode steps through torch.compile: worth its warm-up on a GPU only
     seed: int = 1337  # every random choice is a function of (seed, step, rank, purpose) [0..]
     resume: bool = False  # go on from out_dir's checkpoint
@@ -66,8 +86,10 @@ def parse(cls, argv=None):
         description=inspect.cleandoc(cls.__doc__), fromfile_prefix_chars="@", allow_abbrev=False,
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=28, width=110))
     parser.convert_arg_line_to_args = _preset_line
-    comments = _comments(cls)
+    comments, headings, group = _comments(cls), _headings(cls), parser
     for field in fields(cls):
+        if field.name in headings:
+            group = parser.add_argument_group(headings[field.name])
         text, kind = comments[field.name], field.type
         shown = "" if field.default in ("", None) else f" (default: {field.default})"
         extra = {}
@@ -79,7 +101,7 @@ def parse(cls, argv=None):
             kind = _boolean
         else:
             extra["metavar"] = kind.__name__.upper()
-        parser.add_argument(f"--{field.name}", type=kind, default=argparse.SUPPRESS,
+        group.add_argument(f"--{field.name}", type=kind, default=argparse.SUPPRESS,
                             help=(text + shown).replace("%", "%%"), **extra)
     words = []
     for word in sys.argv[1:] if argv is None else argv:
@@ -122,6 +144,17 @@ def _comments(cls):
     return found
 
 
+def _headings(cls):
+    """{first option under it: heading}, of the lines "# ---- heading"."""
+    found, heading = {}, None
+    for owner in reversed(cls.__mro__[:-1]):
+        for line in inspect.getsource(owner).splitlines():
+            heading = line.strip()[7:] if line.startswith("    # ---- ") else heading
+            if heading and (match := re.match(r"    (\w+): .*?  # ", line)):
+                found[match[1]], heading = heading, None
+    return found
+
+
 def _boolean(text):
     if text.lower() in ("true", "1", "yes"):
         return True
@@ -143,6 +176,8 @@ def _check_range(name, value, comment):
     match = RANGE.search(comment)
     if isinstance(value, float) and not math.isfinite(value):
         fail(f"--{name} {value}: must be a finite number")
+    if isinstance(value, int) and value > 10 ** 12 and name != "seed":
+        fail(f"--{name} {str(value)[:40]}: more than any machine can do; at most {10 ** 12}")
     if match is None or value is None:
         return
     left, low, high, right = match.groups()

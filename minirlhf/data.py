@@ -451,7 +451,7 @@ def doubtful_columns(rows, what):
 
 @dataclass
 class Row:
-    """Ids of one prompt and completion, joined. The counted decisions choose tokens prompt_length..len(ids)-1."""
+    """Ids of one prompt and completion, joined: the completion is ids[prompt_length:]."""
     ids: list[int]
     prompt_length: int
     trimmed: bool = False
@@ -487,13 +487,19 @@ def encode_prompts(tokenizer, texts, room, long_prompts):
     return [trim_left(ids, room) for ids in encoded], long
 
 
+def response_mask(prompt_lengths, lengths, T):
+    """(B,) tokens of each prompt, (B,) of the whole row -> mask (B, T-1): True where a decision chose a token of the
+    response, its eos included."""
+    t = torch.arange(T - 1, device=lengths.device)
+    return (t >= prompt_lengths[:, None] - 1) & (t < lengths[:, None] - 1)
+
+
 def collate(rows: list[Row], eos: int, device="cpu"):
     """-> tokens (B, T) padded on the right with eos, mask (B, T-1) of the completions' decisions, lengths (B,)."""
     tokens = pad_sequence([torch.tensor(row.ids) for row in rows], True, eos).to(device)
     lengths = torch.tensor([len(row.ids) for row in rows], device=device)
-    starts = torch.tensor([row.prompt_length for row in rows], device=device)
-    t = torch.arange(tokens.shape[1] - 1, device=device)
-    return tokens, (t >= starts[:, None] - 1) & (t < lengths[:, None] - 1), lengths
+    prompt_lengths = torch.tensor([row.prompt_length for row in rows], device=device)
+    return tokens, response_mask(prompt_lengths, lengths, tokens.shape[1]), lengths
 
 
 def too_long(rows: list[Row | None], limit, long_prompts):

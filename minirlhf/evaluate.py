@@ -1,25 +1,72 @@
-"""Figures of answers, of a reward model and of a held-out loss: with intervals, tables, verdicts and warnings."""
+"""Figures of answers, of a reward model, and of a held-out loss: with intervals, tables, verdicts and warnings.
+
+`python -m minirlhf.evaluate POLICY [POLICY ...]` compares policies with a baseline on held-out prompts; what
+train_ppo.py prints at its end is the same code and gives the same numbers.
+"""
+import argparse
+import json
 import math
-from collections import defaultdict
+import os
+from collections import Counter, defaultdict
 
 import torch
 
-from minirlhf import runtime
-from minirlhf.data import collate
+from minirlhf import checkpoint, kernels, rewards, runtime
+from minirlhf.config import RunOptions, fail, launch, positive_int, say, temperature_number
+from minirlhf.data import collate, encode_prompts, label_of, load_prompts, number
 from minirlhf.generate import generate
-from minirlhf.model import places
-from minirlhf.objectives import (expected_calibration_error, fit_temperature, k1, k3, mean_interval, sft_loss,
-                                 wilson_interval)
+from minirlhf.model import flat_indices
+from minirlhf.objectives import (best_of_n_kl, expected_calibration_error, explained_variance, fit_temperature, k1, k3,
+                                 mean_interval, moments, sft_loss, wilson_interval, win_rate, wins)
 
 BINS = (0, 0.5, 1, 2, 4, math.inf)  # of `margin`, for the accuracy by how clear a preference was
-def score_all(model, run, rows, eos, batch_size=128, forward=None):
+SHOWN = 4  # samples printed at each evaluation
+BEST_OF = 4  # SFT answers of which the closing report keeps the best
+UNSOUND_KL = 1.0  # nats a token (k3) between new and old policy: a sound update moves by a hundredth of it
+
+
+# ---- stage 1: a held-out loss
+
+@torch.no_grad()
+def held_out_loss(model, run, rows, byte_counts, kinds, tokenizer, batch_size):
+    """Held-out loss -> {kind: {"nats_per_token", "bits_per_byte"}}, with kind "all" over everything."""
+    model.eval()
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
+    nats = {}
+    for at in range(0, len(order), batch_size):
+        batch = order[at:at + batch_size]
+        tokens, mask, _ = collate([rows[i] for i in batch], tokenizer.eos, run.device)
+        with run.autocast():
+            logits = model.logits(model.states(tokens[:, :-1], flat_indices(mask)))
+        losses = torch.zeros(mask.shape, device=run.device).masked_scatter_(mask, sft_loss(logits, tokens[:, 1:][mask]))
+        nats.update(zip(batch, losses.sum(1).tolist()))
+    model.train()
+    sums = defaultdict(lambda: [0.0, 0, 0])
+    for i, row in enumerate(rows):
+        for kind in ("all", kinds[i]):
+            for k, amount in enumerate((nats[i], len(row.ids) - row.prompt_length, byte_counts[i])):
+                sums[kind][k] += amount
+    return {kind: {"nats_per_token": n / t, "bits_per_byte": n / math.log(2) / max(b, 1)} for kind, (n, t, b) in
+            sorted(sums.items()) if kind}
+
+
+def describe(held_out):
+    """"4.9 nats/token, 2.0 bits/byte (amazon 1.8, ...)"."""
+    kinds = ", ".join(f"{kind} {f['bits_per_byte']:.3f}" for kind, f in held_out.items() if kind != "all")
+    return (f"{held_out['all']['nats_per_token']:.4f} nats/token, {held_out['all']['bits_per_byte']:.3f} bits/byte"
+            + (f" ({kinds})" if kinds else ""))
+
+
+# ---- stage 2: a reward model
+
+def score_all(model, run, rows, eos, batch_size=128):
     """Scores of many rows, each different row once, rows of like length together, which saves padding: (N,)."""
     unique = sorted({tuple(row.ids): row for row in rows}.values(), key=lambda row: len(row.ids))
     scores = []
     for at in range(0, len(unique), batch_size):
         tokens, _, lengths = collate(unique[at:at + batch_size], eos, run.device)
         with run.autocast():
-            scores.append(model.score(tokens, lengths, forward))
+            scores.append(model.score(tokens, lengths))
     place = {tuple(row.ids): i for i, row in enumerate(unique)}
     return torch.cat(scores)[[place[tuple(row.ids)] for row in rows]]
 
@@ -30,7 +77,7 @@ def accuracy_with_interval(better, worse, texts, seed=0, replicates=400):
     Pairs share texts and so are not independent: texts are resampled, a pair weighs the product of its texts' counts.
     texts: (i, j) for each pair.   Efron 1979; Owen 2007 for the product weights.
     """
-    right = (better > worse).double() + 0.5 * (better == worse)
+    right = wins(better, worse)
     names = {t: k for k, t in enumerate(sorted({t for pair in texts for t in pair}))}
     i, j = (torch.tensor([names[pair[k]] for pair in texts]) for k in (0, 1))
     g = torch.Generator().manual_seed(seed)
@@ -58,20 +105,20 @@ def reward_model_figures(model, run, records, eos, prefer_longer):
     def figures(keep):
         k = torch.tensor(keep)
         accuracy, low, high = accuracy_with_interval(better[k], worse[k], [texts[i] for i in keep])
-        by_length = ((length[k, 0] > length[k, 1]).double() + 0.5 * (length[k, 0] == length[k, 1])).mean()
-        out = {"pairs": len(keep), "accuracy": accuracy, "low": low, "high": high, "length_only": float(by_length)}
-        others = [pairs[i][2].get("others_margin") for i in keep]
-        others = [m for m in others if isinstance(m, (int, float))]
-        if len(others) == len(keep):
-            out["ceiling"] = sum((m > 0) + 0.5 * (m == 0) for m in others) / len(others)
+        out = {"pairs": len(keep), "accuracy": accuracy, "low": low, "high": high,
+               "length_only": win_rate(length[k, 0], length[k, 1])}
+        others = [number(pairs[i][2].get("others_margin")) for i in keep]
+        if None not in others:
+            out["ceiling"] = win_rate(torch.tensor(others), torch.zeros(len(others)))
         return out
 
     kinds, bins = defaultdict(list), defaultdict(list)
+    named = [label_of(e["kind"], ("all", "pairs")) if "kind" in e else "pairs" for _, _, e in pairs]
+    shown = {kind for kind, _ in Counter(named).most_common(20)}
     for i, (_, _, extra) in enumerate(pairs):
-        kind, margin = str(extra.get("kind", "pairs")), extra.get("margin")
-        kind = "kind all" if kind == "all" else kind  # "all" is the name of all pairs
+        kind, margin = named[i] if named[i] in shown else "(others)", number(extra.get("margin"))
         kinds[kind].append(i)
-        if isinstance(margin, (int, float)) and margin > 0:
+        if margin is not None and margin > 0:
             low, high = next((a, b) for a, b in zip(BINS, BINS[1:]) if a < margin <= b)
             bins[f"{kind}, margin {low}-{high}" if high < math.inf else f"{kind}, margin > {low}"].append(i)
             if margin > 1:
@@ -113,7 +160,7 @@ def verdict(figures, calibrated):
 
 
 @torch.no_grad()
-def show_pairs(model, run, tokenizer, records, step, count):
+def show_pairs(model, run, tokenizer, records, step, count=SHOWN):
     """Print and keep a few held-out pairs with the scores of both texts."""
     model.eval()
     for rows, index, _ in records[:count]:
@@ -126,70 +173,35 @@ def show_pairs(model, run, tokenizer, records, step, count):
     model.train()
 
 
+def reward_model_table(figures, calibrated):
+    """Lines: what the model is worth on held-out pairs, by kind and margin, and how well it is calibrated."""
+    yield f"{'held out':<28}{'pairs':>7}  accuracy (95% interval)   length only   ceiling"
+    for name, f in figures.items():
+        yield (f"{name:<28}{f['pairs']:>7}  {f['accuracy']:.3f}  ({f['low']:.3f}-{f['high']:.3f})"
+               f"{f['length_only']:>15.3f}" + (f"{f['ceiling']:>10.3f}" if "ceiling" in f else ""))
+    yield (f"calibration: ECE {calibrated['ece']:.3f}; {calibrated['ece_with_temperature']:.3f} after dividing score "
+           f"differences by a temperature of {calibrated['temperature']:.2f}")
+
+
+# ---- stage 3: answers against a baseline's answers
+
 @torch.no_grad()
-def held_out_loss(model, run, rows, byte_counts, kinds, tokenizer, batch_size):
-    """Held-out loss -> {kind: {"nats_per_token", "bits_per_byte"}}, with kind "all" over everything."""
-    model.eval()
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
-    nats = {}
-    for at in range(0, len(order), batch_size):
-        batch = order[at:at + batch_size]
-        tokens, mask, _ = collate([rows[i] for i in batch], tokenizer.eos, run.device)
-        with run.autocast():
-            logits = model.logits(model.hidden(tokens[:, :-1], counted=places(mask)))
-        losses = torch.zeros(mask.shape, device=run.device).masked_scatter_(mask, sft_loss(logits, tokens[:, 1:][mask]))
-        nats.update(zip(batch, losses.sum(1).tolist()))
-    model.train()
-    sums = defaultdict(lambda: [0.0, 0, 0])
-    for i, row in enumerate(rows):
-        for kind in ("all", kinds[i]):
-            for k, amount in enumerate((nats[i], len(row.ids) - row.prompt_length, byte_counts[i])):
-                sums[kind][k] += amount
-    return {kind: {"nats_per_token": n / t, "bits_per_byte": n / math.log(2) / max(b, 1)} for kind, (n, t, b) in
-            sorted(sums.items()) if kind}
+def answer(policy, ref, scorers, prompts, tokenizer, o, run, draw=0, batch_size=128):
+    """The policy's answers to held-out prompts with fixed seeds, other ones for each `draw` -> list of dicts.
 
-
-def describe(held_out):
-    """"4.9 nats/token, 2.0 bits/byte (amazon 1.8, ...)"."""
-    kinds = ", ".join(f"{kind} {f['bits_per_byte']:.3f}" for kind, f in held_out.items() if kind != "all")
-    return (f"{held_out['all']['nats_per_token']:.4f} nats/token, {held_out['all']['bits_per_byte']:.3f} bits/byte"
-            + (f" ({kinds})" if kinds else ""))
-
-
-# ---- forward passes on the grid
-
-def decisions(model, tokens, counted, temperature, hidden=None):
-    """Log-probabilities (counted, V) of some decisions at the sampling temperature, and those of what was chosen,
-    (counted,). counted: their `places` on the grid; the head and most of the last block run on them only.
+    scorers: {column: what scores a Rollout}, as {"score": the reward model, "judge": another}. o: seed, temperature,
+    response_length. An answer does not depend on how many prompts there are.
     """
-    states = (hidden or model.hidden)(tokens[:, :-1], counted=counted)  # (counted, C)
-    logits = model.logits(states / temperature)  # of the C states, not of the V logits: less to divide and to keep
-    logprobs = logits.log_softmax(-1)
-    return logprobs, logprobs.gather(1, tokens[:, 1:].flatten()[counted, None]).squeeze(1)
-
-
-def on_grid(counted, mask):
-    """(counted,) -> (B, T-1), 0 elsewhere."""
-    return torch.zeros(mask.shape, dtype=counted.dtype, device=mask.device).masked_scatter(mask, counted)
-
-
-# ---- looking at held-out prompts
-
-@torch.no_grad()
-def answer(policy, ref, judges, run, tokenizer, prompts, o, draw=0, decoder=None, batch_size=128):
-    """The policy's answers to held-out prompts with fixed seeds, another set for each `draw` -> list of dicts."""
     rows = []
     for at in range(0, len(prompts), batch_size):
         with run.autocast():
             rollout = generate(policy, prompts[at:at + batch_size], o.response_length, tokenizer.eos, o.temperature,
-                               runtime.generator(o.seed, at, 0, f"held-out {draw}"), decoder)
-            mask = rollout.response_mask
-            logprobs, ref_logprobs = (on_grid(decisions(m, rollout.tokens, places(mask), o.temperature)[1], mask)
+                               runtime.generator(o.seed, at, 0, f"held-out {draw}"))
+            logprobs, ref_logprobs = (rollout.grid(m.logprobs(rollout.tokens, rollout.decisions, o.temperature)[0])
                                       for m in (policy, ref))
-        scores = [judge(rollout) for judge in judges]
         columns = {"k1": k1(logprobs, ref_logprobs).sum(1), "k3": k3(logprobs, ref_logprobs).sum(1),
-                   "ref_logprob": ref_logprobs.sum(1), "length": mask.sum(1), "finished": rollout.finished,
-                   **dict(zip(("score", "judge"), scores))}
+                   "ref_logprob": ref_logprobs.sum(1), "length": rollout.response_mask.sum(1),
+                   "finished": rollout.finished, **{name: scorer(rollout) for name, scorer in scorers.items()}}
         for i, (prompt, response) in enumerate(zip(prompts[at:at + batch_size], rollout.responses())):
             row = {name: column[i].item() for name, column in columns.items()}
             rows.append({"prompt": tokenizer.decode(prompt), "completion": tokenizer.decode(response),
@@ -197,29 +209,37 @@ def answer(policy, ref, judges, run, tokenizer, prompts, o, draw=0, decoder=None
     return rows
 
 
+def column(rows, name):
+    return torch.tensor([row[name] for row in rows], dtype=torch.double)
+
+
+def preference(rows, base, name):
+    """Share of rows preferred to those of `base` by a score, ties half, with its 95 % interval."""
+    rate = win_rate(column(rows, name), column(base, name))
+    return (rate, *wilson_interval(rate * len(rows), len(rows)))
+
+
 def summary(rows, base):
-    """Figures of answers against the SFT model's answers to the same prompts."""
-    n = len(rows)
-    wins = sum((r["score"] > b["score"]) + 0.5 * (r["score"] == b["score"]) for r, b in zip(rows, base))
+    """Figures of answers against other answers to the same prompts: numbers, or (mean, half-width) or (share, low,
+    high) of 95 % intervals."""
+    n, tokens = len(rows), max(1, sum(r["length"] for r in rows))
     bigrams = [pair for r in rows for pair in zip(r["ids"], r["ids"][1:])]
     texts = [r["completion"] for r in rows]
-    out = {"prompts": n, "score": mean_interval(torch.tensor([r["score"] for r in rows])),
-           "kl": mean_interval(torch.tensor([r["k1"] for r in rows])),
-           "kl_k3": mean_interval(torch.tensor([r["k3"] for r in rows])),
-           "win_rate": (wins / n, *wilson_interval(wins, n)),
+    out = {"prompts": n, "score": mean_interval(column(rows, "score")), "kl": mean_interval(column(rows, "k1")),
+           "kl_k3": mean_interval(column(rows, "k3")), "win_rate": preference(rows, base, "score"),
            "eos_rate": sum(r["finished"] for r in rows) / n, "mean_length": sum(r["length"] for r in rows) / n,
            "distinct_2": len(set(bigrams)) / max(1, len(bigrams)),
            "repeated": 1 - len(set(texts)) / max(1, len(texts)),
-           "ref_logprob_per_token": sum(r["ref_logprob"] for r in rows) / max(1, sum(r["length"] for r in rows))}
+           "ref_logprob_per_token": sum(r["ref_logprob"] for r in rows) / tokens}
     if "judge" in rows[0]:
-        judged = sum((r["judge"] > b["judge"]) + 0.5 * (r["judge"] == b["judge"]) for r, b in zip(rows, base))
-        out["judge_win_rate"] = (judged / n, *wilson_interval(judged, n))
+        out |= {"judge_score": mean_interval(column(rows, "judge")), "judge_win_rate": preference(rows, base, "judge")}
     return out
 
 
 FIGURES = (("score", "mean score", "{:.3f} +- {:.3f}"),
            ("win_rate", "preferred to the SFT answer", "{:.1%} ({:.1%}-{:.1%})"),
-           ("judge_win_rate", "the same, by the judge", "{:.1%} ({:.1%}-{:.1%})"),
+           ("judge_score", "mean score by the judge", "{:.3f} +- {:.3f}"),
+           ("judge_win_rate", "preferred by the judge", "{:.1%} ({:.1%}-{:.1%})"),
            ("kl", "KL from SFT, nats a response (k1)", "{:.2f} +- {:.2f}"),
            ("kl_k3", "the same by k3", "{:.2f} +- {:.2f}"),
            ("eos_rate", "answers that end", "{:.1%}"), ("mean_length", "mean length, tokens", "{:.1f}"),
@@ -227,36 +247,342 @@ FIGURES = (("score", "mean score", "{:.3f} +- {:.3f}"),
            ("ref_logprob_per_token", "log-probability a token under SFT", "{:.3f}"))
 
 
-def report(run, before, after):
-    """The closing table: held-out figures before and after."""
-    run.say(f"{'held-out prompts, 95% intervals: ' + str(after['prompts']):<38}{'before':>24}{'after':>24}")
+def table(columns, title):
+    """Lines of a table of summaries {name: summary}, one column each, under a title."""
+    yield f"{title:<38}" + "".join(f"{name:>24}" for name in columns)
     for key, label, form in FIGURES:
-        if key in after:
-            cells = (form.format(*(v if isinstance(v, (tuple, list)) else [v])) for v in (before[key], after[key]))
-            run.say("".join([f"{label:<38}", *(f"{cell:>24}" for cell in cells)]))
+        if any(key in figures for figures in columns.values()):
+            cells = [figures.get(key, "") for figures in columns.values()]
+            cells = ["" if v == "" else form.format(*(v if isinstance(v, (tuple, list)) else [v])) for v in cells]
+            yield f"{label:<38}" + "".join(f"{cell:>24}" for cell in cells)
 
 
-def concerns(record, spread, base, o):
-    """Yields (what about, a warning) where a step's figures have left those of the SFT model's answers, `base`.
+def best_of(draws):
+    """Several lists of answers to the same prompts -> for each prompt the answer of the highest score."""
+    return [max(rows, key=lambda row: row["score"]) for rows in zip(*draws)]
 
-    spread: the variance of the step's scores.
+
+class AgainstSFT:
+    """The policy's answers to held-out prompts beside the SFT model's, which are sampled once, at the start.
+
+    Evaluations take the first quarter of the prompts of the closing comparison.
+    """
+
+    def __init__(self, ref, tokenizer, reward, judge, prompts, o, run):
+        self.ref, self.tokenizer, self.o, self.run, self.warned = ref, tokenizer, o, run, set()
+        self.scorers = {"score": reward} | ({"judge": judge} if judge else {})
+        self.prompts = prompts[:o.num_eval_prompts]
+        self.few = min(max(1, o.num_eval_prompts // 4), len(self.prompts))
+        self.sft_rows = self.answers(ref, self.prompts)
+        self.sft = summary(self.sft_rows, self.sft_rows)
+
+    def answers(self, policy, prompts, draw=0):
+        return answer(policy, self.ref, self.scorers, prompts, self.tokenizer, self.o, self.run, draw)
+
+    def evaluation(self, policy, step):
+        """Prints and keeps a few answers -> their summary."""
+        rows, base = self.answers(policy, self.prompts[:self.few]), self.sft_rows[:self.few]
+        found = summary(rows, base)
+        self.run.say(f"  held out: score {found['score'][0]:+.3f}, kl {found['kl'][0]:.2f}, preferred to the SFT answer "
+                     f"{found['win_rate'][0]:.1%}, eos {found['eos_rate']:.2f}"
+                     + (f"; judge: score {found['judge_score'][0]:+.3f}, preferred {found['judge_win_rate'][0]:.1%}"
+                        if "judge_score" in found else ""))
+        for before, row in list(zip(base, rows))[:SHOWN]:
+            self.run.say(f"    {row['prompt']} |{row['completion']}  ({before['score']:+.2f} -> {row['score']:+.2f})")
+            self.run.write("samples.jsonl", {"step": step, **{k: row[k] for k in ("prompt", "completion", "score")}})
+        return found
+
+    def closing_report(self, policy, step):
+        """Prints and keeps all answers before and after, their figures, and the best of some SFT answers."""
+        run = self.run
+        rows = self.answers(policy, self.prompts)
+        if run.should_stop():
+            run.exit_stopped()
+        final = {"before": self.sft, "after": summary(rows, self.sft_rows)}
+        run.write("metrics.jsonl", {"step": step, "final": final})
+        run.say()
+        for line in table(final, f"held-out prompts, 95% intervals: {len(rows)}"):
+            run.say(line)
+        draws = [self.sft_rows[:self.few], *(self.answers(self.ref, self.prompts[:self.few], draw)
+                                             for draw in range(1, BEST_OF))]
+        best = summary(best_of(draws), self.sft_rows[:self.few])
+        run.say(f"for comparison, the best of {BEST_OF} SFT answers to {self.few} of them: mean score "
+                f"{best['score'][0]:.3f}, KL <= {best_of_n_kl(BEST_OF):.2f}")
+        for before, row in list(zip(self.sft_rows, rows))[:2 * SHOWN]:
+            run.say(f"\n  {row['prompt']} ...\n    SFT {before['score']:+.2f} |{before['completion']}\n"
+                    f"    PPO {row['score']:+.2f} |{row['completion']}")
+        for before, row in zip(self.sft_rows, rows):
+            run.write("samples.jsonl", {"step": step, "final": True, "prompt": row["prompt"],
+                                        "completion": row["completion"], "score": row["score"],
+                                        "sft_completion": before["completion"], "sft_score": before["score"]})
+
+    def warnings(self, batch, record):
+        """Yields what a step's figures give cause for, each cause once a run."""
+        _, variance = moments(batch.scores, torch.ones_like(batch.scores, dtype=torch.bool), self.run.total)
+        for cause, text in concerns(record, float(variance), self.sft, self.o):
+            if cause not in self.warned:
+                self.warned.add(cause)
+                yield f"warning: {text}"
+
+
+# ---- stage 3: figures of a step
+
+def rollout_figures(batch, kl_coef, run):
+    """A scored rollout's figures, over all ranks, by TRL's names: KL and the like in nats a response."""
+    sums = run.totals({name: x.float().sum() for name, x in {
+        "rows": torch.ones_like(batch.scores), "kl": k1(batch.logprobs, batch.ref_logprobs),
+        "k3": k3(batch.logprobs, batch.ref_logprobs), "surprise": -batch.logprobs, "score": batch.scores,
+        "final_reward": batch.final_rewards, "kl_penalty": kl_coef * batch.penalised_kl, "length": batch.response_mask,
+        "finished": batch.finished, "entropy": batch.entropies,
+        "gap": (batch.logprobs - batch.sampler_logprobs).abs()}.items()})
+    a_row = {name: float(x / sums["rows"]) for name, x in sums.items()}
+    length = a_row["length"]
+    return {"objective/kl": a_row["kl"], "objective/kl_k3": a_row["k3"], "objective/entropy": a_row["surprise"],
+            "objective/scores": a_row["score"], "objective/non_score_reward": -a_row["kl_penalty"],
+            "objective/rlhf_reward": a_row["final_reward"] - a_row["kl_penalty"], "objective/kl_coef": kl_coef,
+            "policy/entropy_avg": a_row["entropy"] / length, "val/sampler_gap": a_row["gap"] / length,
+            "val/explained_variance": float(explained_variance(batch.values, batch.returns, batch.response_mask,
+                                                               run.total)),
+            "completions/mean_length": length, "completions/eos_rate": a_row["finished"]}
+
+
+def describe_step(record):
+    """The log line of a step."""
+    return (f"score {record['objective/scores']:+.3f}  kl {record['objective/kl']:.2f} (k3 "
+            f"{record['objective/kl_k3']:.2f})  entropy {record['policy/entropy_avg']:.2f}  clip "
+            f"{record['policy/clipfrac_avg']:.3f}  value ev {record['val/explained_variance']:+.2f}  length "
+            f"{record['completions/mean_length']:.1f}  eos {record['completions/eos_rate']:.2f}  "
+            f"{record['tokens_per_second']:,.0f} tokens/s")
+
+
+def concerns(record, variance, sft, o):
+    """Yields (cause, a warning) where a step's figures have left those of the SFT model's answers, `sft`.
+
+    variance: of the step's scores.
     """
     done, score, kl_coef = (record[k] for k in ("step", "objective/scores", "objective/kl_coef"))
     length, H, eos = (record[k] for k in ("completions/mean_length", "policy/entropy_avg", "completions/eos_rate"))
-    usual_length, usual_H = base["mean_length"], -base["ref_logprob_per_token"]
-    if spread <= 1e-12 * (1 + score ** 2) and o.batch_size > 1:
+    usual_length, usual_H = sft["mean_length"], -sft["ref_logprob_per_token"]
+    if variance <= 1e-12 * (1 + score ** 2) and o.batch_size > 1:
         yield "variance", f"all scores of step {done} are {score:.4f}: there is nothing to learn from"
     if eos < 0.5:
         yield "eos", (f"{eos:.0%} of the answers of step {done} ended within {o.response_length} tokens; raise "
                       f"--response_length, or --missing_eos_penalty above {o.missing_eos_penalty:g}")
     if length < 0.5 * usual_length:
         yield "length", (f"answers have shrunk to {length:.1f} tokens from the SFT model's {usual_length:.1f}; raise "
-                         f"--kl_length_credit above {o.kl_length_credit:g} or --kl_coef above {kl_coef:g}")
+                         f"--kl_baseline above {o.kl_baseline:g} or --kl_coef above {kl_coef:g}")
     if length > 2 * usual_length:
         yield "length", (f"answers have grown to {length:.1f} tokens from the SFT model's {usual_length:.1f}; lower "
-                         f"--kl_length_credit below {o.kl_length_credit:g} or raise --kl_coef above {kl_coef:g}")
+                         f"--kl_baseline below {o.kl_baseline:g} or raise --kl_coef above {kl_coef:g}")
     if H < 0.5 * usual_H:
         yield "entropy", (f"entropy has fallen to {H:.2f} nats a decision from the SFT model's {usual_H:.2f}: answers "
                           f"grow alike; raise --ent_coef above {o.ent_coef:g} or --kl_coef above {kl_coef:g}")
 
 
+class DivergenceGuard:
+    """Ends a run whose policy leaves the SFT model, or itself, too far behind in three batches in a row.
+
+    Too far: a KL from the SFT model above --max_ref_kl, for which the batch has one epoch only, or an update that moves
+    the policy by more than UNSOUND_KL.
+    """
+
+    def __init__(self, o, in_a_row=0):
+        self.o, self.in_a_row, self.ref_kl = o, in_a_row, 0.0
+
+    def epochs(self, ref_kl):
+        """ref_kl: nats a response from the SFT model -> how many epochs this batch gets."""
+        self.ref_kl = ref_kl
+        return 1 if self.too_far() else self.o.num_ppo_epochs
+
+    def too_far(self):
+        return 0 < self.o.max_ref_kl < self.ref_kl
+
+    def after_update(self, record, update_kl, run):
+        """Warns, or ends the run with exit status 1 and advice. update_kl: where the epochs ended early, else 0."""
+        o = self.o
+        if self.too_far():
+            fault = f"the KL from the SFT model is {self.ref_kl:.1f} nats a response, --max_ref_kl is {o.max_ref_kl:g}"
+            advice = (f"raise --kl_coef above {record['objective/kl_coef']:g} or lower --learning_rate below "
+                      f"{o.learning_rate:g}")
+        elif update_kl > UNSOUND_KL:
+            fault = f"one update moved the policy by {update_kl:.2g} nats a token (k3), more than {UNSOUND_KL:g}"
+            advice = (f"lower --learning_rate below {o.learning_rate:g}"
+                      + (f" or --num_ppo_epochs below {o.num_ppo_epochs}" if o.num_ppo_epochs > 1 else ""))
+        else:
+            self.in_a_row = 0
+            return
+        self.in_a_row += 1
+        run.say(f"warning: {fault}: this batch's epochs end early ({self.in_a_row} in a row; the third ends the run)")
+        if self.in_a_row == 3:
+            run.write("metrics.jsonl", record)
+            raise SystemExit(f"error: step {record['step']}: for the third batch in a row {fault}: the policy is leaving "
+                             f"the language it knows; {advice}. A checkpoint of an earlier policy, if any, is in "
+                             f"{o.out_dir}: --resume goes on from it, with other options if they are named.")
+
+
+# ---- python -m minirlhf.evaluate
+
+def by_length(rows, base):
+    """Win rates in thirds of the length difference to the baseline's answer: [(least, most tokens, share, low, high)].
+
+    If only the longer (or shorter) third wins, length is what wins.
+    """
+    ordered = sorted(zip(rows, base), key=lambda pair: pair[0]["length"] - pair[1]["length"])
+    thirds = [ordered[len(ordered) * k // 3:len(ordered) * (k + 1) // 3] for k in range(3)]
+    out = []
+    for third in filter(None, thirds):
+        a, b = zip(*third)
+        out.append((a[0]["length"] - b[0]["length"], a[-1]["length"] - b[-1]["length"], *preference(a, b, "score")))
+    return out
+
+
+def paired_difference(rows, others, name="score", replicates=2000, seed=0):
+    """Mean of score differences on the same prompts and its 95 % bootstrap interval over prompts.   Efron 1979."""
+    d = column(rows, name) - column(others, name)
+    drawn = torch.randint(len(d), (replicates, len(d)), generator=torch.Generator().manual_seed(seed))
+    low, high = d[drawn].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.double)).tolist()
+    return float(d.mean()), low, high
+
+
+def verdict_on_policy(figures, thirds, has_judge):
+    """One sentence: is the policy better than the baseline? figures: `summary`; thirds: `by_length`."""
+    rate, low, high = figures["win_rate"]
+    if low <= 0.5 <= high:
+        return f"not to be told from the baseline: the reward model prefers {rate:.1%} ({low:.1%}-{high:.1%})"
+    if high < 0.5:
+        return f"worse than the baseline: the reward model prefers {rate:.1%} ({low:.1%}-{high:.1%})"
+    if len(thirds) == 3 and thirds[1][3] <= 0.5 and max(thirds[0][3], thirds[2][3]) > 0.5:
+        longer = thirds[2][2] > thirds[0][2]
+        return (f"{'longer' if longer else 'shorter'} only: preferred where answers are "
+                f"{'longer' if longer else 'shorter'}, not where lengths are alike ({thirds[1][2]:.1%})")
+    if not has_judge:
+        return f"preferred by the reward model ({rate:.1%}); whether that is real needs a --judge it was not trained on"
+    judge_rate, judge_low, judge_high = figures["judge_win_rate"]
+    if judge_low > 0.5:
+        return f"believable: preferred by the reward model ({rate:.1%}) and by the judge ({judge_rate:.1%})"
+    return (f"over-optimised: the reward model prefers {rate:.1%}, the judge {judge_rate:.1%} "
+            f"({judge_low:.1%}-{judge_high:.1%})")
+
+
+def parse(argv=None):
+    parser = argparse.ArgumentParser(
+        prog="python -m minirlhf.evaluate", allow_abbrev=False, description="Policies against a baseline on held-out "
+        "prompts, by a reward model and a judge, with 95 % intervals. Temperature, response length and seed are those of "
+        "the first policy's run unless given, so that the figures are those that train_ppo.py printed.")
+    parser.add_argument("policies", nargs="+", metavar="POLICY", help="ckpt.pt of train_ppo.py or train_sft.py, or its "
+                        "folder")
+    parser.add_argument("--baseline", default="out/sft", metavar="PATH", help="the SFT model whose answers theirs are "
+                        "compared with, and the reference of the KL (default: %(default)s)")
+    parser.add_argument("--reward_model", default="out/rm", metavar="PATH", help="reward model, or FILE.py:FUNCTION "
+                        "(default: %(default)s)")
+    parser.add_argument("--judge", metavar="PATH", help="a reward model or FILE.py:FUNCTION that no policy was trained on")
+    parser.add_argument("--prompts", default="data/sentiment/prompts.val.jsonl", metavar="FILE.jsonl",
+                        help="(default: %(default)s)")
+    parser.add_argument("--num_prompts", type=positive_int, default=512, help="the first so many (default: 512)")
+    parser.add_argument("--best_of", default="", metavar="1,4,16", help="rows for the best of n answers of the baseline")
+    parser.add_argument("--temperature", type=temperature_number)
+    parser.add_argument("--response_length", type=positive_int)
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--long_prompts", choices=("drop", "trim"), default="drop", help="(default: drop)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="(default: float32)")
+    parser.add_argument("--output", default="", metavar="FILE.json", help="also write all figures there")
+    a = parser.parse_args(argv)
+    try:
+        a.best_of = sorted({int(n) for n in a.best_of.split(",") if n.strip()})
+    except ValueError:
+        fail(f"--best_of {a.best_of}: expected numbers, as in 1,4,16")
+    if any(not 1 <= n <= 1024 for n in a.best_of):
+        fail(f"--best_of {','.join(map(str, a.best_of))}: each n must be from 1 to 1024")
+    if a.temperature == 0:
+        fail("--temperature 0: answers would not be samples, and their KL would mean nothing")
+    return a
+
+
+def output_file(path):
+    """Opened for writing, or None. Exits 2 where it cannot be, or holds something that is not this command's."""
+    if not path:
+        return None
+    if os.path.isdir(path) or os.path.exists(path) and not path.endswith(".json"):
+        fail(f"--output {path}: exists and is no .json file")
+    try:
+        return open(path, "a", encoding="utf-8")
+    except OSError as error:
+        fail(f"--output {path}: cannot be written ({error.strerror})")
+
+
+def main(argv=None):
+    a = parse(argv)
+    device = runtime.pick_device(a.device)
+    baseline, tokenizer, _ = checkpoint.load(a.baseline, ["sft", "ppo"], device)
+    kernels.pick_matmul(baseline)
+    policies = {}
+    for path in a.policies:
+        policy, own_tokenizer, payload = checkpoint.load(path, ["sft", "ppo"], device)
+        checkpoint.compatible((policy, own_tokenizer), path, (baseline, tokenizer), a.baseline)
+        policies[path] = policy
+        for name, usual in (("temperature", 1.0), ("response_length", 48), ("seed", RunOptions.seed)):
+            if getattr(a, name) is None:
+                setattr(a, name, payload["options"].get(name, usual))
+    scorer = runtime.Precision(device, a.dtype)
+    scorers = {"score": rewards.load(a.reward_model, "--reward_model", baseline, tokenizer, a.baseline, scorer)}
+    if a.judge:
+        scorers["judge"] = rewards.load(a.judge, "--judge", baseline, tokenizer, a.baseline, scorer)
+    room = baseline.config.block_size - a.response_length
+    if room < 2:
+        fail(f"--response_length {a.response_length}: leaves no room for a prompt in a context of "
+             f"{baseline.config.block_size} tokens")
+    texts = load_prompts(a.prompts)
+    prompts, long = encode_prompts(tokenizer, texts, room, a.long_prompts)
+    if not prompts:
+        fail(f"{a.prompts}: no prompt fits {room} tokens; use --long_prompts trim or a shorter --response_length")
+    output, prompts = output_file(a.output), prompts[:a.num_prompts]
+    if long:
+        say(f"{long} of {len(texts)} prompts are longer than {room} tokens: "
+            + {"drop": "dropped", "trim": "trimmed at the left"}[a.long_prompts])
+
+    def answers(policy, draw=0):
+        return answer(policy, baseline, scorers, prompts, tokenizer, a, scorer, draw)
+
+    base = answers(baseline)
+    found = {path: answers(policy) for path, policy in policies.items()}
+    columns = {a.baseline: summary(base, base), **{path: summary(rows, base) for path, rows in found.items()}}
+    for line in table(columns, f"held-out prompts, 95% intervals: {len(prompts)}"):
+        say(line)
+    say(f"{'perplexity under the baseline':<38}"
+        + "".join(f"{math.exp(-f['ref_logprob_per_token']):>24.1f}" for f in columns.values()))
+    result = {"prompts": a.prompts, "num_prompts": len(prompts), "baseline": a.baseline, "temperature": a.temperature,
+              "response_length": a.response_length, "seed": a.seed, "reward_model": a.reward_model, "judge": a.judge,
+              "policies": columns, "by_length": {}, "differences": [], "best_of": {}, "verdicts": {}}
+    if a.best_of:
+        say()
+        draws = [base]
+        for n in a.best_of:
+            draws += [answers(baseline, draw) for draw in range(len(draws), n)]
+            best = result["best_of"][n] = summary(best_of(draws[:n]), base) | {"kl_bound": best_of_n_kl(n)}
+            say(f"best of {n} answers of the baseline: mean score {best['score'][0]:.3f}, preferred "
+                f"{best['win_rate'][0]:.1%}" + (f", by the judge {best['judge_win_rate'][0]:.1%}" if a.judge else "")
+                + f", KL <= {best['kl_bound']:.2f}")
+    for path, rows in found.items():
+        thirds = result["by_length"][path] = by_length(rows, base)
+        say(f"\n{path}: preferred, by how much longer the answer is than the baseline's: " + "; ".join(
+            f"{least:+d} to {most:+d} tokens {rate:.1%} ({low:.1%}-{high:.1%})" for least, most, rate, low, high in thirds))
+        sentence = result["verdicts"][path] = verdict_on_policy(columns[path], thirds, a.judge)
+        say(f"verdict on {path}: {sentence}")
+    paths = [*found]
+    for i, one in enumerate(paths):
+        for other in paths[i + 1:]:
+            for name in scorers:
+                mean, low, high = paired_difference(found[one], found[other], name)
+                result["differences"].append({"of": one, "from": other, "by": name, "mean": mean, "interval": [low, high]})
+                say(f"{one} less {other}, mean difference of the {name} on the same prompts: {mean:+.3f} ({low:+.3f} to "
+                    f"{high:+.3f})")
+    if output:
+        with output:
+            output.truncate(0)
+            json.dump(runtime.finite(result), output, ensure_ascii=False, indent=1)
+        say(f"\nwritten: {a.output}")
+
+
+if __name__ == "__main__":
+    launch(main)

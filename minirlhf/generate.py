@@ -7,23 +7,26 @@ Left out: top-k and top-p. RL trains the full softmax, so it must sample from it
 """
 import math
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cached_property
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from minirlhf.config import fail
-from minirlhf.model import packed, products_dtype
+from minirlhf.data import response_mask
+from minirlhf.kernels import matmul_dtype, packed
+from minirlhf.model import flat_indices
 
-ROUND = 16  # rows are dropped down to a multiple of it, that shapes be few: for each, libraries make kernels
-LOOK = {"cpu": 1}  # tokens between looks at which rows have ended; elsewhere 16, for to look is to wait for the device
+ROW_MULTIPLE = 16  # rows are dropped down to a multiple of it: libraries make kernels for each shape, so few is better
+POLL_INTERVAL = {"cpu": 1}  # tokens between checks which rows have ended; elsewhere 16: each waits for the device
 
 
 class KVCache:
     """Keys and values of all layers: (L, B, S, H, D), S = slots; `filled` slots are in use."""
 
     def __init__(self, model, rows, slots):
-        c, device, dtype = model.config, model.wte.weight.device, products_dtype(model)
+        c, device, dtype = model.config, model.wte.weight.device, matmul_dtype(model)
         # zeros, not empty: a masked weight of 0 times an unwritten slot must be 0, and 0 * NaN is not
         self.k = torch.zeros(c.n_layer, rows, slots, c.n_head, c.n_embd // c.n_head, device=device, dtype=dtype)
         self.v = torch.zeros_like(self.k)
@@ -69,10 +72,16 @@ class Decoder:
         return self.logits(tokens, cache, positions)
 
 
+def compile_model(model, decode=False):
+    """--compile: whole rows, and with `decode` the steps of `generate` too, go through torch.compile from now on."""
+    model.compiled_hidden = torch.compile(model.hidden, dynamic=True)
+    model.decoder = Decoder(model) if decode else None
+
+
 @dataclass
 class Rollout:
-    """tokens (B, T): prompt, response, then eos as padding. On the grid (B, T-1), decision t chooses tokens[:, t+1]."""
-    tokens: torch.Tensor
+    """Prompts with their answers. On the grid (B, T-1), decision t chooses tokens[:, t+1]."""
+    tokens: torch.Tensor  # (B, T): prompt, response, then eos as padding
     prompt_lengths: torch.Tensor  # (B,) tokens of each prompt
     lengths: torch.Tensor  # (B,) real tokens: prompt and response, eos included
     finished: torch.Tensor  # (B,) bool: the response ended with eos within the limit
@@ -80,15 +89,30 @@ class Rollout:
 
     @property
     def response_mask(self):
-        """(B, T-1) bool: True where a decision chose a token of the response, its eos included. Made from lengths."""
-        t = torch.arange(self.tokens.shape[1] - 1, device=self.tokens.device)
-        return (t >= self.prompt_lengths[:, None] - 1) & (t < self.lengths[:, None] - 1)
+        """(B, T-1) bool: the decisions that chose a token of the response. Made from lengths, never from token ids."""
+        return response_mask(self.prompt_lengths, self.lengths, self.tokens.shape[1])
+
+    @cached_property
+    def decisions(self):
+        """The same as flat indices, row after row: (N,)."""
+        return flat_indices(self.response_mask)
+
+    def flat(self, x):
+        """What x (B, T-1) holds for the response's decisions: (N,)."""
+        return x.flatten()[self.decisions]
+
+    def grid(self, x):
+        """The reverse: x (N,) -> (B, T-1), 0 outside the response."""
+        mask = self.response_mask
+        return torch.zeros(mask.shape, dtype=x.dtype, device=mask.device).masked_scatter(mask, x)
 
     def take(self, rows):
-        """The Rollout of some rows, cut to the longest of them."""
-        T = int(self.lengths[rows].max())
-        return Rollout(self.tokens[rows, :T], self.prompt_lengths[rows], self.lengths[rows], self.finished[rows],
-                       self.sampler_logprobs[rows, :T - 1])
+        """The same columns of some rows, cut to the longest of them."""
+        T, padded = int(self.lengths[rows].max()), self.tokens.shape[1]
+        columns = {f.name: getattr(self, f.name) for f in fields(self)}
+        return type(self)(**{
+            name: x if x is None else x[rows] if x.dim() == 1 else x[rows, :T - padded + x.shape[1]]
+            for name, x in columns.items()})
 
     def responses(self) -> list[list[int]]:
         return [row[p:n] for row, p, n in
@@ -112,18 +136,17 @@ def sample(logits, temperature, u):
 
 
 @torch.no_grad()
-def generate(model, prompts: list[list[int]], response_length: int, eos: int, temperature=1.0, generator=None,
-             decoder=None):
+def generate(model, prompts: list[list[int]], response_length: int, eos: int, temperature=1.0, generator=None):
     """Answer each prompt with up to `response_length` tokens, eos included -> Rollout.
 
     The uniform numbers are drawn at the start, one a row and step, so an answer depends on its row's numbers and not on
-    when other rows end. Rows that ended leave the batch, down to a multiple of ROUND; the loop ends with the last of
-    them. decoder: the model's Decoder, if its steps are compiled; else the weights are `packed` meanwhile. Raises
+    when other rows end. Rows that ended leave the batch, down to a multiple of ROW_MULTIPLE; the loop ends with the
+    last of them. Where the model has a Decoder its steps are compiled, else its weights are `packed` meanwhile. Raises
     ValueError for an empty prompt or one that does not leave room in the model's context.
     """
     if not all(prompts):
         raise ValueError("a prompt must hold at least one token")
-    device, limit = model.wte.weight.device, model.config.block_size
+    device, limit, decoder = model.wte.weight.device, model.config.block_size, model.decoder
     tokens = pad_sequence([torch.tensor(prompt) for prompt in prompts], True, eos).to(device)
     prompt_lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     B, P = tokens.shape
@@ -152,11 +175,11 @@ def generate(model, prompts: list[list[int]], response_length: int, eos: int, te
             live = live & (new != eos)
             if n + 1 == response_length:
                 break
-            if (n + 1) % LOOK.get(device.type, 16) == 0:
+            if (n + 1) % POLL_INTERVAL.get(device.type, 16) == 0:
                 left = int(live.sum())
                 if left == 0:
                     break
-                left = math.ceil(left / ROUND) * ROUND
+                left = math.ceil(left / ROW_MULTIPLE) * ROW_MULTIPLE
                 if left <= 0.8 * len(rows) and not decoder:  # dropping rows copies the cache: only several at once
                     kept = (~live).argsort(stable=True)[:left]
                     cache.keep(kept)

@@ -3,10 +3,11 @@
 Invariant: padding lies on the right, so a causal mask alone keeps every real token from seeing it. With a cache, query
 t of row b sits in slot positions[b, t] and sees slots <= that: prefill and decode are one code path.
 
+Shapes: B rows, T tokens, S cache slots, C channels, H heads, D head size, V words; N selected places of the B T.
+
 Left out: attention masks, position shifts, and vocabularies padded to a round size (their extra tokens would have to be
 masked in every softmax).
 """
-import contextlib
 import math
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,58 +17,14 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 
-def places(mask):
-    """(B, T) bool -> where it is True, as indices into (B T,): (counted,)."""
+def flat_indices(mask):
+    """Where a mask (B, T) is True, row after row, as indices into (B T,): (N,)."""
     return mask.flatten().nonzero().squeeze(1)
 
 
-def wide(x):
-    """Out of half precision, where losses, KL and log-softmax lose their digits."""
+def at_least_float32(x):
+    """In half precision losses, KL and log-softmax lose their digits."""
     return x.float() if x.dtype.itemsize < 4 else x
-
-
-def linear(layer, x, gelu=False):
-    """layer(x), through GELU if asked: (..., in) -> (..., out). If the layer is `packed`, oneDNN makes both at once."""
-    if not hasattr(layer, "packed"):
-        y = layer(x)
-        return F.gelu(y, approximate="tanh") if gelu else y
-    weight, bias = layer.packed
-    x = x.to(weight.dtype)
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, *(("gelu", [], "tanh") if gelu else ("none", [], "")))
-
-
-def products_dtype(model):
-    """The type in which the model's products are made here: autocast's, or that of its weights."""
-    kind = model.wte.weight.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.wte.weight.dtype
-
-
-PACKS = torch.backends.mkldnn.is_available() and "AVX" in torch.backends.cpu.get_cpu_capability()
-
-
-@contextlib.contextmanager
-def packed(model):
-    """While inside, on an x86 CPU, `linear` multiplies with copies of the weights in oneDNN's own order.
-
-    Else each product would put them in such an order anew, which for few rows costs as much as to multiply. The weights
-    must stay as they are, and there are no gradients. In float32, narrow models are faster without.
-    """
-    layers = []
-    if PACKS and model.wte.weight.device.type == "cpu":
-        dtype = products_dtype(model)
-        if (dtype == torch.float32 and model.config.n_embd >= 128
-                or dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
-            layers = [model.wte, *(layer for layer in model.h.modules() if isinstance(layer, nn.Linear))]
-    try:
-        with torch.no_grad():
-            for layer in layers:
-                bias = getattr(layer, "bias", None)
-                layer.packed = (torch.ops.mkldnn._reorder_linear_weight(layer.weight.to(dtype)),
-                                None if bias is None else bias.to(dtype))
-            yield
-    finally:
-        for layer in layers:
-            layer.__dict__.pop("packed", None)
 
 
 @dataclass
@@ -87,20 +44,20 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x, mask, extend=None, counted=None):
-        """mask: None for plain causal attention, else additive (B or 1, 1, T, S) with -inf where a slot is unseen.
+    def forward(self, x, mask, extend=None, select=None):
+        """(B, T, C) -> (B, T, C), or of the places in `select` alone (N, C).
 
+        mask: None for plain causal attention, else additive (B or 1, 1, T, S) with -inf where a slot is unseen.
         extend: takes this layer's new keys and values (B, T, H, D) into a cache, returns all of them (B, S, H, D).
-        counted: places in (B T,) whose results are wanted: (B, T, C) -> (counted, C).
         """
         B, T, C = x.shape
-        qkv = linear(self.c_attn, x).contiguous()  # attention's kernels want D to be the innermost
+        qkv = self.c_attn(x).contiguous()  # attention's kernels want D to be the innermost
         q, k, v = qkv.view(B, T, 3, self.n_head, C // self.n_head).unbind(2)  # (B, T, H, D)
         if extend is not None:
             k, v = extend(k, v)  # (B, S, H, D)
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, H, T or S, D)
         dropout = self.dropout if self.training else 0.0
-        # for several queries explicit products beat F.scaled_dot_product_attention's CPU kernels under oneDNN
+        # for several queries explicit matmuls beat F.scaled_dot_product_attention's CPU kernels under oneDNN
         if x.device.type == "cpu" and mask is not None and T > 1:
             weights = (q @ k.mT).mul_(1 / math.sqrt(C // self.n_head)).add_(mask).softmax(-1)
             y = F.dropout(weights, dropout) @ v
@@ -108,8 +65,8 @@ class Attention(nn.Module):
             mask = None if mask is None else mask.to(q.dtype)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None)
         y = y.transpose(1, 2).reshape(B, T, C)
-        y = y if counted is None else y.flatten(0, 1).index_select(0, counted)
-        return F.dropout(linear(self.c_proj, y), self.dropout, self.training)
+        y = y if select is None else y.flatten(0, 1).index_select(0, select)
+        return F.dropout(self.c_proj(y), self.dropout, self.training)
 
 
 class MLP(nn.Module):
@@ -120,8 +77,8 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x):
-        x = linear(self.c_fc, x, gelu=True)
-        return F.dropout(linear(self.c_proj, x), self.dropout, self.training)
+        x = F.gelu(self.c_fc(x), approximate="tanh")
+        return F.dropout(self.c_proj(x), self.dropout, self.training)
 
 
 class Block(nn.Module):
@@ -130,9 +87,9 @@ class Block(nn.Module):
         self.ln_1, self.attn = nn.LayerNorm(config.n_embd), Attention(config)
         self.ln_2, self.mlp = nn.LayerNorm(config.n_embd), MLP(config)
 
-    def forward(self, x, mask, extend=None, counted=None):
-        y = self.attn(self.ln_1(x), mask, extend, counted)
-        x = (x if counted is None else x.flatten(0, 1).index_select(0, counted)) + y
+    def forward(self, x, mask, extend=None, select=None):
+        y = self.attn(self.ln_1(x), mask, extend, select)
+        x = (x if select is None else x.flatten(0, 1).index_select(0, select)) + y
         return x + self.mlp(self.ln_2(x))
 
 
@@ -187,11 +144,13 @@ class GPT(nn.Module):
         other.load_state_dict(own | {k: v for k, v in self.state_dict().items() if k in own})
         return other
 
-    def hidden(self, tokens, cache=None, positions=None, counted=None):
-        """Hidden states after the last LayerNorm: tokens (B, T) -> (B, T, C).
+    # ---- from tokens to hidden states (B, T, C)
 
-        With a generate.KVCache, positions (B or 1, T) are the slots that the tokens take. counted: `places` whose
-        states are wanted, (counted, C): of the last block the others need no more than keys and values.
+    def hidden(self, tokens, cache=None, positions=None, select=None):
+        """Hidden states after the last LayerNorm: tokens (B, T) -> (B, T, C), or of some places alone (N, C).
+
+        cache: a generate.KVCache, in which the tokens take the slots `positions` (B or 1, T).
+        select: `flat_indices` of the states that are wanted; of the others the last block makes only keys and values.
         """
         T = tokens.shape[1]
         if positions is None:
@@ -205,26 +164,45 @@ class GPT(nn.Module):
         x = F.dropout(x, self.config.dropout, self.training)
         for i, block in enumerate(self.h):
             x = block(x, mask, partial(cache.extend, i, positions) if cache is not None else None,
-                      counted if i + 1 == len(self.h) else None)
+                      select if i + 1 == len(self.h) else None)
         return self.ln_f(x)
 
+    compiled_hidden = decoder = None  # generate.compile_model sets them
+
+    def states(self, tokens, select):
+        """Hidden states (N, C) of some places in tokens (B, T), by the compiled function where there is one."""
+        return (self.compiled_hidden or self.hidden)(tokens, select=select)
+
+    # ---- from hidden states to what a head says
+
     def logits(self, hidden):
-        """(..., C) -> (..., V), float32 or wider. Apply it to the counted decisions only."""
-        # called as a layer, wte would look tokens up
-        return wide(linear(self.wte, hidden) if hasattr(self.wte, "packed") else F.linear(hidden, self.wte.weight))
+        """(..., C) -> (..., V), float32 or wider."""
+        return at_least_float32(F.linear(hidden, self.wte.weight))
 
     def scalar(self, hidden):
         """(..., C) -> (...), float32 or wider."""
-        return wide(self.score_head(hidden).squeeze(-1)) * self.gain + self.bias
+        return at_least_float32(self.score_head(hidden).squeeze(-1)) * self.gain + self.bias
 
-    def score(self, tokens, lengths, hidden=None):
-        """The scalar head at each row's last real token: tokens (B, T), lengths (B,) -> (B,).
+    def logprobs(self, tokens, decisions, temperature=1.0):
+        """log pi of the tokens that were chosen, and of all tokens, at some decisions: -> (N,), (N, V), in nats.
 
-        hidden: a compiled self.hidden, if there is one.
+        tokens (B, T); decisions (N,): places on the grid (B, T-1), where t chooses tokens[:, t+1]. The head runs on
+        them only. log pi = log-softmax(logits / temperature), the temperature that the sampler takes.
         """
+        states = self.states(tokens[:, :-1], decisions)  # (N, C)
+        logits = self.logits(states / temperature)  # dividing C states costs less than dividing V logits
+        logprobs = logits.log_softmax(-1)  # (N, V)
+        return logprobs.gather(1, tokens[:, 1:].flatten()[decisions, None]).squeeze(1), logprobs
+
+    def values(self, tokens, decisions):
+        """The scalar head at some decisions: tokens (B, T), decisions (N,) on the grid (B, T-1) -> (N,)."""
+        return self.scalar(self.states(tokens[:, :-1], decisions))
+
+    def score(self, tokens, lengths):
+        """The scalar head at each row's last real token: tokens (B, T), lengths (B,) -> (B,)."""
         B, T = tokens.shape
         last = torch.arange(B, device=tokens.device) * T + lengths - 1  # in (B T,)
-        return self.scalar((hidden or self.hidden)(tokens, counted=last))
+        return self.scalar(self.states(tokens, last))
 
     def forward(self, tokens):
         """(B, T) -> logits (B, T, V), or scalars (B, T)."""

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 
 def moments(x, mask, total=lambda t: t):
-    """Mean and biased variance over counted entries; the others are never read, NaN included. total: sums a tensor over
+    """Mean and biased variance over entries where the mask is True; the others are never read, NaN included. total: sums a tensor over
     all ranks."""
     x = x.masked_fill(~mask, 0)
     n, sum_x = total(torch.stack([mask.sum().to(x.dtype), x.sum()]))
@@ -38,7 +38,7 @@ def entropy(logprobs):
 # ---- stages 1 and 2
 
 def sft_loss(logits, tokens):
-    """Cross-entropy -log p(token | what came before) of each counted decision, nats.   Radford et al. 2018, eq. 1."""
+    """Cross-entropy -log p(token | what came before) of each decision, nats.   Radford et al. 2018, eq. 1."""
     return -token_logprobs(logits, tokens)
 
 
@@ -102,7 +102,7 @@ def adaptive_kl_coef(kl_coef, kl, kl_target, n, horizon=10_000):
     return kl_coef * (1 + min(max(kl / kl_target - 1, -0.2), 0.2) * n / horizon)
 
 
-# ---- reward and credit
+# ---- rewards and advantages
 
 def shape_rewards(scores, kl, response_mask, kl_coef):
     """r_t = -beta KL_t, plus the reward model's score at the response's last decision.   Ziegler et al. 2019, eq. 2.
@@ -111,20 +111,20 @@ def shape_rewards(scores, kl, response_mask, kl_coef):
     """
     rewards = (-kl_coef * kl).masked_fill(~response_mask, 0)
     t = torch.arange(response_mask.shape[1], device=response_mask.device)
-    last = (response_mask * t).argmax(1)  # (B,) the last counted decision
+    last = (response_mask * t).argmax(1)  # (B,) the response's last decision
     return rewards.scatter_add(1, last[:, None], scores[:, None].to(rewards.dtype))
 
 
-def credit_length(kl, response_mask, share, total=lambda t: t):
-    """KL_t - share * mean KL: what a token is charged for.
+def kl_above_baseline(kl, response_mask, baseline, total=lambda t: t):
+    """KL_t - baseline * (mean KL of a decision): what is penalised.
 
-    With share 0 every token costs, so that short answers pay; with share 1 a token of average KL is free, and only
-    where KL is spent counts, not how many tokens there are.
+    With baseline 0 each further token costs KL, so that shorter answers are rewarded; with baseline 1 a token of average
+    KL is free, and only where the KL is spent matters, not how many tokens there are.
 
     kl, response_mask (B, T-1) -> (B, T-1), 0 outside the mask. total: sums a tensor over all ranks.
     """
     sum_kl, n = total(torch.stack([kl.masked_fill(~response_mask, 0).sum(), response_mask.sum().to(kl.dtype)]))
-    return (kl - share * sum_kl / n).masked_fill(~response_mask, 0)
+    return (kl - baseline * sum_kl / n).masked_fill(~response_mask, 0)
 
 
 def gae(rewards, values, response_mask, gamma, lam):
@@ -144,7 +144,7 @@ def gae(rewards, values, response_mask, gamma, lam):
 
 
 def whiten(x, mask, keep_mean=False, total=lambda t: t):
-    """(x - mean) / sqrt(var + 1e-8) over counted entries, biased variance; 0 outside the mask.
+    """(x - mean) / sqrt(var + 1e-8) over entries where the mask is True, biased variance; 0 outside the mask.
 
     keep_mean leaves the mean where it was (for rewards, whose sign means something). total: sums a tensor over all
     ranks, so that the statistics are those of the whole batch.
@@ -163,31 +163,27 @@ def log_ratio(logprobs, old_logprobs):
 
 
 def policy_loss(logprobs, old_logprobs, advantages, cliprange):
-    """-min(rho A, clip(rho, 1-eps, 1+eps) A), rho = exp(log pi_new - log pi_old).   Schulman et al. 2017, eq. 7."""
-    ratio = log_ratio(logprobs, old_logprobs).exp()
-    return -torch.min(ratio * advantages, ratio.clamp(1 - cliprange, 1 + cliprange) * advantages)
+    """-min(rho A, clip(rho, 1-eps, 1+eps) A), rho = exp(log pi_new - log pi_old).   Schulman et al. 2017, eq. 7.
 
-
-def policy_clipped(logprobs, old_logprobs, advantages, cliprange):
-    """True where the clipped term is the one that counts, so that the decision has no gradient."""
+    -> the loss of each decision, and True where the clipped term is the smaller one, so that it has no gradient.
+    """
     ratio = log_ratio(logprobs, old_logprobs).exp()
-    return ratio.clamp(1 - cliprange, 1 + cliprange) * advantages < ratio * advantages
+    plain, clipped = ratio * advantages, ratio.clamp(1 - cliprange, 1 + cliprange) * advantages
+    return -torch.min(plain, clipped), clipped < plain
 
 
 def value_loss(values, old_values, returns, cliprange_value):
-    """0.5 max((V - R)^2, (clip(V, V_old +- eps) - R)^2).   Dhariwal et al. 2017, OpenAI baselines, ppo2."""
-    clipped = old_values + (values - old_values).clamp(-cliprange_value, cliprange_value)
-    return 0.5 * torch.max((values - returns) ** 2, (clipped - returns) ** 2)
+    """0.5 max((V - R)^2, (clip(V, V_old +- eps) - R)^2).   Dhariwal et al. 2017, OpenAI baselines, ppo2.
 
-
-def value_clipped(values, old_values, returns, cliprange_value):
-    """True where the clipped term is the larger one."""
-    clipped = old_values + (values - old_values).clamp(-cliprange_value, cliprange_value)
-    return (clipped - returns) ** 2 > (values - returns) ** 2
+    -> the loss of each decision, and True where the clipped term is the larger one.
+    """
+    near = old_values + (values - old_values).clamp(-cliprange_value, cliprange_value)
+    plain, clipped = (values - returns) ** 2, (near - returns) ** 2
+    return 0.5 * torch.max(plain, clipped), clipped > plain
 
 
 def explained_variance(values, returns, mask, total=lambda t: t):
-    """1 - Var(R - V) / Var(R) over counted entries: 1 is a perfect critic, 0 a constant one, below 0 a harmful one.
+    """1 - Var(R - V) / Var(R) over entries where the mask is True: 1 is a perfect critic, 0 a constant one, below 0 a harmful one.
 
     NaN where the returns do not vary. total: sums a tensor over all ranks.
     """
@@ -196,7 +192,17 @@ def explained_variance(values, returns, mask, total=lambda t: t):
     return 1 - unexplained / variance if variance > 0 else variance * torch.nan
 
 
-# ---- intervals
+# ---- comparisons and intervals
+
+def win_rate(x, y):
+    """Share of x > y, ties half: (N,), (N,) -> a number in [0, 1]."""
+    return float(wins(x, y).mean())
+
+
+def wins(x, y):
+    """1 where x > y, 0.5 where they tie, else 0: (N,), (N,) -> (N,)."""
+    return (x > y).double() + 0.5 * (x == y)
+
 
 def wilson_interval(successes, n, z=1.96):
     """95 % interval of a proportion.   Wilson 1927.   -> (low, high)"""

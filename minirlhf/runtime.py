@@ -6,23 +6,20 @@ Ranks: under `torchrun` each process takes its share of every batch; `Run.total`
 rank 0 of 1.
 """
 import contextlib
-import ctypes
 import fcntl
 import hashlib
-import inspect
 import json
 import math
 import os
 import shlex
 import signal
-import sys
 import time
 from dataclasses import asdict, fields, replace
 
 import torch
 
 from minirlhf.config import fail, say
-from minirlhf.model import PACKS
+from minirlhf.kernels import AdamW, Muon, keep_freed_memory
 
 LOGS = ("metrics.jsonl", "samples.jsonl")
 KEPT = ("ckpt.previous.pt", "ckpt.pt", *LOGS)  # what makes a folder that of a run
@@ -36,6 +33,16 @@ def seed_of(seed: int, step: int, rank: int, purpose: str) -> int:
 def generator(seed: int, step: int, rank: int, purpose: str) -> torch.Generator:
     """A CPU generator whose numbers depend on the four arguments only, not on the device or on what ran before."""
     return torch.Generator().manual_seed(seed_of(seed, step, rank, purpose))
+
+
+class Precision:
+    """Where and how exactly a model runs, for a command that is no run."""
+
+    def __init__(self, device, dtype):
+        self.device, self.dtype = device, pick_dtype(dtype, device)
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
 
 class Run:
@@ -218,6 +225,10 @@ class Run:
             torch.distributed.all_reduce(t)
         return t
 
+    def totals(self, sums):
+        """{name: number on one rank} -> {name: sum over all ranks}, in one exchange."""
+        return dict(zip(sums, self.total(torch.stack([*sums.values()])))) if sums else {}
+
     def share(self, rows):
         """This rank's rows of a batch."""
         return rows[self.rank::self.world]
@@ -231,13 +242,13 @@ class Run:
 
     # ---- precision, seeds
 
-    def surroundings(self, before=None):
+    def environment(self, before=None):
         """What must stay, besides options and data, for a resumed run to be the same to the last bit.
 
-        before: those of the run that is resumed; differences are told.
+        before: that of the run that is resumed; differences are told.
         """
         now = {"torch": str(torch.__version__), "threads": torch.get_num_threads(), "hardware": self.hardware,
-               "products": torch.get_float32_matmul_precision()}
+               "float32 matmul precision": torch.get_float32_matmul_precision()}
         for name, value in (before or {}).items():
             if value != now.get(name):
                 self.say(f"warning: this run had {name} {value}, now {now.get(name)}: it goes on, but not the same to "
@@ -259,6 +270,17 @@ class Run:
     def say(self, text=""):
         if self.main:
             say(text)
+
+    def announce(self, stage, lines, first=0):
+        """What is about to happen: lines under the stage's name, then where the output goes."""
+        lines = [*lines, f"output: {self.out_dir}" + (f"; goes on from step {first}" if first else "")]
+        for n, line in enumerate(lines):
+            self.say(line if line.startswith("warning") else f"{stage + ':' if n == 0 else '':<4} {line}")
+
+    def saved(self, following=""):
+        """The closing line: where the checkpoint is, how long it took, which command comes next."""
+        self.say(f"saved {self.path('ckpt.pt')} after {clock(time.perf_counter() - self.started)}"
+                 + (f"; next: {following}" if following else ""))
 
     def progress(self, done, total, since=0):
         """"  37/200 18% 0:12<0:54": steps, share, time used and time left. `since`: the step this process began at."""
@@ -282,6 +304,15 @@ def command_line(stage, options, **changes):
     parts = [f"--{f.name}" + ("" if values[f.name] is True else f" {shlex.quote(str(values[f.name]))}")
              for f in fields(options) if values[f.name] != f.default]
     return " ".join([f"python train_{stage}.py", *parts])
+
+
+USUAL = {"data_dir": "data/sentiment", "init_from": "out/sft/ckpt.pt", "reward_model": "out/rm/ckpt.pt"}
+
+
+def next_command(script, **options):
+    """"python SCRIPT --name value ...", without options that have the stages' usual values."""
+    return " ".join([f"python {script}", *(f"--{name} {shlex.quote(value)}" for name, value in options.items()
+                                           if value != USUAL.get(name))])
 
 
 def clock(seconds):
@@ -316,83 +347,6 @@ def pick_dtype(name, device):
     else:
         native = device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
     return torch.bfloat16 if native else torch.float32
-
-
-def keep_freed_memory():
-    """glibc: large tensors reuse warm pages instead of returning them, and the backward thread shares one arena."""
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
-        libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
-        libc.mallopt(-8, 1)  # M_ARENA_MAX
-
-
-if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # CUDA: batches of many lengths, no gaps
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")  # kernels it keeps; 1024 of them creep up on memory
-PRODUCT_ERROR = 1e-3  # of what product_error finds: float32 gives about 1e-4, TF32 1e-2, bfloat16 1e-1
-
-
-def product_error():
-    """The largest error, against float64, of float32 products of matrices of N(0, 1) on the CPU: 512 and 8 rows with
-    512 x 512, as a product, as a linear layer, also with `packed` weights, and in a batch."""
-    generator = torch.Generator().manual_seed(0)
-    a, b = (torch.randn(512, 512, generator=generator) for _ in range(2))
-    exact, bias = a.double() @ b.double(), torch.zeros(512)
-    found = [a @ b, torch.nn.functional.linear(a, b.T.contiguous(), bias), torch.bmm(a[None], b[None])[0], a[:8] @ b]
-    if PACKS:
-        weight = torch.ops.mkldnn._reorder_linear_weight(b.T.contiguous())
-        found += [torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "") for x in (a, a[:8])]
-    return max(float((x - exact[:len(x)]).abs().max()) for x in found)
-
-
-def pick_products(model):
-    """For a model on an AMD CPU: float32 products by oneDNN, up to twice as fast there as MKL, if they stay float32.
-
-    "medium" lets oneDNN round to bfloat16, which it does on CPUs with AMX: then nothing changes, as on a GPU. For
-    narrow models nothing does either: oneDNN makes a kernel for each new shape, 0.7 ms, and ragged batches have many.
-    The choice depends on model and hardware alone, so that a run and its resumption make the same one.
-    """
-    name = getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name", "")
-    if model.wte.weight.device.type == "cpu" and model.config.n_embd >= 128 and "AMD" in name:
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("medium")
-        if product_error() > PRODUCT_ERROR:
-            torch.set_float32_matmul_precision(before)
-
-
-for name in ("add_param_group", "load_state_dict", "state_dict", "zero_grad"):
-    method = inspect.unwrap(getattr(torch.optim.Optimizer, name))
-    method.__dynamo_disable = method  # torch looks for it before it imports torch._dynamo, 1.5 s, to make one
-
-
-class AdamW(torch.optim.AdamW):
-    """torch.optim.AdamW, whose step imports torch._dynamo too. Left out: `differentiable`."""
-    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
-
-
-class Muon(torch.optim.Muon):
-    """torch.optim.Muon, its Newton-Schulz iteration in float32: for CPUs without bfloat16, on which torch's own, which
-    always takes bfloat16, is 14 times as slow.   Jordan et al. 2024. Left out: closures, plain momentum."""
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            lr, (a, b, c) = group["lr"], group["ns_coefficients"]
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                if not state:
-                    state["momentum_buffer"] = torch.zeros_like(p)
-                momentum = state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
-                x, tall = p.grad.lerp(momentum, group["momentum"]), len(p) > p.shape[1]  # Nesterov's
-                x = (x.T if tall else x) / x.norm().clamp(min=group["eps"])
-                for _ in range(group["ns_steps"]):  # x -> a x + (b g + c g^2) x with g = x x^T: singular values near 1
-                    gram = x @ x.T
-                    x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-                p.mul_(1 - lr * group["weight_decay"])
-                p.add_(x.T if tall else x, alpha=-lr * math.sqrt(max(1, len(p) / p.shape[1])))
 
 
 def make_optimizers(model, o):
@@ -436,21 +390,30 @@ def fail_before_update(what, o):
          f"--learning_rate below {o.learning_rate:g}")
 
 
-def clip_gradients(model, loss, where, o, weights=True):
+def clip_gradients(model, loss, where, o, check_weights=True):
     """Scale the gradient down to o.max_grad_norm (0 = never) -> its norm before.
 
-    Exits 2, before the update, where the loss, the gradient or, if they shall be looked at, a weight is not finite.
-    where: the batch.
+    Exits 2, before the update, where the loss, the gradient or, with check_weights, a weight is not finite.
+    where: names the batch.
     """
     norm = torch.nn.utils.get_total_norm(p.grad for p in model.parameters() if p.grad is not None)
-    size = torch.nn.utils.get_total_norm(p.detach() for p in model.parameters()) if weights else 0.0
+    size = torch.nn.utils.get_total_norm(p.detach() for p in model.parameters()) if check_weights else 0.0
     found = float(loss), float(norm), float(size)
     if not all(map(math.isfinite, found)):
         fail_before_update(f"{where}: not finite (loss {found[0]:.4g}, norm of the gradient {found[1]:.4g}"
-                           + (f", of the weights {found[2]:.4g})" if weights else ")"), o)
+                           + (f", of the weights {found[2]:.4g})" if check_weights else ")"), o)
     if 0 < o.max_grad_norm < found[1]:  # to multiply by 1 would cost a pass over all gradients
         torch.nn.utils.clip_grads_with_norm_(model.parameters(), o.max_grad_norm, norm)
     return found[1]
+
+
+def optimizer_step(model, optimizers, loss, where, o, check_weights=True):
+    """`clip_gradients`, a step of each optimizer, no gradients left -> the gradient's norm before clipping."""
+    norm = clip_gradients(model, loss, where, o, check_weights)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return norm
 
 
 def count_parameters(model):

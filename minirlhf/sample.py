@@ -6,22 +6,10 @@ import argparse
 import json
 import sys
 
-from minirlhf import checkpoint, runtime
-from minirlhf.config import fail, launch, say
+from minirlhf import checkpoint, kernels, runtime
+from minirlhf.config import fail, launch, positive_int, say, temperature_number
 from minirlhf.data import clean, load_prompts, trim_left
 from minirlhf.generate import generate
-
-
-def positive(text):
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
-    return int(text)
-
-
-def a_temperature(text):
-    if float(text) != 0 and not 0.01 <= float(text) < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text}: must be 0, or a finite number from 0.01 on")
-    return float(text)
 
 
 def parse(argv=None):
@@ -32,12 +20,12 @@ def parse(argv=None):
                         help="ckpt.pt of train_sft.py or train_ppo.py, or its folder")
     parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; may be given again")
     parser.add_argument("--prompts", metavar="FILE.jsonl", help='prompts from a file of {"prompt": ...} records')
-    parser.add_argument("--n", type=positive, default=1, help="completions a prompt (default: 1)")
-    parser.add_argument("--temperature", type=a_temperature, default=1.0, help="0 takes the likeliest token (default: "
+    parser.add_argument("--n", type=positive_int, default=1, help="completions a prompt (default: 1)")
+    parser.add_argument("--temperature", type=temperature_number, default=1.0, help="0 takes the likeliest token (default: "
                         "%(default)s)")
     parser.add_argument("--seed", type=int, default=1337, help="the same seed gives the same completions (default: "
                         "%(default)s)")
-    parser.add_argument("--response_length", type=positive, help="longest completion in tokens (default: 48, or half "
+    parser.add_argument("--response_length", type=positive_int, help="longest completion in tokens (default: 48, or half "
                         "the context of a model where that is less)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
     parser.add_argument("--output", metavar="FILE.jsonl",
@@ -77,7 +65,7 @@ def main(argv=None):
     for path in a.checkpoints:
         models.append((path, *checkpoint.load(path, ["sft", "ppo"], device)[:2]))
         limits(models[-1][1], a, path)
-        runtime.pick_products(models[-1][1])
+        kernels.pick_matmul(models[-1][1])
     try:
         output = open(a.output, "wb", buffering=0) if a.output else None
     except OSError as error:

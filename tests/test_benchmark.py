@@ -10,7 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import train_ppo
-from minirlhf import benchmark, runtime
+from minirlhf import benchmark, kernels, runtime
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TINY = benchmark.Work(3, 16, 2, 29, batch=4, prompt=3, response=5, epochs=2, minibatches=2)
@@ -66,7 +66,7 @@ def test_flops_are_those_that_torch_counts(monkeypatch, tiny):
             return out
         monkeypatch.setattr(train_ppo, name, call)
 
-    for name, phase in (("roll_out", "rollout"), ("judgement", "scoring"), ("update", "update")):
+    for name, phase in (("roll_out", "rollout"), ("score_rollout", "scoring"), ("update", "update")):
         counting(name, phase)
     benchmark.time_ppo(benchmark.Options(what="ppo", device="cpu"), TINY, 0)
     cost = {phase: flops for phase, (flops, _) in benchmark.ppo_cost(TINY).items()}
@@ -77,7 +77,7 @@ def test_flops_are_those_that_torch_counts(monkeypatch, tiny):
 @pytest.mark.parametrize("what", ["sft", "reward"])
 def test_flops_of_a_step_are_those_that_torch_counts(monkeypatch, tiny, what):
     monkeypatch.setattr(benchmark, "causal", lambda tokens: tokens * tokens)
-    monkeypatch.setattr(runtime, "pick_products", lambda model: None)  # which multiplies
+    monkeypatch.setattr(kernels, "pick_matmul", lambda model: None)  # which multiplies
     with FlopCounterMode(display=False) as counter:
         benchmark.time_step(benchmark.Options(what=what, device="cpu"), TINY, 0, 3)
     assert counter.get_total_flops() == benchmark.step_cost(TINY, what, 3)["step"][0]

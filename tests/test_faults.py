@@ -22,13 +22,13 @@ from conftest import ROOT, Command
 
 NOUNS, WORDS = ["cat", "dog", "sun", "sea", "king", "tree"], ["kind", "bright", "warm", "calm", "cold", "rude"]
 SFT = ("train_sft.py --data_dir data --device cpu --dtype float32 --n_layer 1 --n_head 2 --n_embd 16 --vocab_size 300 "
-       "--block_size 32 --batch_size 8 --num_train_epochs 1 --eval_interval 3 --log_interval 4 --num_samples 1 "
+       "--block_size 32 --batch_size 8 --num_train_epochs 1 --eval_interval 3 --log_interval 4 "
        "--response_length 8 --out_dir out/sft").split()
-RM = ("train_rm.py --data_dir data --device cpu --dtype float32 --batch_size 8 --eval_interval 3 --num_samples 1 "
+RM = ("train_rm.py --data_dir data --device cpu --dtype float32 --batch_size 8 --eval_interval 3 "
       "--num_scale_samples 16 --response_length 8 --out_dir out/rm").split()
 PPO = ("train_ppo.py --data_dir data --device cpu --total_episodes 64 --batch_size 8 --response_length 8 "
-       "--eval_interval 3 --num_eval_prompts 4 --num_final_prompts 8 --num_samples 1 --num_ppo_epochs 1 "
-       "--value_warmup 1 --best_of_n 0 --out_dir out/ppo").split()
+       "--eval_interval 3 --num_eval_prompts 8 --num_ppo_epochs 1 "
+       "--value_warmup 1 --out_dir out/ppo").split()
 STAGES = {"sft": SFT, "rm": RM, "ppo": PPO}
 READS = {"sft": "sft.train.jsonl", "rm": "preferences.train.jsonl", "ppo": "prompts.train.jsonl"}
 EVERY = pytest.mark.parametrize("stage", STAGES)
@@ -149,7 +149,7 @@ def test_empty_completions(folder, command):
     write(folder / "data" / "preferences.train.jsonl",
           [{"prompt": f"the {noun}", "chosen": "", "rejected": " is rude."} for noun in NOUNS])
     out, _ = command(*fresh("sft", "--num_train_epochs", "40", "--learning_rate", "0.03"), cwd=folder)
-    assert "24 of them count" in out
+    assert "24 of them are trained" in out
     command(*again("rm", "--overwrite", "--init_from", "out/new"), cwd=folder)
     command(*again("ppo", "--overwrite", "--init_from", "out/new"), cwd=folder)
     rows = metrics(folder / "out" / "ppo")
@@ -178,7 +178,7 @@ def test_pairs_of_equal_texts(folder, command, rejected):
     with path.open("a") as f:
         f.writelines(json.dumps(record) + "\n" for record in same)
     out, _ = command(*fresh("rm"), cwd=folder)
-    assert "training records without two texts that differ and are not tied: 6 dropped" in out
+    assert "training records dropped, no two texts that differ and are not tied: 6" in out
     write(path, same)
     assert "no record is left" in rejected(*fresh("rm", "--overwrite"), cwd=folder)
     path.write_text(whole)
@@ -428,7 +428,7 @@ def test_another_tokenizer_or_context(folder, command, rejected):
     error = rejected(*fresh("sft", "--init_from", "vocab/sft"), cwd=folder)
     assert "--vocab_size 300: vocab/sft has 290" in error
     error = rejected(*again("rm", "--resume", "--init_from", "vocab/sft"), cwd=folder)
-    assert "--init_from vocab/sft: this run had out/sft/ckpt.pt" in error
+    assert "vocab/sft and out/rm/ckpt.pt have different tokenizers" in error
 
 
 @pytest.mark.parametrize("name", USES)
@@ -532,7 +532,7 @@ def test_a_second_signal_quits_at_once(folder):
     (folder / "slow.py").write_text("import time\ndef f(prompts, completions):\n    if len(prompts) == 8:\n"
                                     "        print('in', flush=True); time.sleep(1000)\n"
                                     "    return [0.0] * len(prompts)\n")
-    running = Command(*fresh("ppo", "--reward", "slow.py:f", "--num_final_prompts", "4"), cwd=folder)
+    running = Command(*fresh("ppo", "--reward", "slow.py:f", "--num_eval_prompts", "4"), cwd=folder)
     while "in" not in open(running.logs[0]).read().split():
         time.sleep(0.01)
     os.kill(running.pid, signal.SIGTERM)
@@ -653,7 +653,7 @@ def test_killed_at_random(folder, command, stage):
 @EVERY
 def test_a_run_killed_before_its_first_checkpoint_starts_again(folder, command, stage):
     """With --resume and its own options, from step 0."""
-    running = begin(folder, *fresh(stage, "--eval_interval", "1000000", *LONG[stage], "--num_samples", "2"))
+    running = begin(folder, *fresh(stage, "--eval_interval", "1000000", *LONG[stage], "--weight_decay" if stage != "ppo" else "--lam", "0.5"))
     os.kill(running.pid, signal.SIGKILL)
     running.wait()
     running = begin(folder, f"train_{stage}.py", "--resume", "--max_grad_norm", "0.5", "--out_dir", "out/new")
@@ -661,7 +661,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(folder, command, 
     code, out, _ = running.wait()
     assert code == 143 and "ended before its first checkpoint: it starts again" in out
     assert "resume: --max_grad_norm 0.5: this run had 1.0" in out
-    assert load(folder / "out" / "new")["options"]["num_samples"] == 2
+    assert load(folder / "out" / "new")["options"]["lam" if stage == "ppo" else "weight_decay"] == 0.5
 
 
 @EVERY
@@ -682,7 +682,7 @@ def test_resume_lists_what_differs(folder, command, rejected, stage):
 
 
 @EVERY
-def test_resume_warns_of_other_surroundings(folder, command, stage):
+def test_resume_warns_of_another_environment(folder, command, stage):
     """Another number of threads, torch or precision: bits may differ, and it says so."""
     path = folder / "out" / stage / "ckpt.pt"
     payload = torch.load(path, weights_only=True)
@@ -716,7 +716,7 @@ def test_resume_needs_the_same_inputs(folder, command, rejected, stage, path):
 def test_the_printed_command_goes_on(folder, command):
     """The line that a stopped run prints, with an adaptive kl_coef and options that differ from their defaults, is what
     goes on with it: the same to the last bit."""
-    more = ["--kl_coef", "0.1", "--kl_target", "0.5", "--total_episodes", "160", "--eval_interval", "100"]
+    more = ["--kl_coef", "0.1", "--adaptive_kl_target", "0.5", "--total_episodes", "160", "--eval_interval", "100"]
     command(*PPO[:-1], "straight", *more, cwd=folder)
     running = begin(folder, *fresh("ppo", *more), rows=2)
     os.kill(running.pid, signal.SIGTERM)

@@ -8,7 +8,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from minirlhf import generate as generation
 from minirlhf.generate import Decoder, KVCache, Rollout, generate, sample
-from minirlhf.model import PACKS, GPTConfig, packed
+from minirlhf.kernels import CAN_PACK, packed
+from minirlhf.model import GPTConfig
 from minirlhf.objectives import token_logprobs
 
 PROMPTS = [[1], [2, 3, 4, 5, 6, 7], [8, 0, 9], [1, 1], [0], [5, 4, 3, 2, 1], [12, 12, 12], [0, 0], [6, 2], [3]]
@@ -29,11 +30,12 @@ def draw(monkeypatch):
 @pytest.fixture(autouse=True)
 def dropped(monkeypatch):
     """Few rows leave the batch too."""
-    monkeypatch.setattr(generation, "ROUND", 1)
+    monkeypatch.setattr(generation, "ROW_MULTIPLE", 1)
 
 
 class Chain(torch.nn.Module):
     """A model whose next token depends on the last one alone: logits = table[token]. `calls`: each pass's shape."""
+    decoder = None
 
     def __init__(self, table, block_size=64):
         super().__init__()
@@ -41,9 +43,9 @@ class Chain(torch.nn.Module):
         self.wte = torch.nn.Embedding(len(table), 2)
         self.table, self.calls = table, []
 
-    def hidden(self, tokens, cache, positions, counted=None):
+    def hidden(self, tokens, cache, positions, select=None):
         self.calls.append(tuple(tokens.shape))
-        return self.table[tokens] if counted is None else self.table[tokens.flatten()[counted]]
+        return self.table[tokens] if select is None else self.table[tokens.flatten()[select]]
 
     def logits(self, hidden):
         return hidden
@@ -228,7 +230,7 @@ def test_the_mask_is_made_from_lengths():
 def test_generation_ends_with_the_last_row(monkeypatch):
     """Allowed 40 tokens, the longest answer takes 3: a prefill and two more passes, rows that ended being dropped, but
     for those that make their number a multiple of 16."""
-    monkeypatch.setattr(generation, "ROUND", 16)
+    monkeypatch.setattr(generation, "ROW_MULTIPLE", 16)
     chain = sure(1, 2, 3, 0)
     rollout = generate(chain, [[1]] + [[3]] * 38 + [[2]], 40, EOS)
     assert chain.calls == [(40, 1), (16, 1), (16, 1)]
@@ -282,7 +284,7 @@ def test_bfloat16_rollouts(make_model):
     assert (rollout.sampler_logprobs - logprobs)[mask].abs().mean() < 0.1
 
 
-@pytest.mark.skipif(not PACKS, reason="not an x86 CPU with oneDNN")
+@pytest.mark.skipif(not CAN_PACK, reason="not an x86 CPU with oneDNN")
 def test_packed_weights_give_the_same_answers(make_model, monkeypatch):
     """Ragged prompts, rows that leave, one token a step: tokens and ends are those of the weights as they are."""
     model, used = make_model(n_embd=128), []
@@ -305,7 +307,7 @@ def test_how_often_one_looks_changes_nothing(make_model, monkeypatch, every):
     prompts = [[(5 * b + t) % 12 + 1 for t in range(1 + b % 4)] for b in range(12)]
     rollouts = []
     for n in (1, every):
-        monkeypatch.setitem(generation.LOOK, "cpu", n)
+        monkeypatch.setitem(generation.POLL_INTERVAL, "cpu", n)
         rollouts.append(generate(model, prompts, 20, EOS, generator=torch.Generator().manual_seed(3)))
     a, b = rollouts
     assert len(set(a.lengths.tolist())) > 4 and (a.lengths - a.prompt_lengths).max() > every
@@ -324,8 +326,10 @@ def test_compiled_steps_equal_the_plain_ones(make_model, options):
     decoder = Decoder(model, **options)
     for seed, rows, steps in ((0, 40, 8), (1, 40, 9), (2, 40, 8), (3, 6, 16)):
         prompts = (4 * PROMPTS)[:rows]
-        a, b = (generate(model, prompts, steps, EOS, generator=torch.Generator().manual_seed(seed), decoder=d)
-                for d in (None, decoder))
+        rollouts = []
+        for model.decoder in (None, decoder):
+            rollouts.append(generate(model, prompts, steps, EOS, generator=torch.Generator().manual_seed(seed)))
+        a, b = rollouts
         assert len(set(a.lengths.tolist())) > 2
         assert torch.equal(a.tokens, b.tokens) and torch.equal(a.lengths, b.lengths)
         torch.testing.assert_close(a.sampler_logprobs, b.sampler_logprobs)

@@ -5,8 +5,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minirlhf import runtime
-from minirlhf.model import GPT, PACKS, Attention, GPTConfig, packed, places
+from minirlhf import kernels
+from minirlhf.kernels import CAN_PACK, packed
+from minirlhf.model import GPT, Attention, GPTConfig, flat_indices
 
 LENGTHS = torch.tensor([9, 3, 6, 1])
 
@@ -54,7 +55,7 @@ def test_padding_on_the_right_changes_nothing(make_model, head):
 
 @pytest.mark.parametrize("masked", ["causal", "slots"])
 def test_explicit_attention_equals_the_fused_kernel(masked):
-    """Values and gradients of the products written out are those of F.scaled_dot_product_attention."""
+    """Values and gradients of the matmuls written out are those of F.scaled_dot_product_attention."""
     torch.manual_seed(0)
     attention = Attention(GPTConfig(1, 2, 16, 13, 32))
     x = 3 * torch.randn(3, 7, 16)
@@ -82,34 +83,35 @@ def test_explicit_attention_equals_the_fused_kernel(masked):
 
 
 def packs(model):
-    return [hasattr(layer, "packed") for layer in (model.wte, *(m for m in model.h.modules() if hasattr(m, "bias")))]
+    """For the model, whose logits are replaced, and each of its modules, whose pass is: is it?"""
+    return ["logits" in model.__dict__, *("forward" in m.__dict__ for m in model.modules())]
 
 
-@pytest.mark.skipif(not PACKS, reason="not an x86 CPU with oneDNN")
-@pytest.mark.parametrize("products", ["highest", "medium"])
+@pytest.mark.skipif(not CAN_PACK, reason="not an x86 CPU with oneDNN")
+@pytest.mark.parametrize("setting", ["highest", "medium"])
 @pytest.mark.parametrize("rows", [1, 4, 40])
-def test_packed_weights_give_the_same_logits(make_model, precision, products, rows):
+def test_packed_weights_give_the_same_logits(make_model, precision, setting, rows):
     """Of several tokens a row and of one; afterwards, and after an error too, no copy of the weights is left and
     gradients flow as before."""
-    precision(products)
-    if runtime.product_error() > runtime.PRODUCT_ERROR:
+    precision(setting)
+    if kernels.matmul_error() > kernels.MATMUL_ERROR:
         pytest.skip("this CPU rounds float32 to bfloat16 then")
     model, (tokens, _) = make_model(n_embd=128), ragged_tokens()
     model.wte.weight.data *= 0.2
     tokens = tokens.repeat(10, 1)[:rows]
     plain = model(tokens)
     with packed(model):
-        assert sum(packs(model)) == 1 + 4 * 2
+        assert sum(packs(model)) == 1 + 4 * 2  # the head; of each block three layers and the MLP
         torch.testing.assert_close(model(tokens), plain.detach(), rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(model(tokens[:, :1]), plain[:, :1].detach(), rtol=1e-4, atol=1e-4)
-        model.h[1].mlp.c_fc.packed = model.h[1].mlp.c_fc.packed[0], None
+        model.h[1].mlp.forward = lambda x: 0 * x
         assert (model(tokens) - plain).abs().max() > 0.1  # it is the copies that are multiplied with
     with pytest.raises(ZeroDivisionError), packed(model):
         1 / 0
     assert not any(packs(model)) and torch.equal(model(tokens), plain) and model(tokens).requires_grad
 
 
-@pytest.mark.skipif(not PACKS or not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="no bfloat16 by oneDNN")
+@pytest.mark.skipif(not CAN_PACK or not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="no bfloat16 by oneDNN")
 def test_packed_weights_of_bfloat16(make_model):
     """Under autocast the copies are bfloat16's, and the logits are as near to float32's as autocast's own are."""
     model, (tokens, _) = make_model(), ragged_tokens()
@@ -118,13 +120,14 @@ def test_packed_weights_of_bfloat16(make_model):
         with torch.autocast("cpu", torch.bfloat16):
             error = (model(tokens) - exact).norm()
             with packed(model):
-                assert all(layer.packed[0].dtype == torch.bfloat16 for layer in (model.wte, model.h[0].attn.c_attn))
+                assert model.h[0].attn.c_attn(torch.zeros(1, 16)).dtype == torch.bfloat16 and all(
+                    packs(model)[:1])
                 assert 0 < (model(tokens) - exact).norm() < 1.5 * error
 
 
 @pytest.mark.parametrize("device, dtype, width", [
     ("cpu", torch.float32, 126), ("cpu", torch.float64, 128), ("meta", torch.float32, 128)])
-def test_other_products_take_the_weights_as_they_are(make_model, device, dtype, width):
+def test_other_matmuls_take_the_weights_as_they_are(make_model, device, dtype, width):
     """Those of narrow models, of double precision, and a GPU's."""
     model = make_model(dtype=dtype, n_embd=width).to(device)
     with packed(model):
@@ -144,13 +147,13 @@ def test_score_is_the_scalar_at_the_last_real_token(make_model):
 
 
 @pytest.mark.parametrize("head", ["lm", "scalar"])
-def test_counted_tokens_alone_are_as_among_all(make_model, head):
-    """The last block works for the counted tokens only: their states, and every gradient, are those of a whole pass."""
+def test_selected_tokens_alone_are_as_among_all(make_model, head):
+    """The last block works for the selected tokens only: their states, and every gradient, are those of a whole pass."""
     model, (tokens, _) = make_model(head, n_layer=3), ragged_tokens()
     mask = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(2)) < 0.4
     mask[1] = False  # a row without any
     found = []
-    for states in (model.hidden(tokens)[mask], model.hidden(tokens, counted=places(mask))):
+    for states in (model.hidden(tokens)[mask], model.hidden(tokens, select=flat_indices(mask))):
         (states * torch.arange(1.0, 1 + len(states))[:, None]).square().sum().backward()
         found.append((states.detach(), gradients(model)))
         model.zero_grad()
@@ -261,7 +264,7 @@ def test_output_is_tied_to_the_embedding(make_model):
 
 
 def test_log_probabilities_stay_float32_under_autocast(make_model):
-    """With bfloat16 products, logits and scalars still come out as float32."""
+    """With bfloat16 matmuls, logits and scalars still come out as float32."""
     tokens, _ = ragged_tokens()
     with torch.autocast("cpu", torch.bfloat16):
         assert make_model()(tokens).dtype == make_model("scalar")(tokens).dtype == torch.float32

@@ -183,14 +183,14 @@ def test_shape_rewards_by_hand():
 
 
 @pytest.mark.parametrize("share, expected", [(0, [1.0, 3.0, 2.0]), (1, [-1.0, 1.0, 0.0]), (0.5, [0.0, 2.0, 1.0])])
-def test_credit_length_by_hand(share, expected):
-    """The mean KL of three counted tokens 1, 3, 2 is 2; `share` of it is taken off each; the rest is 0."""
+def test_kl_above_baseline_by_hand(share, expected):
+    """The mean KL of three tokens 1, 3, 2 is 2; `share` of it is taken off each; the rest is 0."""
     kl = torch.tensor([[1.0, 3.0], [2.0, float("nan")]])
     mask = torch.tensor([[True, True], [True, False]])
-    charged = O.credit_length(kl, mask, share)
-    assert charged[mask].tolist() == pytest.approx(expected) and charged[~mask].tolist() == [0.0]
+    penalised = O.kl_above_baseline(kl, mask, share)
+    assert penalised[mask].tolist() == pytest.approx(expected) and penalised[~mask].tolist() == [0.0]
     # Two ranks with the same rows have the same mean.
-    assert torch.equal(O.credit_length(kl, mask, share, total=lambda t: 2 * t), charged)
+    assert torch.equal(O.kl_above_baseline(kl, mask, share, total=lambda t: 2 * t), penalised)
 
 
 def test_gae_by_hand():
@@ -316,17 +316,17 @@ def test_whiten_survives_equal_numbers():
 def test_policy_loss_by_hand(ratio, A, loss, gradient, clipped):
     """-min(rho A, clip(rho, .8, 1.2) A); d rho / d log pi = rho, so an unclipped gradient is -rho A."""
     new, old, A = tensor(math.log(ratio) - 3, grad=True), tensor(-3.0), tensor(A)
-    out = O.policy_loss(new, old, A, 0.2)
+    out, was_clipped = O.policy_loss(new, old, A, 0.2)
     close(out, [loss])
     out.sum().backward()
     close(new.grad, [gradient])
-    assert O.policy_clipped(new, old, A, 0.2).tolist() == [clipped]
+    assert was_clipped.tolist() == [clipped]
 
 
 def test_log_ratio_is_bounded():
     """A token that became e^100 times likelier gives a finite loss: the log-ratio ends at 20 on either side."""
     close(O.log_ratio(tensor(0.0, -100.0, -1.0), tensor(-100.0, 0.0, -1.5)), [20, -20, 0.5])
-    close(O.policy_loss(tensor(0.0), tensor(-1000.0), tensor(-1.0), 0.2), [math.exp(20)])
+    close(O.policy_loss(tensor(0.0), tensor(-1000.0), tensor(-1.0), 0.2)[0], [math.exp(20)])
 
 
 @pytest.mark.parametrize("V, R, loss, gradient, clipped", [
@@ -339,11 +339,11 @@ def test_log_ratio_is_bounded():
 def test_value_loss_by_hand(V, R, loss, gradient, clipped):
     """.5 max((V - R)^2, (clip(V, .8, 1.2) - R)^2) with V_old = 1."""
     V, V_old, R = tensor(V, grad=True), tensor(1.0), tensor(R)
-    out = O.value_loss(V, V_old, R, 0.2)
+    out, was_clipped = O.value_loss(V, V_old, R, 0.2)
     close(out, [loss])
     out.sum().backward()
     close(V.grad, [gradient])
-    assert O.value_clipped(V, V_old, R, 0.2).tolist() == [clipped]
+    assert was_clipped.tolist() == [clipped]
 
 
 TOKENS = torch.tensor([[0, 3, 1], [2, 2, 4]])
@@ -356,13 +356,13 @@ TOKENS = torch.tensor([[0, 3, 1], [2, 2, 4]])
     ("k1", O.k1, [some(6, grad=True), some(6, seed=1, grad=True)]),
     ("k2", O.k2, [some(6, grad=True), some(6, seed=1, grad=True)]),
     ("k3", O.k3, [some(6, grad=True), some(6, seed=1, grad=True)]),
-    ("policy_loss", lambda x: O.policy_loss(x, some(20, seed=1), some(20, seed=2), 0.2), [some(20, grad=True)]),
-    ("value_loss", lambda x: O.value_loss(x, some(20, seed=1), some(20, seed=2), 0.2), [some(20, grad=True)]),
+    ("policy_loss", lambda x: O.policy_loss(x, some(20, seed=1), some(20, seed=2), 0.2)[0], [some(20, grad=True)]),
+    ("value_loss", lambda x: O.value_loss(x, some(20, seed=1), some(20, seed=2), 0.2)[0], [some(20, grad=True)]),
     ("whiten", lambda x: O.whiten(x, MASK), [some(2, 4, grad=True)]),
     ("gae", lambda r, v: O.gae(r, v, MASK, 0.9, 0.8), [some(2, 4, grad=True), some(2, 4, seed=1, grad=True)]),
     ("shape_rewards", lambda s, kl: O.shape_rewards(s, kl, MASK, 0.3),
      [some(2, grad=True), some(2, 4, seed=1, grad=True)]),
-    ("credit_length", lambda kl: O.credit_length(kl, MASK, 0.4), [some(2, 4, grad=True)]),
+    ("kl_above_baseline", lambda kl: O.kl_above_baseline(kl, MASK, 0.4), [some(2, 4, grad=True)]),
     ("moments", lambda x: O.moments(x, MASK), [some(2, 4, grad=True)]),
 ])
 def test_gradients_are_the_difference_quotients(name, function, inputs):
@@ -397,11 +397,11 @@ SCALAR = {  # name: function of tensors (N,), the same of N floats, how many arg
     "k2": (O.k2, lambda p, q: (p - q) ** 2 / 2, 2),
     "k3": (O.k3, lambda p, q: math.exp(q) / math.exp(p) - 1 - (q - p), 2),
     "log_ratio": (O.log_ratio, lambda a, b: min(max(a - b, -20), 20), 2),
-    "policy_loss": (lambda *x: O.policy_loss(*x, 0.2), lambda *x: scalar_policy_loss(*x, 0.2), 3),
-    "policy_clipped": (lambda *x: O.policy_clipped(*x, 0.2), lambda new, old, A: abs(
+    "policy_loss": (lambda *x: O.policy_loss(*x, 0.2)[0], lambda *x: scalar_policy_loss(*x, 0.2), 3),
+    "policy_clipped": (lambda *x: O.policy_loss(*x, 0.2)[1], lambda new, old, A: abs(
         scalar_policy_loss(new, old, A, 0.2) + math.exp(new - old) * A) > 1e-12, 3),
-    "value_loss": (lambda *x: O.value_loss(*x, 0.3), lambda *x: scalar_value_loss(*x, 0.3), 3),
-    "value_clipped": (lambda *x: O.value_clipped(*x, 0.3), lambda V, old, R: scalar_value_loss(V, old, R, 0.3) > (
+    "value_loss": (lambda *x: O.value_loss(*x, 0.3)[0], lambda *x: scalar_value_loss(*x, 0.3), 3),
+    "value_clipped": (lambda *x: O.value_loss(*x, 0.3)[1], lambda V, old, R: scalar_value_loss(V, old, R, 0.3) > (
         V - R) ** 2 / 2 + 1e-12, 3),
 }
 
@@ -470,7 +470,7 @@ MASKED = {  # name: function of (x, y, mask), the same by loops
     "whiten, mean kept": (lambda x, y, m: O.whiten(x, m, True), lambda x, y, m: scalar_whiten(x, m, True)),
     "shape_rewards": (lambda x, y, m: O.shape_rewards(x[:, 0].nan_to_num(7).clamp(-7, 7), y, m, 0.3),
                       lambda x, y, m: scalar_shape_rewards(x[:, 0].nan_to_num(7).clamp(-7, 7), y, m)),
-    "credit_length": (lambda x, y, m: O.credit_length(x, m, 0.4), lambda x, y, m: grid(
+    "kl_above_baseline": (lambda x, y, m: O.kl_above_baseline(x, m, 0.4), lambda x, y, m: grid(
         [(b, t, n - 0.4 * scalar_moments(x, m)[0]) for b, t, n in counted(x, m)], m)),
     "advantages": (lambda x, y, m: O.gae(x, y, m, 0.9, 0.7)[0], lambda x, y, m: gae_oracle(x, y, m, 0.9, 0.7)),
     "returns": (lambda x, y, m: O.gae(x, y, m, 0.9, 0.7)[1], lambda x, y, m: gae_oracle(x, y, m, 0.9, 0.7) + grid(
@@ -529,7 +529,7 @@ def test_a_one_token_policy_reaches_its_known_optimum():
         for _ in range(4):
             new = O.token_logprobs(logits.expand(n, 4), tokens)
             optimizer.zero_grad()
-            O.policy_loss(new, old, advantages[:, 0], 0.2).mean().backward()
+            O.policy_loss(new, old, advantages[:, 0], 0.2)[0].mean().backward()
             optimizer.step()
     close(logits.detach().softmax(-1), (ref + rewards / beta).softmax(-1), atol=5e-3, rtol=0)
 

@@ -23,7 +23,7 @@ SFT = ("--device cpu --dtype float32 --n_layer 2 --n_head 2 --n_embd 32 --vocab_
 RM = ("--device cpu --batch_size 16 --learning_rate 2e-3 --num_scale_samples 128 --response_length 16 "
       "--dropout 0").split()
 PPO = ("--device cpu --total_episodes 640 --batch_size 32 --learning_rate 1e-3 --response_length 16 --kl_coef 0.05 "
-       "--eval_interval 10 --num_eval_prompts 16 --num_final_prompts 64 --num_ppo_epochs 2 --num_mini_batches 4 "
+       "--eval_interval 10 --num_eval_prompts 64 --num_ppo_epochs 2 --num_mini_batches 4 "
        "--value_warmup 2 --ent_coef 0").split()
 TWO_RANKS = ["-m", "torch.distributed.run", "--nproc_per_node=2"]
 
@@ -139,7 +139,7 @@ def test_first_update_starts_from_a_ratio_of_one(folder, stages):
         assert row["val/ratio"] == pytest.approx(1, abs=1e-5)
     assert rows[3]["objective/kl_k3"] > 1e-4
     for row in rows[:-1]:
-        charged = 0.05 * (1 - 0.14) * row["objective/kl"]  # --kl_coef, less --kl_length_credit of the mean
+        charged = 0.05 * (1 - 0.14) * row["objective/kl"]  # --kl_coef, less --kl_baseline of the mean
         assert row["objective/non_score_reward"] == pytest.approx(-charged, rel=1e-4, abs=1e-6)
         assert row["objective/rlhf_reward"] + charged <= 2 and row["objective/entropy"] > 0
         a_decision = row["objective/entropy"] / row["completions/mean_length"]  # -log p of what was drawn: entropy too
@@ -190,9 +190,9 @@ def test_check_of_a_trained_policy_and_a_custom_reward(folder, checked):
 
 
 def leak(hidden):
-    def leaking(self, tokens, cache=None, positions=None, counted=None):
+    def leaking(self, tokens, cache=None, positions=None, select=None):
         states = hidden(self, tokens, cache, positions) + 1e-2 * tokens.float().mean(1)[:, None, None]
-        return states if counted is None else states.flatten(0, 1)[counted]
+        return states if select is None else states.flatten(0, 1)[select]
     return leaking
 
 
@@ -222,20 +222,20 @@ SABOTAGE = {
     "microbatch size changes no gradient": ("sft", "train_sft.sft_loss", lambda f: lambda *a: f(*a) / len(a[1])),
     "a new model knows nothing": ("sft", "minirlhf.model.GPT.logits", lambda f: lambda self, h: 40 * f(self, h)),
     "a score does not depend on what else is scored": (
-        "rm", "minirlhf.model.GPT.score", lambda f: lambda self, t, n, h=None: f(self, t, 0 * n + t.shape[1], h)),
+        "rm", "minirlhf.model.GPT.score", lambda f: lambda self, t, n: f(self, t, 0 * n + t.shape[1])),
     "the sampler's log-probabilities are the trainer's": (
         "ppo", "minirlhf.generate.sample", lambda f: lambda logits, T, u: f(logits, 1.1 * T, u)),
     "the ratio is 1 before the first update": (
-        "ppo", "train_ppo.log_ratio", lambda f: lambda new, old: f(new, 1.01 * old)),
+        "ppo", "train_ppo.k2", lambda f: lambda new, old: f(new, 1.01 * old)),
     "policy and reward model see the same ids for the same text": (
         "ppo", "minirlhf.checkpoint.compatible", other_tokenizer),
     "the KL from the SFT model is 0 at the start": (
         "ppo", "minirlhf.model.GPT.with_head", spoiled),
     "at learning rate 0 KL, approxkl and clipfrac stay 0": (
-        "ppo", "minirlhf.runtime.AdamW.step", lambda f: lambda self: [g["params"][0].data.mul_(1.01)
+        "ppo", "minirlhf.kernels.AdamW.step", lambda f: lambda self: [g["params"][0].data.mul_(1.01)
                                                                   for g in self.param_groups]),
     "at learning rate 0 no weight moves": (
-        "rm", "minirlhf.runtime.AdamW.step", lambda f: lambda self: self.param_groups[0]["params"][0].data.add_(1e-6)),
+        "rm", "minirlhf.kernels.AdamW.step", lambda f: lambda self: self.param_groups[0]["params"][0].data.add_(1e-6)),
     "prompts and completions have the same ids wherever they are encoded": (
         "sft", "train_sft.encode_row", lambda f: lambda tokenizer, p, c, *more: Row(  # bytes, unmerged
             [tokenizer.eos, *(p + c).encode(), tokenizer.eos], 1 + len(p.encode()))),
@@ -330,10 +330,10 @@ def test_resume_is_exact(folder, stages, stage, options):
 
 
 def test_a_kl_blow_up_ends_the_run_with_advice(folder, stages):
-    """Three batches above --max_kl: exit 1, and the options that help, with this run's numbers."""
-    error = run(script("ppo"), "--data_dir", "data", *PPO, "--max_kl", "0.0001", "--out_dir", "out/far", cwd=folder,
+    """Three batches above --max_ref_kl: exit 1, and the options that help, with this run's numbers."""
+    error = run(script("ppo"), "--data_dir", "data", *PPO, "--max_ref_kl", "0.0001", "--out_dir", "out/far", cwd=folder,
                 code=1)
-    assert "third batch in a row" in error and "--max_kl is 0.0001" in error and "raise --kl_coef above 0.05" in error
+    assert "third batch in a row" in error and "--max_ref_kl is 0.0001" in error and "raise --kl_coef above 0.05" in error
     updates = [row["policy/updates"] for row in metrics(folder, "far")]
     assert updates == [0, 0, 8, 4, 4, 4]  # none in the warm-up; 2 epochs x 4 minibatches; one where the KL is too high
     assert "or lower --learning_rate below 0.001" in error and "Traceback" not in error
@@ -344,10 +344,10 @@ def test_resume_keeps_the_run_s_own_options(folder, stages):
     is refused."""
     own = lambda: json.loads((folder / "out" / "ppo" / "config.json").read_text())  # noqa: E731
     before = own()
-    out = run(script("ppo"), "--resume", "--num_samples", "2", cwd=folder)
-    assert "this run is finished" in out and "resume: --num_samples 2: this run had 4" in out
+    out = run(script("ppo"), "--resume", "--eval_interval", "7", cwd=folder)
+    assert "this run is finished" in out and "resume: --eval_interval 7: this run had 10" in out
     after = own()
-    assert {k for k in after if after[k] != before[k]} == {"num_samples", "resume"} and after["learning_rate"] == 1e-3
+    assert {k for k in after if after[k] != before[k]} == {"eval_interval", "resume"} and after["learning_rate"] == 1e-3
     error = run(script("ppo"), "--resume", "--temperature", "0.5", cwd=folder, code=2)
     assert "--temperature 0.5: this run had 1.0, which cannot change" in error
 
@@ -367,14 +367,14 @@ def test_what_is_refused_leaves_nothing(folder, stages):
 
 def test_an_adaptive_kl_coef_follows_the_kl_of_a_response(folder, stages):
     """Each step beta changes by what its KL a response asks for; a beta of 0 could not follow and is refused."""
-    run(script("ppo"), "--data_dir", "data", *PPO, "--total_episodes", "192", "--kl_target", "0.6", "--value_warmup",
+    run(script("ppo"), "--data_dir", "data", *PPO, "--total_episodes", "192", "--adaptive_kl_target", "0.6", "--value_warmup",
         "0", "--out_dir", "out/adaptive", cwd=folder)
     rows = [m for m in metrics(folder, "adaptive") if "objective/kl_coef" in m]
     for row, following in zip(rows, rows[1:]):
         error = min(max(row["objective/kl"] / 0.6 - 1, -0.2), 0.2)
         assert following["objective/kl_coef"] == pytest.approx(row["objective/kl_coef"] * (1 + error * 32 / 10_000))
     assert rows[1]["objective/kl_coef"] < 0.05 and rows[-1]["objective/kl_coef"] > rows[-2]["objective/kl_coef"]
-    run(script("ppo"), "--data_dir", "data", *PPO, "--kl_coef", "0", "--kl_target", "1", "--out_dir", "out/none",
+    run(script("ppo"), "--data_dir", "data", *PPO, "--kl_coef", "0", "--adaptive_kl_target", "1", "--out_dir", "out/none",
         cwd=folder, code=2)
 
 

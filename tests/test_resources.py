@@ -60,8 +60,8 @@ def test_ppo_s_memory_stays(tmp_path):
     sft = start("sft", tmp_path, *TINY, "--n_embd", "32", "--block_size", "48", "--num_train_epochs", "1")
     assert sft.wait(120) == 0, (tmp_path / "sft.log").read_text()[-3000:]
     ppo = start("ppo", tmp_path, "--device", "cpu", "--reward", "reward.py:score", "--total_episodes", "9600",
-                "--batch_size", "32", "--num_mini_batches", "4", "--response_length", "16", "--max_kl", "0",
-                "--eval_interval", "10", "--num_eval_prompts", "16", "--num_final_prompts", "32")
+                "--batch_size", "32", "--num_mini_batches", "4", "--response_length", "16", "--max_ref_kl", "0",
+                "--eval_interval", "10", "--num_eval_prompts", "32")
     resident, metrics = {}, tmp_path / "out" / "ppo" / "metrics.jsonl"
     while ppo.poll() is None:
         if (step := steps_of(metrics)) > max(resident, default=0):
@@ -124,7 +124,7 @@ def test_loading_costs_a_small_multiple(large, load, name, most):
 def begin(folder):
     """Stage 1 as far as its first step -> bytes of memory at most, bytes read."""
     metrics, began = folder / "out" / "sft" / "metrics.jsonl", time.monotonic()
-    sft = start("sft", folder, *TINY, "--n_embd", "8", "--block_size", "512", "--batch_size", "4", "--num_samples", "0",
+    sft = start("sft", folder, *TINY, "--n_embd", "8", "--block_size", "512", "--batch_size", "4",
                 "--long_prompts", "trim", "--eval_interval", "1000000", "--num_train_epochs", "100")
     try:
         while not steps_of(metrics) and sft.poll() is None and time.monotonic() - began < 600:

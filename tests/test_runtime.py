@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from minirlhf import runtime
+from minirlhf import kernels, runtime
 from minirlhf.config import RunOptions
 from minirlhf.model import GPT, GPTConfig
 from minirlhf.runtime import Run, warmup_cosine
@@ -114,7 +114,7 @@ def test_auto_takes_what_there_is(monkeypatch):
 
 
 def test_dtype_is_autocast_s(start, tmp_path):
-    """bfloat16 products under autocast, none for float32."""
+    """bfloat16 matmuls under autocast, none for float32."""
     x = torch.ones(2, 2)
     with start(overwrite=True, dtype="float32").autocast():
         assert (x @ x).dtype == torch.float32
@@ -325,18 +325,18 @@ def test_ranks_share_a_batch(start):
     assert shares == [[0, 3, 6], [1, 4], [2, 5]]
 
 
-# Products
+# Matmuls
 
 
-def test_products_stay_float32(precision):
-    """Whatever was picked on this CPU: a sum of 512 products errs by float32's 1e-4, where bfloat16 would by 1e-1."""
+def test_matmuls_stay_float32(precision):
+    """Whatever was picked on this CPU: a sum of 512 terms errs by float32's 1e-4, where bfloat16 would by 1e-1."""
     precision("highest")
-    plain = runtime.product_error()
-    runtime.pick_products(GPT(GPTConfig(1, 1, 128, 5, 4)))
-    assert runtime.product_error() < runtime.PRODUCT_ERROR and 1e-5 < plain < runtime.PRODUCT_ERROR
+    plain = kernels.matmul_error()
+    kernels.pick_matmul(GPT(GPTConfig(1, 1, 128, 5, 4)))
+    assert kernels.matmul_error() < kernels.MATMUL_ERROR and 1e-5 < plain < kernels.MATMUL_ERROR
     a, b = (torch.randn(512, 512, generator=torch.Generator().manual_seed(0)) for _ in range(2))
     rough = (a.bfloat16() @ b.bfloat16()).double() - a.double() @ b.double()
-    assert rough.abs().max() > 100 * runtime.PRODUCT_ERROR
+    assert rough.abs().max() > 100 * kernels.MATMUL_ERROR
 
 
 @pytest.mark.parametrize("device, width, name, error, picked", [
@@ -344,16 +344,16 @@ def test_products_stay_float32(precision):
     ("cpu", 128, None, 1e-4, "highest"), ("cpu", 128, "AMD EPYC", 1e-2, "highest"),
     ("cpu", 128, "AMD EPYC", 1e-1, "highest"), ("cpu", 127, "AMD EPYC", 1e-4, "highest"),
     ("meta", 128, "AMD EPYC", 1e-4, "highest")])
-def test_other_products_only_where_they_are_exact(monkeypatch, precision, device, width, name, error, picked):
-    """A chip that rounds to TF32 or bfloat16, is not AMD's or not known, keeps the products it had; so do other devices
+def test_other_matmuls_only_where_they_are_exact(monkeypatch, precision, device, width, name, error, picked):
+    """A chip that rounds to TF32 or bfloat16, is not AMD's or not known, keeps the matmuls it had; so do other devices
     and narrow models."""
     precision("highest")
-    monkeypatch.setattr(runtime, "product_error", lambda: error)
+    monkeypatch.setattr(kernels, "matmul_error", lambda: error)
     if name is None:
         monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
     else:
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": name}, raising=False)
-    runtime.pick_products(GPT(GPTConfig(1, 1, width, 5, 4)).to(device))
+    kernels.pick_matmul(GPT(GPTConfig(1, 1, width, 5, 4)).to(device))
     assert torch.get_float32_matmul_precision() == picked
 
 
@@ -363,7 +363,7 @@ def test_other_products_only_where_they_are_exact(monkeypatch, precision, device
 def test_adamw_is_torch_s(make_model):
     """Three steps and a state that was saved and loaded: the same weights to the last bit."""
     weights = []
-    for kind in (torch.optim.AdamW, runtime.AdamW):
+    for kind in (torch.optim.AdamW, kernels.AdamW):
         model = make_model()
         optimizer = kind(model.parameters(), lr=0.01, weight_decay=0.1, fused=True)
         for step in range(3):
@@ -451,7 +451,7 @@ def test_muon_in_float32_equals_torch_s(monkeypatch):
     gradients = [[torch.randn(shape, generator=g) for shape in shapes[:3]] for _ in range(5)]
     monkeypatch.setattr(torch.Tensor, "bfloat16", lambda self: self.clone())
     ends, states = [], []
-    for kind in (torch.optim.Muon, runtime.Muon):
+    for kind in (torch.optim.Muon, kernels.Muon):
         weights = [w.clone().requires_grad_() for w in start]
         optimizer = kind(weights, lr=0.1, weight_decay=0.3)
         for step in gradients:

@@ -1,16 +1,18 @@
-"""The paragraphs of train_ppo.py against a second implementation without vectors, and against known optima."""
+"""The paragraphs of train_ppo.py against a second implementation without vectors, and against known optima; the
+figures, verdicts and warnings of stage 3 by hand."""
 import contextlib
 import copy
 import math
 import types
+from dataclasses import replace
 
 import pytest
 import torch
 
 import train_ppo
 from minirlhf import evaluate, rewards
-from minirlhf.generate import KVCache, Rollout, generate
-from minirlhf.model import GPT, GPTConfig, places
+from minirlhf.generate import KVCache, compile_model, generate
+from minirlhf.model import GPT, GPTConfig, flat_indices
 from minirlhf.runtime import generator
 
 EOS = 0
@@ -18,55 +20,71 @@ DOUBLE = {"rtol": 1e-9, "atol": 1e-10}
 
 
 def options(**changes):
-    return train_ppo.Options(**{"value_warmup": 0, "ent_coef": 0.0, "kl_length_credit": 0.0, "reward_clip": 0.0,
+    return train_ppo.Options(**{"value_warmup": 0, "ent_coef": 0.0, "kl_baseline": 0.0, "reward_clip": 0.0,
                                 "micro_batch_size": 3, "response_length": 6, "out_dir": "out"} | changes)
 
 
-def run_of(o):
-    """What the paragraphs need of a Run: one rank, no autocast, nothing written."""
-    return types.SimpleNamespace(device=torch.device("cpu"), autocast=contextlib.nullcontext, total=lambda t: t,
+def run_of(o, ranks=1):
+    """What the paragraphs need of a Run: no autocast, nothing written; `ranks` of them with the same rows."""
+    return types.SimpleNamespace(device=torch.device("cpu"), autocast=contextlib.nullcontext,
+                                 total=lambda t: ranks * t,
+                                 totals=lambda sums: {name: ranks * x for name, x in sums.items()},
                                  sum_gradients=lambda parameters: None,
                                  generator=lambda step, purpose: generator(o.seed, step, 0, purpose))
 
 
 class Table:
-    """A judge that looks an answer's ids up."""
+    """A reward that looks an answer's ids up."""
     model = None
 
     def __init__(self, score):
         self.score = score
 
-    def __call__(self, rollout):
+    def __call__(self, rollout, micro_batch_size=None):
         return torch.tensor([self.score(tuple(ids)) for ids in rollout.responses()], dtype=torch.double)
 
 
-class Networked:
-    """A judge that is a network, as the reward model is."""
-    function, name = None, "model"
+class Recorder:
+    """In an optimizer's place: keeps each parameter's gradient and moves nothing."""
 
     def __init__(self, model):
         self.model = model
 
-    def __call__(self, rollout):
-        return self.model.score(rollout.tokens, rollout.lengths).detach()
+    def step(self):
+        self.gradients = [p.grad if p.grad is None else p.grad.clone() for p in self.model.parameters()]
+
+    def zero_grad(self, set_to_none=True):
+        self.model.zero_grad(set_to_none)
 
 
 @pytest.fixture
 def world(make_model):
-    """world(o, ...) -> networks in float64 that differ from one another, and a ragged rollout of 10 rows."""
+    """world(o, ...) -> networks in float64 that differ from one another, a reward model, a ragged batch of 10 rows."""
     def make(o, rows=10):
         policy, ref = (make_model(seed=seed, dtype=torch.double) for seed in (1, 2))
         value, reward = (make_model("scalar", seed=seed, dtype=torch.double) for seed in (3, 4))
         for model in (policy, ref):
             model.wte.weight.data *= 0.5  # less sharp, so that answers of several tokens end by eos or by the limit
         reward.gain.fill_(0.7), reward.bias.fill_(-0.3)
-        nets = train_ppo.Networks(policy, ref, value)
+        nets = types.SimpleNamespace(policy=policy, ref=ref, value=value)
         prompts = [[(5 * b + t) % 12 + 1 for t in range(1 + b % 4)] for b in range(rows)]
-        rollout = generate(policy, prompts, o.response_length, EOS, o.temperature,
-                           torch.Generator().manual_seed(3))
-        assert 0 < rollout.finished.sum() < rows and len(set(rollout.lengths.tolist())) > 2
-        return nets, Networked(reward), rollout
+        batch = train_ppo.Batch(**vars(generate(policy, prompts, o.response_length, EOS, o.temperature,
+                                                torch.Generator().manual_seed(3))))
+        assert 0 < batch.finished.sum() < rows and len(set(batch.lengths.tolist())) > 2
+        return nets, rewards.RewardModel(reward, None, run_of(o)), batch
     return make
+
+
+def score(batch, nets, reward, o, run=None):
+    train_ppo.score_rollout(batch, nets.policy, nets.ref, nets.value, reward, o, run or run_of(o))
+
+
+def update(batch, nets, optimizers, step, o, run=None):
+    return train_ppo.update(batch, nets.policy, nets.value, optimizers, step, o.num_ppo_epochs, o, run or run_of(o))
+
+
+def optimizers(nets, o, lr):
+    return train_ppo.make_optimizers(nets.policy, nets.value, replace(o, learning_rate=lr))
 
 
 # A second implementation: rows, tokens and terms one at a time, Python's floats where no gradient is needed
@@ -89,7 +107,7 @@ def naive_value(model, ids):
 
 def naive_batch(nets, reward, rollout, o, kl_coef):
     """[(ids before, token, old logprob, advantage, return, value), ...] for each row, advantages whitened."""
-    batch, charges = [], []
+    batch, kls = [], []
     for b in range(len(rollout.lengths)):
         start, end = int(rollout.prompt_lengths[b]), int(rollout.lengths[b])
         ids = rollout.tokens[b, :end].tolist()
@@ -97,16 +115,16 @@ def naive_batch(nets, reward, rollout, o, kl_coef):
         for n in range(start, end):
             old, ref = (naive_logprob(m, ids[:n], ids[n], o.temperature).item() for m in (nets.policy, nets.ref))
             row.append([ids[:n], ids[n], old, old - ref, naive_value(nets.value, ids[:n]).item()])
-            charges.append(old - ref)
+            kls.append(old - ref)
         score = naive_value(reward, ids).item()
         score = max(-o.reward_clip, min(score, o.reward_clip)) if o.reward_clip else score
         if ids[-1] != EOS:
             score -= o.missing_eos_penalty
         batch.append((row, score))
-    credit = o.kl_length_credit * sum(charges) / len(charges)
+    free = o.kl_baseline * sum(kls) / len(kls)
     out = []
     for row, score in batch:
-        rewards = [-kl_coef * (kl - credit) for _, _, _, kl, _ in row]
+        rewards = [-kl_coef * (kl - free) for _, _, _, kl, _ in row]
         rewards[-1] += score
         values = [v for *_, v in row] + [0.0]
         done = []
@@ -132,15 +150,16 @@ def naive_entropy(model, ids, temperature):
 def naive_update(nets, batch, o, lr, step):
     """Every epoch and minibatch, one decision after another; AdamW written out.   Kingma & Ba 2015, algorithm 1.
 
-    -> the sums of policy loss, half squared log-ratio, clipped decisions, ratio, k3; value loss, clipped values.
+    -> the sums of policy loss, half squared log-ratio, clipped decisions, ratio, k3; value loss, clipped values; the
+    count of decisions; the mean ratio of each minibatch.
     """
-    moments, sums = {}, [0.0] * 7
+    moments, sums, ratios, count = {}, [0.0] * 7, [], 0
     for epoch in range(o.num_ppo_epochs):
         order = torch.randperm(len(batch), generator=generator(o.seed, step, 0, f"epoch {epoch}")).tolist()
         size = math.ceil(len(batch) / o.num_mini_batches)
         for at in range(0, len(order), size):
             rows = [batch[b] for b in order[at:at + size]]
-            losses = []
+            losses, ratio_sum = [], 0.0
             for ids, token, old, A, R, V_old in (d for row in rows for d in row):
                 ratio = (naive_logprob(nets.policy, ids, token, o.temperature) - old).exp()
                 low, high = 1 - o.cliprange, 1 + o.cliprange
@@ -149,13 +168,15 @@ def naive_update(nets, batch, o, lr, step):
                 V, low, high = naive_value(nets.value, ids), V_old - o.cliprange_value, V_old + o.cliprange_value
                 near = low if V < low else high if V > high else V
                 worse = (V - R) ** 2 if (V - R) ** 2 > (near - R) ** 2 else (near - R) ** 2
-                d = math.log(ratio.item())
+                d, ratio_sum = math.log(ratio.item()), ratio_sum + ratio.item()
                 for k, term in enumerate((-gain, d * d / 2, clipped * A < ratio * A, ratio, math.exp(d) - 1 - d,
                                           0.5 * worse, (near - R) ** 2 > (V - R) ** 2)):
                     sums[k] += term.item() if isinstance(term, torch.Tensor) else term
                 losses.append(-gain + o.vf_coef * 0.5 * worse
                               - o.ent_coef * naive_entropy(nets.policy, ids, o.temperature))
             (sum(losses) / len(losses)).backward()
+            ratios.append(ratio_sum / len(losses))
+            count += len(losses)
             for model in (nets.policy, nets.value):
                 for p in model.parameters():
                     p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # all of its decisions were clipped
@@ -165,43 +186,45 @@ def naive_update(nets, batch, o, lr, step):
                     m, v, n = moments.get(p, (0.0, 0.0, 0))
                     m, v, n = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g ** 2, n + 1
                     moments[p] = m, v, n
-                    p.data -= lr * (m / (1 - 0.9 ** n)) / ((v / (1 - 0.999 ** n)).sqrt() + o.adam_eps)
+                    p.data -= lr * (m / (1 - 0.9 ** n)) / ((v / (1 - 0.999 ** n)).sqrt() + 1e-5)
                     p.grad = None
-    return sums
-
-
-def optimizers(nets, o, lr):
-    return [torch.optim.AdamW(m.parameters(), lr=lr, eps=o.adam_eps, weight_decay=0.0)
-            for m in (nets.policy, nets.value)]
+    return sums, count, ratios
 
 
 @pytest.mark.parametrize("changes", [
     {},
-    {"temperature": 0.7, "ent_coef": 0.05, "kl_length_credit": 0.5, "gamma": 0.9, "lam": 0.8},
+    {"temperature": 0.7, "ent_coef": 0.05, "kl_baseline": 0.5, "gamma": 0.9, "lam": 0.8},
     {"num_ppo_epochs": 3, "num_mini_batches": 5, "max_grad_norm": 0.01, "missing_eos_penalty": 2.0,
      "reward_clip": 0.5, "vf_coef": 1.0},
 ], ids=["defaults", "other credit", "other update"])
-def test_a_step_equals_the_naive_one(world, monkeypatch, changes):
+def test_a_step_equals_the_naive_one(world, changes):
     """Same weights, same rollout: log-probabilities, advantages and returns, and the weights after all epochs and
     minibatches, are those of loops over rows and tokens, in float64; ratios were clipped on the way."""
-    monkeypatch.setattr(train_ppo, "BLOWN_UP", math.inf)  # the steps are large, so that clips bite
-    o = options(**changes)
-    nets, judge, rollout = world(o)
-    run, kl_coef, lr = run_of(o), 0.3, 3e-3
+    o = options(**changes, max_update_kl=math.inf)  # the steps are large, so that clips bite
+    nets, reward, batch = world(o)
+    run, kl_coef, lr, sums = run_of(o), 0.3, 3e-3, {}
+    run.totals = lambda found: sums.update({k: sums.get(k, 0.0) + float(x) for k, x in found.items()}) or found
     other = copy.deepcopy(nets)
-    judged = train_ppo.judgement(nets, rollout, judge, o, run)
-    advantages, returns, _, _ = train_ppo.credit(rollout, judged, kl_coef, o, run.total)
-    batch = naive_batch(other, judge.model, rollout, o, kl_coef)
-    mask = rollout.response_mask
-    for place, ours in ((2, judged.old_logprobs), (3, advantages), (4, returns), (5, judged.values)):
-        torch.testing.assert_close(ours[mask], torch.tensor([d[place] for row in batch for d in row],
+    score(batch, nets, reward, o, run)
+    train_ppo.credit(batch, kl_coef, o, run)
+    naive = naive_batch(other, reward.model, batch, o, kl_coef)
+    mask = batch.response_mask
+    for place, ours in ((2, batch.logprobs), (3, batch.advantages), (4, batch.returns), (5, batch.values)):
+        torch.testing.assert_close(ours[mask], torch.tensor([d[place] for row in naive for d in row],
                                                             dtype=torch.double), **DOUBLE)
         assert not ours[~mask].any()
-    totals, counted, _, _ = train_ppo.update(nets, optimizers(nets, o, lr), rollout, judged, advantages, returns, 7, o,
-                                             run)
-    sums = naive_update(other, batch, o, lr, 7)
-    assert totals.tolist() == pytest.approx(sums, rel=1e-5)
-    assert counted == o.num_ppo_epochs * mask.sum() and totals[2] > 0  # some were clipped
+    figures, update_kl = update(batch, nets, optimizers(nets, o, lr), 7, o, run)
+    expected, count, ratios = naive_update(other, naive, o, lr, 7)
+    names = "policy_loss", "approxkl", "policy_clipped", "ratio", "k3", "value_loss", "value_clipped"
+    assert sums == pytest.approx(dict(zip(names, expected)), rel=1e-5)
+    assert count == o.num_ppo_epochs * mask.sum() and sums["policy_clipped"] > 0  # some were clipped
+    loss, approxkl, clipped, _, _, value_loss, value_clipped = (x / count for x in expected)
+    mean = sum(ratios) / len(ratios)
+    assert figures == pytest.approx({
+        "policy/approxkl_avg": approxkl, "policy/clipfrac_avg": clipped, "policy/updates": len(ratios),
+        "loss/policy_avg": loss, "loss/value_avg": value_loss, "val/clipfrac_avg": value_clipped, "val/ratio": mean,
+        "val/ratio_var": sum((r - mean) ** 2 for r in ratios) / len(ratios)}, rel=1e-5)
+    assert update_kl == 0 and len(ratios) == o.num_ppo_epochs * o.num_mini_batches
     for ours, theirs in ((nets.policy, other.policy), (nets.value, other.value)):
         for (name, p), q in zip(ours.named_parameters(), theirs.parameters()):
             torch.testing.assert_close(p, q, msg=lambda m, name=name: f"{name}: {m}", **DOUBLE)
@@ -210,28 +233,42 @@ def test_a_step_equals_the_naive_one(world, monkeypatch, changes):
 # Paragraph by paragraph
 
 
-def test_judgement_does_not_depend_on_microbatches(world):
+def test_scoring_does_not_depend_on_microbatches(world):
     """Scores, log-probabilities, values and entropies of ten rows at once are those of one row at a time."""
     o = options(micro_batch_size=10)
-    nets, judge, rollout = world(o)
-    once, each = (train_ppo.judgement(nets, rollout, judge, options(micro_batch_size=size), run_of(o))
-                  for size in (10, 1))
-    for name in ("old_logprobs", "ref_logprobs", "values", "entropies", "scores"):
+    nets, reward, once = world(o)
+    each = replace(once)
+    for batch, size in ((once, 10), (each, 1)):
+        score(batch, nets, reward, options(micro_batch_size=size))
+    for name in ("logprobs", "ref_logprobs", "values", "entropies", "scores"):
         torch.testing.assert_close(getattr(once, name), getattr(each, name), **DOUBLE)
     assert not once.scores.requires_grad and not once.values.requires_grad
 
 
-def test_judgement_recomputes_what_the_sampler_said(world):
+def test_scoring_recomputes_what_the_sampler_said(world):
     """Whatever the sampler noted, the old log-probabilities are the trainer's, so that in one epoch of one minibatch
     the ratio is 1, with several microbatches too."""
     o = options(num_ppo_epochs=1, num_mini_batches=1)
-    nets, judge, rollout = world(o)
-    rollout.sampler_logprobs.fill_(-9.0)
-    judged = train_ppo.judgement(nets, rollout, judge, o, run_of(o))
-    advantages, returns, _, _ = train_ppo.credit(rollout, judged, 0.3, o, lambda t: t)
-    totals, counted, ratios, _ = train_ppo.update(nets, optimizers(nets, o, 1e-2), rollout, judged, advantages, returns,
-                                                  0, o, run_of(o))
-    assert [float(r) for r in ratios] == pytest.approx([1.0], abs=1e-12) and float(totals[1]) < 1e-20
+    nets, reward, batch = world(o)
+    batch.sampler_logprobs.fill_(-9.0)
+    score(batch, nets, reward, o)
+    train_ppo.credit(batch, 0.3, o, run_of(o))
+    run, squares = run_of(o), {}
+    run.totals = lambda found: squares.update(found) or found
+    figures, _ = update(batch, nets, optimizers(nets, o, 1e-2), 0, o, run)
+    assert figures["policy/updates"] == 1 and figures["val/ratio"] == pytest.approx(1.0, abs=1e-12)
+    assert float(squares["approxkl"]) < 1e-20
+
+
+def test_a_rollout_is_shortest_first_and_knows_its_prompts(world):
+    o = options()
+    nets, *_ = world(o)
+    prompts = [[(5 * b + t) % 12 + 1 for t in range(1 + b % 4)] for b in range(12)]
+    batch = train_ppo.roll_out(nets.policy, prompts, [*range(11, 1, -1)], EOS, 0, o, run_of(o))
+    assert batch.lengths.tolist() == sorted(batch.lengths.tolist())
+    assert sorted(batch.prompt_index.tolist()) == [*range(2, 12)] and len(set(batch.lengths.tolist())) > 2
+    for i, row, n in zip(batch.prompt_index.tolist(), batch.tokens.tolist(), batch.prompt_lengths.tolist()):
+        assert row[:n] == prompts[i]
 
 
 def test_summary_by_hand():
@@ -251,173 +288,168 @@ def test_summary_by_hand():
     assert out["ref_logprob_per_token"] == pytest.approx(-12 / 12)
 
 
-def test_decisions_at_another_temperature(make_model):
+def test_logprobs_at_another_temperature(make_model):
     """Logits are divided by it before the softmax: at T, log p = logit/T - logsumexp(logits/T), of all and of chosen
     tokens."""
     model, tokens = make_model(), torch.tensor([[1, 2, 3, 4]])
     mask = torch.tensor([[False, True, True]])
-    every, chosen = evaluate.decisions(model, tokens, places(mask), 0.5)
+    chosen, of_all = model.logprobs(tokens, flat_indices(mask), 0.5)
     expected = (model(tokens)[0, 1:3] * 2).log_softmax(-1)
-    torch.testing.assert_close(every, expected)
+    torch.testing.assert_close(of_all, expected)
     torch.testing.assert_close(chosen, expected[[0, 1], [3, 4]])
 
 
-def hand_rollout():
-    """Two answers: [3, eos] after one prompt token, and [4, 5] without eos after two."""
-    tokens = torch.tensor([[1, 3, EOS, EOS], [1, 2, 4, 5]])
-    return Rollout(tokens, torch.tensor([1, 2]), torch.tensor([3, 4]), torch.tensor([True, False]), torch.zeros(2, 3))
+def hand_batch(**columns):
+    """Two answers: [3, eos] after one prompt token, and [4, 5] without eos after two; all other columns are 0."""
+    tokens, zeros = torch.tensor([[1, 3, EOS, EOS], [1, 2, 4, 5]]), torch.zeros(2, 3)
+    return train_ppo.Batch(tokens, torch.tensor([1, 2]), torch.tensor([3, 4]), torch.tensor([True, False]), zeros, **{
+        "logprobs": zeros, "ref_logprobs": zeros, "values": zeros, "entropies": zeros} | columns)
 
 
 def test_credit_by_hand():
     """Scores 2 and 1, no eos costs .5, KL 1 a token at beta .1, V 0, gamma lambda 1: to go are
     1.8, 1.9 and .3, .4; whitened, returns not."""
-    rollout = hand_rollout()
-    mask = rollout.response_mask
+    mask = hand_batch().response_mask
     assert mask.tolist() == [[True, True, False], [False, True, True]]
-    zeros = torch.zeros(2, 3)
-    judged = train_ppo.Judgement(zeros, -mask.float(), zeros, zeros, torch.tensor([2.0, 1.0]))
+    batch = hand_batch(ref_logprobs=-mask.float(), scores=torch.tensor([2.0, 1.0]))
     o = options(lam=1.0, missing_eos_penalty=0.5)
-    advantages, returns, charged, paid = train_ppo.credit(rollout, judged, 0.1, o, lambda t: t)
-    torch.testing.assert_close(returns, torch.tensor([[1.8, 1.9, 0], [0, 0.3, 0.4]]))
-    assert paid.tolist() == [2.0, 0.5] and charged[mask].tolist() == [1, 1, 1, 1]
+    train_ppo.credit(batch, 0.1, o, run_of(o))
+    torch.testing.assert_close(batch.rewards, torch.tensor([[-0.1, 1.9, 0], [0, -0.1, 0.4]]))
+    torch.testing.assert_close(batch.returns, torch.tensor([[1.8, 1.9, 0], [0, 0.3, 0.4]]))
+    assert batch.final_rewards.tolist() == [2.0, 0.5] and batch.penalised_kl[mask].tolist() == [1, 1, 1, 1]
     a = torch.tensor([1.8, 1.9, 0.3, 0.4])
-    torch.testing.assert_close(advantages[mask], (a - 1.1) / a.std(correction=0))
-    # A fifth of the mean KL is free: each decision pays .08.
-    returns = train_ppo.credit(rollout, judged, 0.1, options(lam=1.0, missing_eos_penalty=0.5, kl_length_credit=0.2),
-                               lambda t: t)[1]
-    torch.testing.assert_close(returns, torch.tensor([[1.84, 1.92, 0], [0, 0.34, 0.42]]))
+    torch.testing.assert_close(batch.advantages[mask], (a - 1.1) / a.std(correction=0))
+    # A fifth of the mean KL is free: each decision loses .08.
+    train_ppo.credit(batch, 0.1, options(lam=1.0, missing_eos_penalty=0.5, kl_baseline=0.2), run_of(o))
+    torch.testing.assert_close(batch.returns, torch.tensor([[1.84, 1.92, 0], [0, 0.34, 0.42]]))
 
 
 def test_scores_count_up_to_the_clip():
     """Scores 5 and -3 count as 2 and -2, a function's own as they are; the penalty comes after."""
-    rollout, zeros = hand_rollout(), torch.zeros(2, 3)
-    judged = train_ppo.Judgement(zeros, zeros, zeros, zeros, torch.tensor([5.0, -3.0]))
+    batch = hand_batch(scores=torch.tensor([5.0, -3.0]))
     for changes, expected in (({}, [2.0, -2.5]), ({"reward": "mine.py:f"}, [5.0, -3.5]),
                               ({"reward_clip": 0.0}, [5.0, -3.5])):
         o = options(**{"reward_clip": 2.0, "missing_eos_penalty": 0.5} | changes)
-        assert train_ppo.credit(rollout, judged, 0.1, o, lambda t: t)[3].tolist() == expected
+        train_ppo.credit(batch, 0.1, o, run_of(o))
+        assert batch.final_rewards.tolist() == expected and batch.scores.tolist() == [5.0, -3.0]
 
 
 def test_whitened_rewards_keep_their_mean():
     """--whiten_rewards divides rewards by their deviation before GAE: -.1, 1.9, -.1, .4 about their mean .525."""
-    rollout, zeros = hand_rollout(), torch.zeros(2, 3)
-    judged = train_ppo.Judgement(zeros, -rollout.response_mask.float(), zeros, zeros, torch.tensor([2.0, 1.0]))
+    batch = hand_batch(ref_logprobs=-hand_batch().response_mask.float(), scores=torch.tensor([2.0, 1.0]))
     o = options(lam=1.0, missing_eos_penalty=0.5, whiten_rewards=True)
-    _, returns, _, _ = train_ppo.credit(rollout, judged, 0.1, o, lambda t: t)
+    train_ppo.credit(batch, 0.1, o, run_of(o))
     r = torch.tensor([-0.1, 1.9, -0.1, 0.4])
     r = (r - 0.525) / r.std(correction=0) + 0.525
-    torch.testing.assert_close(returns, torch.tensor([[r[0] + r[1], r[1], 0], [0, r[2] + r[3], r[3]]]))
+    torch.testing.assert_close(batch.returns, torch.tensor([[r[0] + r[1], r[1], 0], [0, r[2] + r[3], r[3]]]))
 
 
 def ready(world, o):
-    nets, judge, rollout = world(o)
-    judged = train_ppo.judgement(nets, rollout, judge, o, run_of(o))
-    advantages, returns, _, _ = train_ppo.credit(rollout, judged, 0.3, o, lambda t: t)
-    return nets, rollout, judged, advantages, returns
+    """-> networks and a batch that only the update has not seen."""
+    nets, reward, batch = world(o)
+    score(batch, nets, reward, o)
+    train_ppo.credit(batch, 0.3, o, run_of(o))
+    return nets, batch
 
 
-def gradients(nets, rollout, judged, advantages, returns, o, run):
-    """Of both networks over all rows, into their .grad -> the sums (7,)."""
-    parts, count = train_ppo.microbatches(rollout, torch.randperm(10), o), run.total(rollout.response_mask.sum())
-    return torch.cat([train_ppo.policy_gradients(nets, parts, count, judged, advantages, o, run),
-                      train_ppo.value_gradients(nets, parts, count, judged, returns, o, run)])
+def gradients(nets, batch, o, run):
+    """Of each parameter of policy and value network, all rows in one minibatch -> two lists, and the means."""
+    recorders = [Recorder(nets.policy), Recorder(nets.value)]
+    figures, _ = update(batch, nets, recorders, 0,
+                        replace(o, num_ppo_epochs=1, num_mini_batches=1, max_grad_norm=0.0), run)
+    return [recorder.gradients for recorder in recorders], figures
 
 
 @pytest.mark.parametrize("size", [1, 4, 7])
 def test_microbatch_size_changes_no_gradient(world, size):
-    """Gradients and sums of ten ragged rows in microbatches are those of all rows at once."""
-    o = options(ent_coef=0.1)
-    nets, *rest = ready(world, o)
-    found = []
-    for size in (10, size):
-        sums = gradients(nets, *rest, options(ent_coef=0.1, micro_batch_size=size), run_of(o))
-        found.append((sums, torch.cat([p.grad.flatten() for m in (nets.policy, nets.value) for p in m.parameters()])))
-        nets.policy.zero_grad(), nets.value.zero_grad()
-    torch.testing.assert_close(found[0][0], found[1][0])
-    torch.testing.assert_close(found[0][1], found[1][1], **DOUBLE)
+    """Gradients and means of ten ragged rows in microbatches are those of all rows at once."""
+    nets, batch = ready(world, options(ent_coef=0.1))
+    (once, figures), (each, other) = (
+        gradients(nets, batch, o, run_of(o)) for o in (options(ent_coef=0.1, micro_batch_size=n) for n in (10, size)))
+    torch.testing.assert_close(figures, other)
+    torch.testing.assert_close(once, each, **DOUBLE)
 
 
 def test_gradients_come_from_the_policy_and_value_network_alone(world):
-    """The reference stays frozen, and so do the numbers of the judgement: no graph leads to them."""
+    """The reference and the reward model stay frozen, and so do the columns of the batch: no graph leads to them."""
     o = options()
-    nets, *rest = ready(world, o)
-    gradients(nets, *rest, o, run_of(o))
-    assert all(p.grad is None for p in nets.ref.parameters())
-    assert all(p.grad is not None for m in (nets.policy, nets.value) for p in m.parameters())
+    nets, reward, batch = world(o)
+    score(batch, nets, reward, o)
+    train_ppo.credit(batch, 0.3, o, run_of(o))
+    found, _ = gradients(nets, batch, o, run_of(o))
+    assert all(p.grad is None for model in (nets.ref, reward.model) for p in model.parameters())
+    assert all(g is not None and g.any() for of_one in found for g in of_one)
+    assert not any(x.requires_grad for x in vars(batch).values() if x is not None)
 
 
 def test_ranks_divide_by_the_count_of_all(world):
-    """With `total` doubling, as two ranks with the same rows would, each rank's gradient is half of one rank's."""
+    """Two ranks with the same rows: each one's gradient is half of a single rank's, the means are the same."""
     o = options()
-    nets, *rest = ready(world, o)
-    norms = []
-    for factor in (1, 2):
-        run = run_of(o)
-        run.total = lambda t, factor=factor: factor * t
-        gradients(nets, *rest, o, run)
-        norms.append([float(m.wte.weight.grad.norm()) for m in (nets.policy, nets.value)])
-        nets.policy.zero_grad(), nets.value.zero_grad()
-    assert norms[0] == pytest.approx([2 * norm for norm in norms[1]])
-    _, counted, _, _ = train_ppo.update(nets, optimizers(nets, o, 1e-3), *rest, 0, o, run)
-    assert counted == 2 * o.num_ppo_epochs * rest[0].response_mask.sum()
+    nets, batch = ready(world, o)
+    (alone, figures), (half, other) = (gradients(nets, batch, o, run_of(o, ranks)) for ranks in (1, 2))
+    torch.testing.assert_close(alone, [[2 * g for g in of_one] for of_one in half], **DOUBLE)
+    assert figures == pytest.approx(other)
+    assert all(sum(float(g.norm()) for g in of_one) > 0 for of_one in half)
+    recorders = [Recorder(nets.policy), Recorder(nets.value)]
+    (figures, _), (other, _) = (update(batch, nets, recorders, 0, o, run_of(o, ranks)) for ranks in (1, 2))
+    assert figures == pytest.approx(other) and figures["policy/updates"] == o.num_ppo_epochs * o.num_mini_batches
 
 
 def test_the_policy_rests_in_the_value_warmup(world):
     """In the first value_warmup steps the policy's weights stay bit-equal while the value network's move; then both."""
     o = options(value_warmup=3)
     for step, rests in ((2, True), (3, False)):
-        nets, *rest = ready(world, o)
+        nets, batch = ready(world, o)
         before = copy.deepcopy(nets)
-        train_ppo.update(nets, optimizers(nets, o, 1e-3), *rest, step, o, run_of(o))
+        figures, _ = update(batch, nets, optimizers(nets, o, 1e-3), step, o)
         assert torch.equal(nets.policy.wte.weight, before.policy.wte.weight) is rests
         assert not torch.equal(nets.value.wte.weight, before.value.wte.weight)
+        assert figures["policy/updates"] == (0 if rests else o.num_ppo_epochs * o.num_mini_batches)
 
 
-def test_target_kl_ends_the_epochs(world, monkeypatch):
-    """Above it the batch's epochs end before another step, and no gradient is left; 0 never stops."""
-    k3, real = [], train_ppo.policy_gradients
+def test_max_update_kl_ends_the_epochs(world):
+    """Above it the batch's epochs end before another step, and no gradient is left."""
+    k3 = []
 
-    def watched(*arguments):
-        sums = real(*arguments)
-        k3.append(float(sums[4] / arguments[2]))
-        return sums
-
-    def minibatches(target_kl):
-        o = options(target_kl=target_kl, num_mini_batches=5)
-        nets, *rest = ready(world, o)
+    def minibatches(max_update_kl):
+        o = options(max_update_kl=max_update_kl, num_mini_batches=5)
+        (nets, batch), run = ready(world, o), run_of(o)
+        counts = []
         k3.clear()
-        _, counted, ratios, stopped = train_ppo.update(nets, optimizers(nets, o, 1e-2), *rest, 0, o, run_of(o))
-        assert all(p.grad is None for m in (nets.policy, nets.value) for p in m.parameters())
-        return len(ratios), stopped
 
-    monkeypatch.setattr(train_ppo, "policy_gradients", watched)
-    assert minibatches(0.0) == (10, 0.0)
+        def totals(found):
+            if "k3" in found:
+                k3.append(float(found["k3"] / counts[-1]))
+            return found
+
+        run.total, run.totals = lambda n: counts.append(n) or n, totals
+        figures, update_kl = update(batch, nets, optimizers(nets, o, 1e-2), 0, o, run)
+        assert all(p.grad is None for m in (nets.policy, nets.value) for p in m.parameters())
+        return figures["policy/updates"], update_kl
+
+    assert minibatches(1.0) == (10, 0.0)
     highest = max(k3)
     where = k3.index(highest)
-    assert k3[0] < 1e-9 and 0 < where  # the first minibatch's ratio is 1
-    assert minibatches(highest * 1.01) == (10, False)
+    assert len(k3) == 10 and k3[0] < 1e-9 and 0 < where  # the first minibatch's ratio is 1
+    assert minibatches(highest * 1.01) == (10, 0.0)
     first = next(i for i, value in enumerate(k3) if value > highest / 2)
     assert minibatches(highest / 2) == (first, k3[-1]) and k3[-1] > highest / 2
-    monkeypatch.setattr(train_ppo, "BLOWN_UP", highest / 2)  # without target_kl too
-    assert minibatches(0.0) == (first, k3[-1]) == minibatches(2 * highest)
 
 
 @pytest.mark.parametrize("where, value, says", [
     ("advantages", -math.inf, "step 5: the advantages are not finite"),
     ("advantages", math.nan, "step 5: the advantages are not finite"),
     ("returns", math.inf, "step 5: the returns are not finite"),
-    ("old_logprobs", math.nan, "step 5, epoch 1: not finite (loss nan"),
+    ("logprobs", math.nan, "step 5, epoch 1: not finite (loss nan"),
     ("values", math.nan, "step 5, epoch 1: not finite (loss nan")])
 def test_what_is_not_finite_stops_before_the_update(world, refused, where, value, says):
     """Advantages, returns and log-probabilities end the run with exit status 2 before a weight moves; values, which
     only one loss meets, before one of the network that they would spoil."""
     o = options()
-    nets, rollout, judged, advantages, returns = ready(world, o)
+    nets, batch = ready(world, o)
     before = copy.deepcopy(nets)
-    columns = {"advantages": advantages, "returns": returns, **vars(judged)}
-    columns[where][rollout.response_mask] = value
-    error = refused(train_ppo.update, nets, optimizers(nets, o, 1e-2), rollout, judged, advantages, returns, 4, o,
-                    run_of(o))
+    getattr(batch, where)[batch.response_mask] = value
+    error = refused(update, batch, nets, optimizers(nets, o, 1e-2), 4, o)
     assert says in error and "stopped before the update" in error
     for name in ["value"] if where == "values" else ["policy", "value"]:
         pairs = zip(getattr(nets, name).parameters(), getattr(before, name).parameters())
@@ -427,19 +459,19 @@ def test_what_is_not_finite_stops_before_the_update(world, refused, where, value
 def test_a_weight_that_is_not_finite_stops_before_the_update(world, refused):
     """Also one that no row of the batch reads, whose loss and gradient are fine."""
     o = options()
-    nets, *rest = ready(world, o)
+    nets, batch = ready(world, o)
     nets.policy.wpe.weight.data[-1] = math.nan
-    error = refused(train_ppo.update, nets, optimizers(nets, o, 1e-2), *rest, 4, o, run_of(o))
+    error = refused(update, batch, nets, optimizers(nets, o, 1e-2), 4, o)
     assert "step 5, epoch 1" in error and "of the weights nan" in error
 
 
 def test_a_score_that_is_not_finite_is_refused(world, refused):
     """The reward model's name and the completion are named, before anything is learned from it."""
     o = options()
-    _, judge, rollout = world(o)
-    judge.model.gain.fill_(math.inf)
+    _, reward, batch = world(o)
+    reward.model.gain.fill_(math.inf)
     tokenizer = types.SimpleNamespace(decode=lambda ids: f"<{len(ids)} tokens>")
-    error = refused(rewards.Judge(run_of(o), tokenizer, judge.model, name="rm.pt"), rollout)
+    error = refused(rewards.RewardModel(reward.model, tokenizer, run_of(o), "rm.pt"), batch, 3)
     assert "rm.pt: gives the score" in error and "inf" in error and "tokens>" in error
 
 
@@ -447,18 +479,18 @@ FIGURES = {"step": 7, "objective/scores": 0.5, "objective/kl_coef": 0.05, "compl
            "policy/entropy_avg": 4.0, "completions/eos_rate": 0.9}
 
 
-@pytest.mark.parametrize("changes, spread, words", [
+@pytest.mark.parametrize("changes, variance, words", [
     ({}, 1.0, []),
     ({"objective/scores": 3.25}, 0.0, ["variance", "all scores of step 7 are 3.2500"]),
     ({"completions/eos_rate": 0.25}, 1.0, ["eos", "25% of the answers", "--missing_eos_penalty above 1"]),
-    ({"completions/mean_length": 4.9}, 1.0, ["length", "shrunk to 4.9 tokens", "10.0; raise --kl_length_credit above"]),
+    ({"completions/mean_length": 4.9}, 1.0, ["length", "shrunk to 4.9 tokens", "10.0; raise --kl_baseline above"]),
     ({"completions/mean_length": 20.1}, 1.0, ["length", "grown to 20.1 tokens", "--kl_coef above 0.05"]),
     ({"policy/entropy_avg": 1.9}, 1.0, ["entropy", "1.90 nats a decision", "4.00", "--ent_coef above 0"]),
 ])
-def test_what_a_person_is_warned_about(changes, spread, words):
+def test_what_a_person_is_warned_about(changes, variance, words):
     """Half the SFT model's length or entropy, twice its length, fewer than half ended, equal scores; else nothing."""
-    base = {"mean_length": 10.0, "ref_logprob_per_token": -4.0}
-    found = [*evaluate.concerns(FIGURES | changes, spread, base, options())]
+    sft = {"mean_length": 10.0, "ref_logprob_per_token": -4.0}
+    found = [*evaluate.concerns(FIGURES | changes, variance, sft, options())]
     assert len(found) == (1 if words else 0)
     assert all(word in " ".join(found[0]) for word in words)
 
@@ -476,48 +508,225 @@ def test_rollouts_and_looks_take_the_compiled_steps(world, monkeypatch):
             cache.filled = cache.k.shape[2]
             return self.model.logits(self.model.hidden(tokens, cache, positions)[:, 0])
 
-    monkeypatch.setattr(train_ppo, "Decoder", Counting)
+    monkeypatch.setattr("minirlhf.generate.Decoder", Counting)
+    monkeypatch.setattr(torch, "compile", lambda function, **settings: function)
     o = options(response_length=5)
     nets, *_ = world(o)
-    plain, compiled = nets, train_ppo.Networks(nets.policy, nets.ref, nets.value, True)
-    a, b = (train_ppo.roll_out(n, [[1], [2]] * 4, 99, 0, o, run_of(o)) for n in (plain, compiled))
-    assert torch.equal(a.tokens, b.tokens) and Counting.steps == 4
+
+    def rolled():
+        return train_ppo.roll_out(nets.policy, [[1], [2]], [0, 1] * 4, 99, 0, o, run_of(o)).tokens
+
+    plain = rolled()
+    assert Counting.steps == 0
+    compile_model(nets.policy, decode=True)
+    assert torch.equal(plain, rolled()) and Counting.steps == 4
     tokenizer = types.SimpleNamespace(decode=str, eos=99)
-    evaluate.answer(nets.policy, nets.ref, [], run_of(o), tokenizer, [[1], [2]], o, decoder=compiled.decoder)
+    evaluate.answer(nets.policy, nets.ref, {}, [[1], [2]], tokenizer, o, run_of(o))
     assert Counting.steps == 8
 
 
 @pytest.mark.slow
 def test_a_compiled_step_equals_the_plain_one(world):
-    """--compile: the same judgement, sums and weights after two epochs of microbatches of several lengths."""
+    """--compile: the same columns, means and weights after two epochs of microbatches of several lengths."""
     o, found = options(micro_batch_size=3, ent_coef=0.1), []
     for compiled in (False, True):
-        nets, judge, rollout = world(o)
-        nets = train_ppo.Networks(nets.policy, nets.ref, nets.value, compiled)
-        judged = train_ppo.judgement(nets, rollout, judge, o, run_of(o))
-        advantages, returns, _, _ = train_ppo.credit(rollout, judged, 0.3, o, lambda t: t)
-        totals, *_ = train_ppo.update(nets, optimizers(nets, o, 1e-2), rollout, judged, advantages, returns, 0, o,
-                                      run_of(o))
-        found.append((judged.old_logprobs, judged.values, totals, nets.policy.state_dict(), nets.value.state_dict()))
+        nets, reward, batch = world(o)
+        if compiled:
+            compile_model(nets.policy, decode=True), compile_model(nets.value)
+        score(batch, nets, reward, o)
+        train_ppo.credit(batch, 0.3, o, run_of(o))
+        figures, _ = update(batch, nets, optimizers(nets, o, 1e-2), 0, o)
+        found.append((batch.logprobs, batch.values, figures, nets.policy.state_dict(), nets.value.state_dict()))
     torch.testing.assert_close(found[1], found[0], rtol=1e-6, atol=1e-8)
 
 
 def test_every_row_once_an_epoch_in_as_many_minibatches_as_asked(world, monkeypatch):
     """Each epoch deals all rows to num_mini_batches steps, in another order."""
     o = options(num_ppo_epochs=3, num_mini_batches=5)
-    nets, *rest = ready(world, o)
+    nets, batch = ready(world, o)
     dealt, real = [], train_ppo.microbatches
     monkeypatch.setattr(train_ppo, "microbatches", lambda *a: dealt.append(a[1].tolist()) or real(*a))
-    train_ppo.update(nets, optimizers(nets, o, 1e-3), *rest, 0, o, run_of(o))
+    update(batch, nets, optimizers(nets, o, 1e-3), 0, o)
     epochs = [sum(dealt[i:i + 5], []) for i in (0, 5, 10)]
     assert [len(part) for part in dealt] == [2] * 15
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs) and epochs[0] != epochs[1] != epochs[2]
 
 
+# Figures of answers, by hand
+
+
+def rows_of(scores, lengths=None, **columns):
+    columns = {"score": scores, "length": lengths or [1] * len(scores)} | columns
+    return [dict(zip(columns, row)) for row in zip(*columns.values())]
+
+
+def test_ties_are_half_a_preference():
+    """A win, three ties, a defeat and another win: 3.5 of 6, and Wilson's interval of it."""
+    rows = rows_of([1.0, 2.0, 2.0, 0.0, -1.0, 0.5], judge=[0.0] * 6)
+    base = rows_of([0.0, 2.0, 2.0, 0.0, 0.0, 0.0], judge=[1.0] * 6)
+    rate, low, high = evaluate.preference(rows, base, "score")
+    p, n, z = 3.5 / 6, 6, 1.96
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    assert rate == pytest.approx(p)
+    assert (low, high) == pytest.approx([(p + z * z / (2 * n) + s * half) / (1 + z * z / n) for s in (-1, 1)])
+    assert evaluate.preference(rows, base, "judge")[0] == 0
+    assert evaluate.preference(base, rows, "score")[0] == pytest.approx(1 - p)
+
+
+def test_preferences_by_length_by_hand():
+    """Nine answers that are -4, -3, -2; 0, 0, 1; 3, 5, 6 tokens longer than the baseline's: the shorter third loses,
+    the middle one wins, ties and loses, the longer one wins. Lengths alone would order them otherwise."""
+    longer = [3, -2, 0, 6, -4, 1, 5, -3, 0]
+    base_lengths = [9, 30, 20, 8, 40, 15, 7, 35, 10]
+    wins = [1, -1, 1, 1, -1, 0, 1, -1, -1]
+    rows = rows_of([0.5 + w for w in wins], [n + d for n, d in zip(base_lengths, longer)])
+    base = rows_of([0.5] * 9, base_lengths)
+    z2 = 1.96 ** 2
+    half = 1.96 * math.sqrt(0.25 / 3 + z2 / 36) / (1 + z2 / 3)
+    expected = [(-4, -2, 0.0, 0.0, z2 / (3 + z2)), (0, 1, 0.5, 0.5 - half, 0.5 + half), (3, 6, 1.0, 3 / (3 + z2), 1.0)]
+    found = evaluate.by_length(rows, base)
+    assert len(found) == 3
+    for ours, theirs in zip(found, expected):
+        assert ours == pytest.approx(theirs)
+    assert [(a, b) for a, b, *_ in evaluate.by_length(rows[:1], base[:1])] == [(3, 3)]  # no third is empty
+    assert [(a, b) for a, b, *_ in evaluate.by_length(rows[:2], base[:2])] == [(-2, -2), (3, 3)]
+
+
+def test_paired_differences_by_hand():
+    """Equal answers differ by 0, a constant shift is found exactly, both without doubt; else the interval is about
+    1.96 s / sqrt(n), of the named score, and the same each time."""
+    scores = [k / 4 for k in range(-20, 20)]
+    rows = rows_of(scores, judge=scores[::-1])
+    shifted = rows_of([s + 1.5 for s in scores], judge=[s - 0.25 for s in scores[::-1]])
+    assert evaluate.paired_difference(rows, rows) == (0.0, 0.0, 0.0)
+    assert evaluate.paired_difference(shifted, rows) == (1.5, 1.5, 1.5)
+    assert evaluate.paired_difference(shifted, rows, "judge") == (-0.25, -0.25, -0.25)
+    some = rows_of([float(k % 2) for k in range(400)])
+    mean, low, high = found = evaluate.paired_difference(some, rows_of([0.0] * 400))
+    assert mean == 0.5 and (low, high) == pytest.approx((0.5 - 0.049, 0.5 + 0.049), abs=0.006)
+    assert found == evaluate.paired_difference(some, rows_of([0.0] * 400))
+
+
+EVEN = [(-9, -2, 0.7, 0.6, 0.8), (-1, 1, 0.7, 0.6, 0.8), (2, 9, 0.7, 0.6, 0.8)]
+LONGER = [(-9, -2, 0.5, 0.4, 0.6), (-1, 1, 0.55, 0.45, 0.65), (2, 9, 0.9, 0.85, 0.95)]
+SHORTER = [(-9, -2, 0.9, 0.85, 0.95), (-1, 1, 0.55, 0.45, 0.65), (2, 9, 0.5, 0.4, 0.6)]
+
+
+@pytest.mark.parametrize("win_rate, judge, thirds, sentence", [
+    ((0.52, 0.48, 0.56), None, EVEN, "not to be told from the baseline: the reward model prefers 52.0% (48.0%-56.0%)"),
+    ((0.52, 0.50, 0.56), (0.9, 0.8, 1.0), EVEN, "not to be told from the baseline: the reward model prefers 52.0% "
+                                                "(50.0%-56.0%)"),
+    ((0.4, 0.35, 0.45), (0.9, 0.8, 1.0), EVEN, "worse than the baseline: the reward model prefers 40.0% (35.0%-45.0%)"),
+    ((0.7, 0.65, 0.75), (0.9, 0.8, 1.0), LONGER,
+     "longer only: preferred where answers are longer, not where lengths are alike (55.0%)"),
+    ((0.7, 0.65, 0.75), None, SHORTER,
+     "shorter only: preferred where answers are shorter, not where lengths are alike (55.0%)"),
+    ((0.7, 0.65, 0.75), None, EVEN,
+     "preferred by the reward model (70.0%); whether that is real needs a --judge it was not trained on"),
+    ((0.7, 0.65, 0.75), (0.6, 0.55, 0.65), EVEN,
+     "believable: preferred by the reward model (70.0%) and by the judge (60.0%)"),
+    ((0.7, 0.65, 0.75), (0.52, 0.5, 0.56), EVEN,
+     "over-optimised: the reward model prefers 70.0%, the judge 52.0% (50.0%-56.0%)"),
+    ((0.7, 0.65, 0.75), None, LONGER[1:],
+     "preferred by the reward model (70.0%); whether that is real needs a --judge it was not trained on"),
+])
+def test_the_verdict_on_a_policy(win_rate, judge, thirds, sentence):
+    """Each sentence, on figures at its border: an interval that touches one half tells nothing."""
+    figures = {"win_rate": win_rate} | ({"judge_win_rate": judge} if judge else {})
+    assert evaluate.verdict_on_policy(figures, thirds, judge is not None) == sentence
+
+
+def test_figures_of_a_rollout_by_hand():
+    """Two answers of 1 and 3 tokens: KL and the like are means a response, entropy and the sampler's gap a decision;
+    on two ranks with the same rows they are the same."""
+    batch = train_ppo.Batch(
+        torch.tensor([[1, 2, EOS, EOS], [1, 4, 5, 6]]), torch.tensor([2, 1]), torch.tensor([3, 4]),
+        torch.tensor([True, False]), torch.tensor([[0, -1.5, 0], [-2.0, -3, -4]]),
+        logprobs=torch.tensor([[0, -1.0, 0], [-2, -3, -4]]), ref_logprobs=torch.tensor([[0, -1.5, 0], [-2, -3, -3]]),
+        entropies=torch.tensor([[0, 3.0, 0], [1, 3, 1]]), values=torch.tensor([[0, 1.0, 0], [2, 0, 3]]),
+        returns=torch.tensor([[0, 1.0, 0], [3, 1, 3]]), scores=torch.tensor([2.0, 1.0]),
+        final_rewards=torch.tensor([2.0, 0.5]), penalised_kl=torch.tensor([[0, 1.0, 0], [0.5, 0.5, 1]]))
+    expected = {
+        "objective/kl": (0.5 + 0 + 0 - 1) / 2, "objective/kl_k3": ((math.exp(-0.5) - 0.5) + (math.e - 2)) / 2,
+        "objective/entropy": (1 + 9) / 2, "objective/scores": 1.5, "objective/non_score_reward": -0.1 * 3 / 2,
+        "objective/rlhf_reward": 2.5 / 2 - 0.1 * 3 / 2, "objective/kl_coef": 0.1, "policy/entropy_avg": 8 / 4,
+        "val/sampler_gap": 0.5 / 4, "val/explained_variance": 1 - 0.25 / 1, "completions/mean_length": 2.0,
+        "completions/eos_rate": 0.5}
+    for ranks in (1, 2):
+        assert evaluate.rollout_figures(batch, 0.1, run_of(options(), ranks)) == pytest.approx(expected, rel=1e-6)
+
+
+class Diary:
+    """A Run that keeps what it is told."""
+
+    def __init__(self):
+        self.said, self.written = [], []
+
+    def say(self, text):
+        self.said.append(text)
+
+    def write(self, name, record):
+        self.written.append((name, record))
+
+
+RECORD = {"step": 9, "objective/kl_coef": 0.05}
+FAR = "the KL from the SFT model is 61.0 nats a response, --max_ref_kl is 60"
+UNSOUND = "one update moved the policy by 1.5 nats a token (k3), more than 1"
+
+
+@pytest.mark.parametrize("ref_kl, update_kl, epochs, fault, advice", [
+    (61.0, 0.0, 1, FAR, "raise --kl_coef above 0.05 or lower --learning_rate below 0.0003"),
+    (61.0, 1.5, 1, FAR, "raise --kl_coef above 0.05 or lower --learning_rate below 0.0003"),
+    (60.0, 1.5, 2, UNSOUND, "lower --learning_rate below 0.0003 or --num_ppo_epochs below 2"),
+])
+def test_three_divergent_batches_end_the_run(ref_kl, update_kl, epochs, fault, advice):
+    """In a row: each is warned of, the third's record is written and the run ends with exit status 1 and advice."""
+    guard, run = evaluate.DivergenceGuard(options(max_ref_kl=60.0)), Diary()
+    for n in (1, 2):
+        assert guard.epochs(ref_kl) == epochs
+        guard.after_update(RECORD, update_kl, run)
+        assert guard.in_a_row == n and not run.written
+    with pytest.raises(SystemExit) as stop:
+        guard.epochs(ref_kl)
+        guard.after_update(RECORD, update_kl, run)
+    assert stop.value.code.startswith(f"error: step 9: for the third batch in a row {fault}: ")  # text is status 1
+    assert f"; {advice}. A checkpoint" in stop.value.code and "is in out: --resume" in stop.value.code
+    assert run.said == [f"warning: {fault}: this batch's epochs end early ({n} in a row; the third ends the run)"
+                        for n in (1, 2, 3)]
+    assert run.written == [("metrics.jsonl", RECORD)]
+
+
+def test_a_sound_batch_between_divergent_ones_begins_the_count_again():
+    """Up to the limits themselves a batch is sound and has all epochs; max_ref_kl 0 has no limit."""
+    guard, run = evaluate.DivergenceGuard(options(max_ref_kl=60.0)), Diary()
+    for ref_kl, update_kl, epochs, in_a_row in ((61.0, 0.0, 1, 1), (5.0, 1.01, 2, 2), (60.0, 1.0, 2, 0),
+                                                (5.0, 2.0, 2, 1), (99.0, 0.0, 1, 2), (5.0, 0.0, 2, 0)):
+        assert guard.epochs(ref_kl) == epochs
+        guard.after_update(RECORD, update_kl, run)
+        assert guard.in_a_row == in_a_row
+    assert len(run.said) == 4 and not run.written
+    guard = evaluate.DivergenceGuard(options(max_ref_kl=0.0))
+    assert guard.epochs(1e9) == 2
+    guard.after_update(RECORD, 0.0, run)
+    assert guard.in_a_row == 0 and len(run.said) == 4
+
+
+def test_the_count_of_divergent_batches_survives_a_restart():
+    """Two before and one after make three."""
+    before, run = evaluate.DivergenceGuard(options()), Diary()
+    for _ in range(2):
+        before.epochs(1e3)
+        before.after_update(RECORD, 0.0, run)
+    after = evaluate.DivergenceGuard(options(), before.in_a_row)
+    after.epochs(1e3)
+    with pytest.raises(SystemExit, match="third batch in a row"):
+        after.after_update(RECORD, 0.0, run)
+
+
 # Known optima: the best policy under a KL penalty is ref(y) exp(r(y) / beta) / Z.   Ziegler et al. 2019
 
 
-def converge(score, beta, response_length, steps, rows, lam=0.95, **changes):
+def converge(score_of, beta, response_length, steps, rows, lam=0.95, **changes):
     """The scripts' own paragraphs from a small random model -> {answer: probability}, of the SFT model and the
     policy."""
     o = options(response_length=response_length, missing_eos_penalty=0.0, lam=lam, micro_batch_size=rows,
@@ -525,15 +734,15 @@ def converge(score, beta, response_length, steps, rows, lam=0.95, **changes):
     run = run_of(o)
     ref = GPT(GPTConfig(1, 1, 16, 5, 4)).init_weights(torch.Generator().manual_seed(0)).eval()
     ref.wte.weight.data *= 6  # an uneven start
-    nets = train_ppo.Networks(ref.with_head("lm"), ref, ref.with_head("scalar"))
-    adam = optimizers(nets, o, 0.0)
+    nets = types.SimpleNamespace(policy=ref.with_head("lm"), ref=ref, value=ref.with_head("scalar"))
+    adam, reward = optimizers(nets, o, 0.0), Table(score_of)
     for step in range(steps):
         for optimizer in adam:
             optimizer.param_groups[0]["lr"] = 3e-3 * (1 - step / steps)
-        rollout = generate(nets.policy, [[1]] * rows, response_length, EOS, 1.0, run.generator(step, "rollout"))
-        judged = train_ppo.judgement(nets, rollout, Table(score), o, run)
-        advantages, returns, _, _ = train_ppo.credit(rollout, judged, beta, o, run.total)
-        train_ppo.update(nets, adam, rollout, judged, advantages, returns, step, o, run)
+        batch = train_ppo.roll_out(nets.policy, [[1]] * rows, [*range(rows)], EOS, step, o, run)
+        score(batch, nets, reward, o, run)
+        train_ppo.credit(batch, beta, o, run)
+        update(batch, nets, adam, step, o, run)
     return [answers(model, response_length) for model in (ref, nets.policy)]
 
 

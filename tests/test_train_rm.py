@@ -93,5 +93,5 @@ def test_records_without_a_usable_pair_are_dropped():
     records = [Preference("", ["a", "a"]), Preference("", ["a", "b"], [1.0, 1.0]),
                Preference("", ["abcdefX", "abcdefY"]), Preference("", ["a", "b", "b"], [2.0, 1.0, 1.0])]
     kept, dropped, rows = encode_preferences(tokenizer, records, 6, "trim")
-    assert dropped == 3 and len(rows) == 9
+    assert dropped == {"no two texts that differ and are not tied": 3} and len(rows) == 9
     assert [pairs for _, pairs, _ in kept] == [[(0, 1), (0, 2)]]

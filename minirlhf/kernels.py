@@ -1,0 +1,150 @@
+"""What makes training and sampling fast on a CPU. Without it the numbers are the same up to rounding, only later.
+
+`packed` for sampling, `pick_matmul` for float32 matmuls, `keep_freed_memory` for the allocator, `Muon` where a CPU has no
+bfloat16, `AdamW` without a second of imports. Nothing here is part of an algorithm.
+"""
+import contextlib
+import ctypes
+import inspect
+import math
+import os
+import sys
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from minirlhf.model import at_least_float32
+
+if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # CUDA: batches of many lengths, no gaps
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")  # kernels it keeps; 1024 of them creep up on memory
+
+
+# ---- sampling: weights packed once
+
+def matmul_dtype(model):
+    """The type in which the model's matmuls run here: autocast's, or that of its weights."""
+    kind = model.wte.weight.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.wte.weight.dtype
+
+
+CAN_PACK = torch.backends.mkldnn.is_available() and "AVX" in torch.backends.cpu.get_cpu_capability()
+
+
+def packed_linear(weight, bias, dtype, gelu=False):
+    """-> a function x (..., in) -> (..., out): x @ weight.T + bias, through GELU if asked, in one oneDNN kernel."""
+    weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype))
+    bias = None if bias is None else bias.detach().to(dtype)
+    post = ("gelu", [], "tanh") if gelu else ("none", [], "")
+    return lambda x: torch.ops.mkldnn._linear_pointwise(x.to(dtype), weight, bias, *post)
+
+
+@contextlib.contextmanager
+def packed(model):
+    """While inside, on an x86 CPU, the model's linear layers multiply with copies of the weights in oneDNN's own order.
+
+    Else each matmul would put them in such an order anew, which for few rows costs as much as to multiply. The weights
+    must stay as they are, and there are no gradients. In float32, narrow models are faster without.
+    """
+    replaced = []
+    dtype = matmul_dtype(model) if CAN_PACK and model.wte.weight.device.type == "cpu" else None
+    if (dtype == torch.float32 and model.config.n_embd >= 128
+            or dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        head = packed_linear(model.wte.weight, None, dtype)
+        model.logits = lambda hidden: at_least_float32(head(hidden))
+        replaced.append((model, "logits"))
+        for block in model.h:
+            for layer in (block.attn.c_attn, block.attn.c_proj, block.mlp.c_proj):
+                layer.forward = packed_linear(layer.weight, layer.bias, dtype)
+                replaced.append((layer, "forward"))
+            block.mlp.forward = partial(packed_mlp, block.mlp, packed_linear(
+                block.mlp.c_fc.weight, block.mlp.c_fc.bias, dtype, gelu=True))
+            replaced.append((block.mlp, "forward"))
+    try:
+        yield
+    finally:
+        for owner, name in replaced:
+            del owner.__dict__[name]
+
+
+def packed_mlp(mlp, widen, x):
+    return F.dropout(mlp.c_proj(widen(x)), mlp.dropout, mlp.training)
+
+
+# ---- float32 matmuls, memory
+
+def keep_freed_memory():
+    """glibc: large tensors reuse warm pages instead of returning them, and the backward thread shares one arena."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+        libc.mallopt(-8, 1)  # M_ARENA_MAX
+
+
+MATMUL_ERROR = 1e-3  # of what matmul_error finds: float32 gives about 1e-4, TF32 1e-2, bfloat16 1e-1
+
+
+def matmul_error():
+    """The largest error, against float64, of float32 matmuls of N(0, 1) entries on the CPU: 512 and 8 rows with
+    512 x 512, plain, as a linear layer, also with `packed` weights, and in a batch."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(512, 512, generator=generator) for _ in range(2))
+    exact, bias = a.double() @ b.double(), torch.zeros(512)
+    found = [a @ b, torch.nn.functional.linear(a, b.T.contiguous(), bias), torch.bmm(a[None], b[None])[0], a[:8] @ b]
+    if CAN_PACK:
+        weight = torch.ops.mkldnn._reorder_linear_weight(b.T.contiguous())
+        found += [torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "") for x in (a, a[:8])]
+    return max(float((x - exact[:len(x)]).abs().max()) for x in found)
+
+
+def pick_matmul(model):
+    """For a model on an AMD CPU: float32 matmuls by oneDNN, up to twice as fast there as MKL, if they stay float32.
+
+    "medium" lets oneDNN round to bfloat16, which it does on CPUs with AMX: then nothing changes, as on a GPU. For
+    narrow models nothing does either: oneDNN makes a kernel for each new shape, 0.7 ms, and ragged batches have many.
+    The choice depends on model and hardware alone, so that a run and its resumption make the same one.
+    """
+    name = getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name", "")
+    if model.wte.weight.device.type == "cpu" and model.config.n_embd >= 128 and "AMD" in name:
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("medium")
+        if matmul_error() > MATMUL_ERROR:
+            torch.set_float32_matmul_precision(before)
+
+
+# ---- optimizers
+
+for name in ("add_param_group", "load_state_dict", "state_dict", "zero_grad"):
+    method = inspect.unwrap(getattr(torch.optim.Optimizer, name))
+    method.__dynamo_disable = method  # torch looks for it before it imports torch._dynamo, 1.5 s, to make one
+
+
+class AdamW(torch.optim.AdamW):
+    """torch.optim.AdamW, whose step imports torch._dynamo too. Left out: `differentiable`."""
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+
+
+class Muon(torch.optim.Muon):
+    """torch.optim.Muon, its Newton-Schulz iteration in float32: for CPUs without bfloat16, on which torch's own, which
+    always takes bfloat16, is 14 times as slow.   Jordan et al. 2024. Left out: closures, plain momentum."""
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            lr, (a, b, c) = group["lr"], group["ns_coefficients"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(p)
+                momentum = state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
+                x, tall = p.grad.lerp(momentum, group["momentum"]), len(p) > p.shape[1]  # Nesterov's
+                x = (x.T if tall else x) / x.norm().clamp(min=group["eps"])
+                for _ in range(group["ns_steps"]):  # x -> a x + (b g + c g^2) x with g = x x^T: singular values near 1
+                    gram = x @ x.T
+                    x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+                p.mul_(1 - lr * group["weight_decay"])
+                p.add_(x.T if tall else x, alpha=-lr * math.sqrt(max(1, len(p) / p.shape[1])))
