@@ -127,13 +127,10 @@ def credit(batch, kl_coef, o, run):
 def update(batch, policy, value, optimizers, step, epochs, o, run):
     """Epochs x minibatches x microbatches of the clipped losses -> (means over decisions by name, update_kl).
 
-    One network after the other, so that the gradients of one are in memory; in the first value_warmup steps the policy
-    rests. update_kl: the k3 between new and old policy at which the epochs ended early, that minibatch's gradient
-    dropped; else 0. Exits 2 on what is not finite before it can reach the weights.
+    One network after the other: memory for one's gradients. In the first value_warmup steps the policy rests. update_kl:
+    the k3 between new and old policy at which the epochs ended early, that minibatch's gradient dropped; else 0.
     """
-    for name in ("advantages", "returns"):
-        if not getattr(batch, name).isfinite().all():
-            runtime.fail_before_update(f"step {step + 1}: the {name} are not finite", o)
+    runtime.check_finite(o, f"step {step + 1}", advantages=batch.advantages, returns=batch.returns)
     sums, count, ratios = {}, 0, []
     for epoch in range(epochs):
         order = torch.randperm(len(batch.lengths), generator=run.generator(step, f"epoch {epoch}")).to(run.device)

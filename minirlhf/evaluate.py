@@ -451,8 +451,8 @@ def verdict_on_policy(figures, thirds, has_judge):
         return f"not to be told from the baseline: the reward model prefers {rate:.1%} ({low:.1%}-{high:.1%})"
     if high < 0.5:
         return f"worse than the baseline: the reward model prefers {rate:.1%} ({low:.1%}-{high:.1%})"
-    if len(thirds) == 3 and thirds[1][3] <= 0.5 and max(thirds[0][3], thirds[2][3]) > 0.5:
-        longer = thirds[2][2] > thirds[0][2]
+    if len(thirds) == 3 and thirds[1][3] <= 0.5 and (thirds[0][3] > 0.5) != (thirds[2][3] > 0.5):
+        longer = thirds[2][3] > 0.5
         return (f"{'longer' if longer else 'shorter'} only: preferred where answers are "
                 f"{'longer' if longer else 'shorter'}, not where lengths are alike ({thirds[1][2]:.1%})")
     if not has_judge:
@@ -505,6 +505,8 @@ def output_file(path):
         return None
     if os.path.isdir(path) or os.path.exists(path) and not path.endswith(".json"):
         fail(f"--output {path}: exists and is no .json file")
+    if os.path.exists(path) and os.path.exists(os.path.join(os.path.dirname(path), "ckpt.pt")):
+        fail(f"--output {path}: belongs to the run of that folder")
     try:
         return open(path, "a", encoding="utf-8")
     except OSError as error:

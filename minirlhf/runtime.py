@@ -390,6 +390,13 @@ def fail_before_update(what, o):
          f"--learning_rate below {o.learning_rate:g}")
 
 
+def check_finite(o, where, **tensors):
+    """Exits 2, before the update, where a tensor holds NaN or infinity. where: names the batch."""
+    for name, x in tensors.items():
+        if not x.isfinite().all():
+            fail_before_update(f"{where}: the {name} are not finite", o)
+
+
 def clip_gradients(model, loss, where, o, check_weights=True):
     """Scale the gradient down to o.max_grad_norm (0 = never) -> its norm before.
 

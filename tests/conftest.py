@@ -93,6 +93,7 @@ class Command:
             sys.argv[0] = str(ROOT / argv[0])
             runpy.run_path(sys.argv[0], run_name="__main__")
         else:
+            sys.modules.pop(argv[0], None)  # as in a process of its own, where nothing has imported it yet
             runpy.run_module(argv[0], run_name="__main__", alter_sys=True)
 
     def wait(self, timeout=120):

@@ -130,6 +130,78 @@ def test_policy_scores_higher_and_says_other_things(folder, stages):
     assert len(texts["sft"]) == len(texts["ppo"]) == 2 * len(NOUNS) and texts["sft"] != texts["ppo"]
 
 
+def test_evaluate_says_what_the_run_said(folder, stages):
+    """The closing figures of stage 3 again, to the last digit, from the command; the baseline against itself wins half;
+    a paired difference, best-of-n rows, thirds by length and a verdict a policy; all of it in the file."""
+    out = run("-m", "minirlhf.evaluate", "out/ppo", "out/sft", "--prompts", "data/prompts.val.jsonl", "--num_prompts",
+              "64", "--best_of", "1,2", "--judge", "out/rm", "--output", "evaluation.json", cwd=folder)
+    found = json.loads((folder / "evaluation.json").read_text())
+    final = metrics(folder, "ppo")[-1]["final"]
+    for name, figure in final["after"].items():
+        assert found["policies"]["out/ppo"][name] == figure
+    assert {k: v for k, v in found["policies"]["out/sft"].items() if not k.startswith("judge")} == final["before"]
+    assert found["policies"]["out/ppo"]["judge_win_rate"] == final["after"]["win_rate"]  # the same model judges
+    assert found["best_of"]["1"]["score"] == final["before"]["score"] < found["best_of"]["2"]["score"]
+    assert found["best_of"]["2"]["kl_bound"] == pytest.approx(math.log(2) - 0.5)
+    gain = final["after"]["score"][0] - final["before"]["score"][0]
+    assert found["differences"][0]["mean"] == pytest.approx(gain)
+    assert found["verdicts"]["out/ppo"].startswith("believable") and "verdict on out/ppo: believable" in out
+    assert found["verdicts"]["out/sft"].startswith("not to be told from the baseline")
+    assert len(found["by_length"]["out/ppo"]) == 3 and "KL <= 0.19" in out
+
+
+@pytest.mark.parametrize("arguments, expected", [
+    (["out/rm"], "holds a reward model, expected an SFT model or a PPO policy"),
+    (["nowhere"], "nowhere: no such checkpoint"),
+    (["out/ppo", "--reward_model", "out/sft"], "holds an SFT model, expected a reward model"),
+    (["out/ppo", "--reward_model", "nothing.py:f"], "--reward_model nothing.py:f: expected FILE.py:FUNCTION"),
+    (["out/ppo", "--best_of", "0"], "--best_of 0: each n must be"), (["out/ppo", "--best_of", "x"], "--best_of x"),
+    (["out/ppo", "--response_length", "47"], "--response_length 47: leaves no room"),
+    (["out/ppo", "--output", "out/ppo/ckpt.pt"], "--output out/ppo/ckpt.pt: exists and is no .json file"),
+    (["out/ppo", "--output", "out/ppo/config.json"], "--output out/ppo/config.json"),
+    (["out/ppo", "--temperature", "0"], "--temperature 0"),
+])
+def test_evaluate_refuses(folder, stages, arguments, expected):
+    """What does not fit costs one line, and nothing is written."""
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name[0] != "."}
+    error = run("-m", "minirlhf.evaluate", "--prompts", "data/prompts.val.jsonl", *arguments, cwd=folder, code=2)
+    assert expected in error and error.count("\n") == 1
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name[0] != "."} == before
+
+
+def test_an_option_that_another_makes_idle_is_named(folder, stages):
+    """Given together: a line each; the idle one alone: none."""
+    (folder / "zero.py").write_text("def f(prompts, completions):\n    return [0.0] * len(prompts)\n")
+    short = ["--data_dir", "data", *PPO, "--total_episodes", "96", "--num_eval_prompts", "4", "--overwrite"]
+    out = run(script("ppo"), *short, "--reward", "zero.py:f", "--reward_clip", "1", "--value_init", "rm", "--out_dir",
+              "out/idle", cwd=folder)
+    assert "warning: --reward_clip has no effect with --reward" in out and "--value_init has no effect" in out
+    assert "--reward_model has no effect" not in out
+    assert "no effect" not in run(script("ppo"), *short, "--reward_clip", "1", "--out_dir", "out/idle", cwd=folder)
+
+
+def test_a_judge_is_logged_over_the_run(folder, stages):
+    """--judge, a model or a function, stands beside the reward in every evaluation and in the closing table."""
+    (folder / "judge.py").write_text("def short(prompts, completions):\n    return [-len(c) for c in completions]\n")
+    out = run(script("ppo"), "--data_dir", "data", *PPO, "--total_episodes", "96", "--eval_interval", "1", "--judge",
+              "judge.py:short", "--out_dir", "out/judged", cwd=folder)
+    rows = metrics(folder, "judged")
+    assert all(len(row["eval"]["judge_win_rate"]) == 3 and row["eval"]["judge_score"][0] < 0 for row in rows[:-1])
+    assert "; judge: score -" in out and "preferred by the judge" in out and "judge_score" in rows[-1]["final"]["after"]
+
+
+def test_a_checkpoint_with_old_option_names_is_refused(folder, stages):
+    """--resume names them in one line."""
+    import torch
+
+    (folder / "out" / "old").mkdir(exist_ok=True)
+    payload = torch.load(folder / "out" / "ppo" / "ckpt.pt", weights_only=True)
+    payload["options"] |= {"kl_length_credit": 0.1, "target_kl": 0.0}
+    torch.save(payload, folder / "out" / "old" / "ckpt.pt")
+    error = run(script("ppo"), "--resume", "--out_dir", "out/old", cwd=folder, code=2)
+    assert "options that this version does not know: kl_length_credit, target_kl;" in error
+
+
 def test_first_update_starts_from_a_ratio_of_one(folder, stages):
     """Until the value network's two steps of warm-up are over the policy is the SFT model: KL is 0, and the sampler's
     log-probabilities are the trainer's. Then it moves."""

@@ -374,7 +374,7 @@ def test_unreachable_index(archive, tmp_path, capsys, monkeypatch):
         sentiment(tmp_path / "sentiment")
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count("\n") == 1
-    for part in (prepare.ARCHIVE, prepare.SHA256, prepare.PAGE, str(tmp_path / prepare.ARCHIVE),
+    for part in (prepare.ARCHIVE, prepare.SHA256, prepare.SOURCE, str(tmp_path / prepare.ARCHIVE),
                  "ERROR: No matching distribution found for vaderSentiment==3.3.2"):
         assert part in error
     assert list(tmp_path.iterdir()) == []

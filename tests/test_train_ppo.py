@@ -552,6 +552,14 @@ def test_every_row_once_an_epoch_in_as_many_minibatches_as_asked(world, monkeypa
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs) and epochs[0] != epochs[1] != epochs[2]
 
 
+def test_a_batch_too_far_from_the_sft_model_has_one_epoch(world):
+    """update takes as many epochs as it is told, whatever the option says."""
+    o = options(num_ppo_epochs=3, num_mini_batches=2)
+    nets, batch = ready(world, o)
+    figures, _ = train_ppo.update(batch, nets.policy, nets.value, optimizers(nets, o, 1e-3), 0, 1, o, run_of(o))
+    assert figures["policy/updates"] == 2
+
+
 # Figures of answers, by hand
 
 
