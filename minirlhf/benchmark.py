@@ -77,7 +77,7 @@ class Options:
     iters: int = 0  # timed iterations after one to warm up; 0 = 5 of PPO, 20 of the others [0..1000000]
     micro_batch: int = 0  # rows (or pairs) a forward pass; 0 = the scripts' own default [0..1000000]
     device: str = "auto"  # cpu, cuda, cuda:N, mps; auto takes the GPU when there is one
-    dtype: Literal["auto", "float32", "bfloat16"] = "float32"  # of the products; auto: bfloat16 where the chip has it
+    dtype: Literal["auto", "float32", "bfloat16"] = "float32"  # of matmuls; auto: bfloat16 where the chip has it
     compile: bool = False  # run the networks through torch.compile
     threads: int = 0  # CPU threads; 0 = torch's own choice [0..1024]
     scaling: bool = False  # instead: PPO's s/iteration against batch, response length, width and depth, and the slopes
@@ -86,16 +86,16 @@ class Options:
 
 # ---- what the work costs at least
 
-def forward_flops(w, rows, tokens, pairs, counted, words):
-    """FLOPs of matrix products of one forward pass, 2 for a multiplication and its addition.
+def forward_flops(w, rows, tokens, pairs, selected, words):
+    """FLOPs of the matmuls of one forward pass, 2 for a multiplication and its addition.
 
-    2 rows (C^2 ((12 L - 9) tokens + 9 counted) + 2 C L pairs + C words counted): a block's linear layers hold 12 C^2
+    2 rows (C^2 ((12 L - 9) tokens + 9 selected) + 2 C L pairs + C words selected): a block's linear layers hold 12 C^2
     weights, of which the last block needs 3 C^2, queries, keys and values, for a row's tokens and the rest for those
-    that are counted; each of `pairs` (query, key) costs C in q k^T and C in the weighted sum; counted tokens meet a
+    that are selected; each of `pairs` (query, key) costs C in q k^T and C in the weighted sum; selected tokens meet a
     head of `words` outputs. A backward pass costs twice as much.
     """
     C, L = w.width, w.layers
-    return 2 * rows * (C * C * ((12 * L - 9) * tokens + 9 * counted) + 2 * C * L * pairs + C * words * counted)
+    return 2 * rows * (C * C * ((12 * L - 9) * tokens + 9 * selected) + 2 * C * L * pairs + C * words * selected)
 
 
 def causal(tokens):
@@ -110,7 +110,7 @@ def parameters(w, block_size, head):
 
 
 def ppo_cost(w, itemsize=4):
-    """-> {phase: (FLOPs, bytes)} of one iteration; itemsize: bytes a weight is read as by the products.
+    """-> {phase: (FLOPs, bytes)} of one iteration; itemsize: bytes a weight is read as by matmuls.
 
     Rollout: each of P + R - 1 tokens goes through the policy once, R of them to the head; the weights are read at each
     of R steps, and the keys and values of the tokens so far. Scoring: policy, reference and value network on T - 1
@@ -383,7 +383,7 @@ def show(result):
     """A part's lines of the table."""
     gpu = f", GPU {result['peak_gpu_mb']:,} MB" if "peak_gpu_mb" in result else ""
     say(f"\n{result['what']} {result['size']}: {result['device']}, {result['dtype']}, {result['threads']} threads; "
-        f"peak memory {result['peak_rss_mb']:,} MB{gpu}; products at most {result['peak_gflops']:,.0f} GFLOP/s "
+        f"peak memory {result['peak_rss_mb']:,} MB{gpu}; matmuls at most {result['peak_gflops']:,.0f} GFLOP/s "
         f"({', '.join(f'{k} {v:,.0f}' for k, v in result['peaks_gflops'].items())}), reading "
         f"{result['read_gb_s']:.0f} GB/s; other processes took "
         + ("an unknown part" if result["others_cpu"] is None else f"{result['others_cpu']:.0%}") + " of the cores")

@@ -1,6 +1,7 @@
 """--check: what must hold of any run, tested on the user's own model, data and device, a line for each.
 
-Differences are given in standard standard deviations of what is compared, so that a new model's small numbers hide nothing.
+Differences are given in standard deviations of what is compared, so that a new model's small numbers hide
+nothing.
 
 Left out: anything that needs training. That a run improves is seen in the run.
 """
@@ -80,11 +81,11 @@ def cache(checks, model, rows):
         at = torch.arange(kv.filled, device=run.device)
         cached = plain.new_zeros(plain.shape)
         cached[:, :kv.filled] = model.hidden(noise(model, tokens, halves)[:, :kv.filled], kv, at[None])
-        every = torch.arange(len(rows), device=run.device)
+        rows_index = torch.arange(len(rows), device=run.device)
         for n in range(int((lengths - halves).max())):
             at = (halves + n).clamp_max(tokens.shape[1] - 1)
             kv.filled = int(at.max()) + 1
-            cached[every, at] = model.hidden(tokens[every, at][:, None], kv, at[:, None])[:, 0]
+            cached[rows_index, at] = model.hidden(tokens[rows_index, at][:, None], kv, at[:, None])[:, 0]
     real = torch.arange(tokens.shape[1], device=run.device) < lengths[:, None]
     checks.close("the KV cache changes nothing", plain[real], cached[real],
                  "a cache slot or position is off by one, or an unwritten slot is seen")
@@ -98,9 +99,9 @@ def gradients(models):
     return flat
 
 
-def microbatches(checks, whole, parts):
+def microbatches(checks, at_once, parts):
     """Gradients of one batch, taken at once and in microbatches of one row."""
-    gap = float((whole - parts).norm() / whole.norm().clamp_min(1e-20))
+    gap = float((at_once - parts).norm() / at_once.norm().clamp_min(1e-20))
     checks("microbatch size changes no gradient", gap <= checks.limit, f"they differ by {gap:.1e} of their norm, at "
            f"most {checks.limit:.0e}", "a microbatch's mean was taken where the batch's sum is divided once")
 
@@ -171,12 +172,12 @@ def sft(model, tokenizer, batch, optimizers, o, run):
                f"{loss:.2f} nats a token, {uniform:.2f} for an even guess", "the initial weights have another scale")
     train_sft.batch_gradients(model, batch, eos, o, run)
     stillness(checks, model, optimizers)
-    whole = [row for row in batch if not row.trimmed]
-    if whole:  # a cut row has neither its text's ids nor its end
-        same_ids(checks, tokenizer, whole)
-        tokens, mask, _ = collate(whole, eos, run.device)
+    uncut = [row for row in batch if not row.trimmed]
+    if uncut:  # a cut row has neither its text's ids nor its end
+        same_ids(checks, tokenizer, uncut)
+        tokens, mask, _ = collate(uncut, eos, run.device)
         ends = int((tokens[:, 1:][mask] == eos).sum())
-        checks("eos is reachable", ends == len(whole), f"{ends} of {len(whole)} completions train it",
+        checks("eos is reachable", ends == len(uncut), f"{ends} of {len(uncut)} completions train it",
                "eos is masked as if it were padding, so a model never learns to stop")
     saved(checks, model, tokenizer, "sft")
     checks.end()
@@ -201,10 +202,10 @@ def rm(model, tokenizer, batch, optimizers, o, run):
     microbatches(checks, *found)
     train_rm.batch_gradients(model, batch, eos, o, run)
     stillness(checks, model, optimizers)
-    whole = [row for row in rows if not row.trimmed]
-    same_ids(checks, tokenizer, whole)
-    ends = sum(row.ids[-1] == eos for row in whole)
-    checks("a text is scored at its eos", ends == len(whole), f"{ends} of {len(whole)} texts",
+    uncut = [row for row in rows if not row.trimmed]
+    same_ids(checks, tokenizer, uncut)
+    ends = sum(row.ids[-1] == eos for row in uncut)
+    checks("a text is scored at its eos", ends == len(uncut), f"{ends} of {len(uncut)} texts",
            "completions are encoded without eos, which is where stage 3 reads the score")
     saved(checks, model, tokenizer, "rm")
     checks.end()
@@ -278,8 +279,8 @@ def ppo(policy, ref, value, reward, tokenizer, prompts, first, o, run):
         checks("policy and reward model see the same ids for the same text", own == theirs and prompts_too,
                f"{len(own)} answers; {sampled} of them were sampled as their text is encoded",
                "their tokenizers differ, or prompts are encoded otherwise than in stages 1 and 2")
-    ended = float(batch.finished.float().mean())
-    checks("eos is reachable", ended > 0, f"{ended:.0%} of {len(rows)} answers end within {o.response_length} tokens",
+    eos_rate = float(batch.finished.float().mean())
+    checks("eos is reachable", eos_rate > 0, f"{eos_rate:.0%} of {len(rows)} answers end within {o.response_length} tokens",
            "the SFT model was not trained on eos, or --response_length is too short")
     saved(checks, policy, tokenizer, "ppo")
     checks.end()

@@ -43,7 +43,7 @@ class Damaged(Exception):
 def save(path, *, stage, model, tokenizer, options, info, training, environment=None, weights=None):
     """Write, read back, rename; the good file that was there becomes ckpt.previous.pt -> a line with size and seconds.
 
-    weights: what others shall use where that is not the model's last (the best, say); environment: Run.surroundings().
+    weights: what others shall use where that is not the model's last (the best, say); environment: Run.environment().
     Exits 1 and leaves what was there when a weight is not finite, or, naming path and size, when the disk is full or
     the folder gone.
     """

@@ -1,4 +1,4 @@
-"""What a run needs from its surroundings: device, precision, ranks, seeds, an output folder, signals, log lines.
+"""What a run needs from the machine: device, precision, ranks, seeds, an output folder, signals, log lines.
 
 Invariant: a random choice is a function of (seed, step, rank, purpose), so a resumed run needs no generator state.
 
