@@ -1,7 +1,8 @@
 """Stage 3, PPO: the SFT model + a reward -> a policy that people prefer, kept near the SFT model by a KL penalty.
 
-Each step reads as five paragraphs: ROLLOUT, JUDGEMENT, CREDIT, UPDATE, LOOK. All per-token tensors share the grid
-(B, T-1): index t means "having read tokens[:, :t+1], choose tokens[:, t+1]".   Schulman et al. 2017; Ziegler et al. 2019
+Each step reads as five paragraphs: ROLLOUT, JUDGEMENT, CREDIT, UPDATE, LOOK. A batch's columns lie on a grid (B, T-1):
+index t means "having read tokens[:, :t+1], choose tokens[:, t+1]". Networks and losses see the answers' decisions only,
+(N,): `decisions` are their flat indices, `flat` picks them, `grid` puts them back.   Schulman et al. 2017
 """
 import os
 import shlex
@@ -39,7 +40,7 @@ class Options(RunOptions):
     temperature: float = 1.0  # of sampling, and so of every log-probability [0.01..]
     # ---- rewards and advantages
     kl_coef: float = 0.055  # beta, the reward lost for a nat of KL from the SFT model [0..]
-    kl_baseline: float = 0.14  # share of the mean KL a token that is not penalised, so that length costs less [0..1]
+    kl_baseline: float = 0.14  # share of the mean KL per token taken off each token's: length costs less [0..1]
     adaptive_kl_target: float = 0.0  # nats a response that kl_coef is adapted to reach; 0 = kl_coef stays [0..]
     reward_clip: float = 2.0  # the reward model's scores are clipped to +- this; 0 = never [0..]
     missing_eos_penalty: float = 1.0  # subtracted from the score of an answer that did not end; 0 = off [0..]
@@ -54,7 +55,7 @@ class Options(RunOptions):
     max_grad_norm: float = 1.0  # the gradient of each of the two networks is scaled down to this norm; 0 = never [0..]
     cliprange: float = 0.2  # of the policy's ratio (0..]
     cliprange_value: float = 0.2  # of the value's change (0..]
-    vf_coef: float = 0.1  # weight of the value loss [0..]
+    vf_coef: float = 0.1  # weight of the value loss: matters for clipping its gradient, as the network is its own [0..]
     ent_coef: float = 0.0245  # weight of an entropy bonus: keeps answers diverse [0..]
     value_warmup: int = 4  # first steps in which only the value network learns [0..]
     # ---- guards
@@ -71,27 +72,27 @@ class Batch(Rollout):
     prompt_index: torch.Tensor = None  # (B,) which of the prompts a row answers
     logprobs: torch.Tensor = None  # JUDGEMENT: log pi of what was sampled, under the policy that sampled it
     ref_logprobs: torch.Tensor = None  # the same under the reference
-    entropies: torch.Tensor = None  # of the policy
+    entropies: torch.Tensor = None  # of the policy; for the log only
     values: torch.Tensor = None  # of the value network
     scores: torch.Tensor = None  # (B,) of the reward model or function
     final_rewards: torch.Tensor = None  # CREDIT: (B,) the score, clipped, less the penalty for a missing eos
-    penalised_kl: torch.Tensor = None
-    rewards: torch.Tensor = None
-    advantages: torch.Tensor = None
-    returns: torch.Tensor = None
+    penalised_kl: torch.Tensor = None  # log-ratio of policy to reference, less its baseline
+    rewards: torch.Tensor = None  # -kl_coef * penalised_kl, and final_rewards at the last decision
+    advantages: torch.Tensor = None  # of GAE, whitened
+    returns: torch.Tensor = None  # advantages before whitening + values: what the value network learns
 
 
 def roll_out(policy, prompts, index, eos, step, o, run):
     """The policy's answers to prompts[i] for i in index -> Batch, shortest first: microbatches of like length."""
+    asked = [prompts[i] for i in index]
     with run.autocast():
-        rollout = generate(policy, [prompts[i] for i in index], o.response_length, eos, o.temperature,
-                           run.generator(step, "rollout"))
+        rollout = generate(policy, asked, o.response_length, eos, o.temperature, run.generator(step, "rollout"))
     batch = Batch(**vars(rollout), prompt_index=torch.tensor(index, device=run.device))
     return batch.take(batch.lengths.argsort(stable=True))
 
 
 def microbatches(batch, rows, o):
-    """Some rows as Batches of micro_batch_size, each cut to its longest row."""
+    """Some rows, shortest first as roll_out left them, as Batches of micro_batch_size, each cut to its longest row."""
     return [batch.take(part) for part in rows.sort().values.split(o.micro_batch_size)]
 
 
@@ -106,7 +107,7 @@ def score_rollout(batch, policy, ref, value, reward, o, run):
             del all_logprobs
             ref_logprobs, _ = ref.logprobs(part.tokens, part.decisions, o.temperature)
             columns.append((logprobs, ref_logprobs, entropies, value.values(part.tokens, part.decisions)))
-    batch.logprobs, batch.ref_logprobs, batch.entropies, batch.values = (
+    batch.logprobs, batch.ref_logprobs, batch.entropies, batch.values = (  # parts follow one another row by row
         batch.grid(torch.cat(column)) for column in zip(*columns))
     batch.scores = reward(batch, o.micro_batch_size)
 
@@ -127,50 +128,49 @@ def credit(batch, kl_coef, o, run):
 def update(batch, policy, value, optimizers, step, epochs, o, run):
     """Epochs x minibatches x microbatches of the clipped losses -> (means over decisions by name, update_kl).
 
-    One network after the other: memory for one's gradients. In the first value_warmup steps the policy rests. update_kl:
-    the k3 between new and old policy at which the epochs ended early, that minibatch's gradient dropped; else 0.
+    One network after the other, to hold one's gradients; in the first value_warmup steps the policy rests. update_kl: the
+    k3 between new and old policy at which the epochs ended early, its minibatch moving neither network; else 0.
     """
     runtime.check_finite(o, f"step {step + 1}", advantages=batch.advantages, returns=batch.returns)
-    sums, count, ratios = {}, 0, []
+    sums, count, ratios = {}, 0, []  # over all minibatches
     for epoch in range(epochs):
         order = torch.randperm(len(batch.lengths), generator=run.generator(step, f"epoch {epoch}")).to(run.device)
         for i, rows in enumerate(order.tensor_split(o.num_mini_batches)):
             parts, where = microbatches(batch, rows, o), f"step {step + 1}, epoch {epoch + 1}"
             n = run.total(batch.response_mask[rows].sum())  # losses are divided once, by the decisions of all ranks
-            check_weights = epoch == 0 and i == 0  # once a batch; later a bad weight spoils the loss anyway
-            found = {}
+            check_weights, policy_sums, value_sums = epoch == i == 0, {}, {}  # weights are looked at once a batch
             if step >= o.value_warmup:
                 for part in parts:
-                    old, advantages = part.flat(part.logprobs), part.flat(part.advantages)  # (N,)
+                    old_logprobs, advantages = part.flat(part.logprobs), part.flat(part.advantages)  # (N,)
                     with run.autocast():
-                        new, all_logprobs = policy.logprobs(part.tokens, part.decisions, o.temperature)
+                        logprobs, all_logprobs = policy.logprobs(part.tokens, part.decisions, o.temperature)
                         bonus = o.ent_coef * entropy(all_logprobs) if o.ent_coef else 0.0
                     del all_logprobs
-                    loss, clipped = policy_loss(new, old, advantages, o.cliprange)
+                    loss, clipped = policy_loss(logprobs, old_logprobs, advantages, o.cliprange)
                     ((loss - bonus).sum() / n).backward()
                     with torch.no_grad():
-                        add(found, policy_loss=loss, approxkl=k2(new, old), policy_clipped=clipped,
-                            ratio=log_ratio(new, old).exp(), k3=k3(old, new))
+                        add(policy_sums, policy_loss=loss, approxkl=k2(logprobs, old_logprobs), policy_clipped=clipped,
+                            ratio=log_ratio(logprobs, old_logprobs).exp(), k3=k3(old_logprobs, logprobs))
                 run.sum_gradients(policy.parameters())
-                found = run.totals(found)
-                loss, update_kl = (torch.stack([found["policy_loss"], found["k3"]]) / n).tolist()
+                policy_sums = run.totals(policy_sums)
+                mean_loss, update_kl = (torch.stack([policy_sums["policy_loss"], policy_sums["k3"]]) / n).tolist()
                 if update_kl > o.max_update_kl:
                     policy.zero_grad(set_to_none=True)
                     return means(sums, count, ratios), update_kl
-                runtime.optimizer_step(policy, optimizers[:1], loss, where, o, check_weights)
-                ratios.append(found["ratio"] / n)
-            of_value = {}
+                runtime.optimizer_step(policy, optimizers[:1], mean_loss, where, o, check_weights)
+                ratios.append(policy_sums["ratio"] / n)
             for part in parts:
-                old, returns = part.flat(part.values), part.flat(part.returns)
+                old_values, returns = part.flat(part.values), part.flat(part.returns)
                 with run.autocast():
-                    new = value.values(part.tokens, part.decisions)
-                loss, clipped = value_loss(new, old, returns, o.cliprange_value)
+                    values = value.values(part.tokens, part.decisions)
+                loss, clipped = value_loss(values, old_values, returns, o.cliprange_value)
                 (o.vf_coef * loss.sum() / n).backward()
-                add(of_value, value_loss=loss.detach(), value_clipped=clipped)
+                add(value_sums, value_loss=loss.detach(), value_clipped=clipped)
             run.sum_gradients(value.parameters())
-            of_value = run.totals(of_value)
-            runtime.optimizer_step(value, optimizers[1:], float(of_value["value_loss"] / n), where, o, check_weights)
-            add(sums, **found, **of_value)
+            value_sums = run.totals(value_sums)
+            mean_loss = float(value_sums["value_loss"] / n)
+            runtime.optimizer_step(value, optimizers[1:], mean_loss, where, o, check_weights)
+            add(sums, **policy_sums, **value_sums)
             count = count + n
     return means(sums, count, ratios), 0.0
 
@@ -186,7 +186,8 @@ def means(sums, count, ratios):
     mean = {name: float(total / count) for name, total in sums.items()}
     updates, ratios = len(ratios), torch.stack(ratios) if ratios else torch.ones(1)
     return {"policy/approxkl_avg": mean.get("approxkl", 0.0), "policy/clipfrac_avg": mean.get("policy_clipped", 0.0),
-            "policy/updates": updates, "loss/policy_avg": mean.get("policy_loss", 0.0), "loss/value_avg": mean.get("value_loss", 0.0),
+            "policy/updates": updates, "loss/policy_avg": mean.get("policy_loss", 0.0),
+            "loss/value_avg": mean.get("value_loss", 0.0),
             "val/clipfrac_avg": mean.get("value_clipped", 0.0), "val/ratio": float(ratios.mean()),
             "val/ratio_var": float(ratios.var(correction=0))}
 
@@ -246,7 +247,7 @@ def main(argv=None):
     with runtime.Run(o, "ppo") as run:
         # ---- the policy, its frozen reference, what scores an answer, the value network
         ref, tokenizer, _ = checkpoint.load(o.init_from, ["sft"], run.device)
-        policy = ref.with_head("lm")
+        policy = ref.with_head("lm")  # a copy; no optimizer holds ref
         kernels.pick_matmul(policy)
         reward = rewards.load(o.reward or o.reward_model, "--reward" if o.reward else "--reward_model", ref, tokenizer,
                               o.init_from, run)
@@ -304,7 +305,7 @@ def main(argv=None):
 
             # ---- UPDATE: epochs x minibatches x microbatches of the clipped losses
             figures = evaluate.rollout_figures(batch, kl_coef, run)
-            epochs = guard.epochs(figures["objective/kl"])
+            epochs = guard.epochs(figures["objective/kl"])  # one only, where the policy is far from the SFT model
             update_figures, update_kl = update(batch, policy, value, optimizers, step, epochs, o, run)
 
             # ---- LOOK: one log line, now and then held-out prompts and a checkpoint
