@@ -128,8 +128,8 @@ def credit(batch, kl_coef, o, run):
 def update(batch, policy, value, optimizers, step, epochs, o, run):
     """Epochs x minibatches x microbatches of the clipped losses -> (means over decisions by name, update_kl).
 
-    One network after the other, to hold one's gradients; in the first value_warmup steps the policy rests. update_kl: the
-    k3 between new and old policy at which the epochs ended early, its minibatch moving neither network; else 0.
+    One network after the other, to hold one's gradients; in the first value_warmup steps the policy rests. update_kl:
+    the k3 between new and old policy at which the epochs ended early, its minibatch moving neither network; else 0.
     """
     runtime.check_finite(o, f"step {step + 1}", advantages=batch.advantages, returns=batch.returns)
     sums, count, ratios = {}, 0, []  # over all minibatches

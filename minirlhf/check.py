@@ -280,7 +280,8 @@ def ppo(policy, ref, value, reward, tokenizer, prompts, first, o, run):
                f"{len(own)} answers; {sampled} of them were sampled as their text is encoded",
                "their tokenizers differ, or prompts are encoded otherwise than in stages 1 and 2")
     eos_rate = float(batch.finished.float().mean())
-    checks("eos is reachable", eos_rate > 0, f"{eos_rate:.0%} of {len(rows)} answers end within {o.response_length} tokens",
+    checks("eos is reachable", eos_rate > 0,
+           f"{eos_rate:.0%} of {len(rows)} answers end within {o.response_length} tokens",
            "the SFT model was not trained on eos, or --response_length is too short")
     saved(checks, policy, tokenizer, "ppo")
     checks.end()

@@ -5,9 +5,10 @@
         "What this script does."
         batch_size: int = 64  # rows a step [1..]
 
-A line `# ---- heading` opens a group of the help. A range at the end of a comment, as in [1..], [0..1] or (0..], is enforced as well as shown ("(" excludes the end). A
-Literal type gives choices. `--name=value` and `--name value` both work, `--flag` alone means True, `@file` reads
-options from a file with one `name = value` a line. An unknown name is refused, abbreviations too.
+A line `# ---- heading` opens a group of the help. A range at the end of a comment, as in [1..], [0..1] or (0..], is
+enforced as well as shown ("(" excludes the end). A Literal type gives choices. `--name=value` and `--name value` both
+work, `--flag` alone means True, `@file` reads options from a file with one `name = value` a line. An unknown name is
+refused, abbreviations too.
 
 Left out: nesting, YAML and overriding by environment. A run's options fit one flat list.
 """

@@ -283,8 +283,8 @@ class AgainstSFT:
         """Prints and keeps a few answers -> their summary."""
         rows, base = self.answers(policy, self.prompts[:self.few]), self.sft_rows[:self.few]
         found = summary(rows, base)
-        self.run.say(f"  held out: score {found['score'][0]:+.3f}, kl {found['kl'][0]:.2f}, preferred to the SFT answer "
-                     f"{found['win_rate'][0]:.1%}, eos {found['eos_rate']:.2f}"
+        self.run.say(f"  held out: score {found['score'][0]:+.3f}, kl {found['kl'][0]:.2f}, preferred to the SFT "
+                     f"answer {found['win_rate'][0]:.1%}, eos {found['eos_rate']:.2f}"
                      + (f"; judge: score {found['judge_score'][0]:+.3f}, preferred {found['judge_win_rate'][0]:.1%}"
                         if "judge_score" in found else ""))
         for before, row in list(zip(base, rows))[:SHOWN]:
@@ -415,8 +415,8 @@ class DivergenceGuard:
         run.say(f"warning: {fault}: this batch's epochs end early ({self.in_a_row} in a row; the third ends the run)")
         if self.in_a_row == 3:
             run.write("metrics.jsonl", record)
-            raise SystemExit(f"error: step {record['step']}: for the third batch in a row {fault}: the policy is leaving "
-                             f"the language it knows; {advice}. A checkpoint of an earlier policy, if any, is in "
+            raise SystemExit(f"error: step {record['step']}: for the third batch in a row {fault}: the policy is "
+                             f"leaving the language it knows; {advice}. A checkpoint of an earlier policy, if any, is in "
                              f"{o.out_dir}: --resume goes on from it, with other options if they are named.")
 
 
@@ -467,19 +467,21 @@ def verdict_on_policy(figures, thirds, has_judge):
 def parse(argv=None):
     parser = argparse.ArgumentParser(
         prog="python -m minirlhf.evaluate", allow_abbrev=False, description="Policies against a baseline on held-out "
-        "prompts, by a reward model and a judge, with 95 % intervals. Temperature, response length and seed are those of "
-        "the first policy's run unless given, so that the figures are those that train_ppo.py printed.")
+        "prompts, by a reward model and a judge, with 95 % intervals. Temperature, response length and seed are those "
+        "of the first policy's run unless given, so that the figures are those that train_ppo.py printed.")
     parser.add_argument("policies", nargs="+", metavar="POLICY", help="ckpt.pt of train_ppo.py or train_sft.py, or its "
                         "folder")
     parser.add_argument("--baseline", default="out/sft", metavar="PATH", help="the SFT model whose answers theirs are "
                         "compared with, and the reference of the KL (default: %(default)s)")
     parser.add_argument("--reward_model", default="out/rm", metavar="PATH", help="reward model, or FILE.py:FUNCTION "
                         "(default: %(default)s)")
-    parser.add_argument("--judge", metavar="PATH", help="a reward model or FILE.py:FUNCTION that no policy was trained on")
+    parser.add_argument("--judge", metavar="PATH", help="a reward model or FILE.py:FUNCTION that no policy was trained "
+                        "on")
     parser.add_argument("--prompts", default="data/sentiment/prompts.val.jsonl", metavar="FILE.jsonl",
                         help="(default: %(default)s)")
     parser.add_argument("--num_prompts", type=positive_int, default=512, help="the first so many (default: 512)")
-    parser.add_argument("--best_of", default="", metavar="1,4,16", help="rows for the best of n answers of the baseline")
+    parser.add_argument("--best_of", default="", metavar="1,4,16", help="rows for the best of n answers of the "
+                        "baseline")
     parser.add_argument("--temperature", type=temperature_number)
     parser.add_argument("--response_length", type=positive_int)
     parser.add_argument("--seed", type=int)
@@ -568,7 +570,8 @@ def main(argv=None):
     for path, rows in found.items():
         thirds = result["by_length"][path] = by_length(rows, base)
         say(f"\n{path}: preferred, by how much longer the answer is than the baseline's: " + "; ".join(
-            f"{least:+d} to {most:+d} tokens {rate:.1%} ({low:.1%}-{high:.1%})" for least, most, rate, low, high in thirds))
+            f"{least:+d} to {most:+d} tokens {rate:.1%} ({low:.1%}-{high:.1%})"
+            for least, most, rate, low, high in thirds))
         sentence = result["verdicts"][path] = verdict_on_policy(columns[path], thirds, a.judge)
         say(f"verdict on {path}: {sentence}")
     paths = [*found]
@@ -576,9 +579,10 @@ def main(argv=None):
         for other in paths[i + 1:]:
             for name in scorers:
                 mean, low, high = paired_difference(found[one], found[other], name)
-                result["differences"].append({"of": one, "from": other, "by": name, "mean": mean, "interval": [low, high]})
-                say(f"{one} less {other}, mean difference of the {name} on the same prompts: {mean:+.3f} ({low:+.3f} to "
-                    f"{high:+.3f})")
+                result["differences"].append({"of": one, "from": other, "by": name, "mean": mean,
+                                              "interval": [low, high]})
+                say(f"{one} less {other}, mean difference of the {name} on the same prompts: {mean:+.3f} ({low:+.3f} "
+                    f"to {high:+.3f})")
     if output:
         with output:
             output.truncate(0)

@@ -1,7 +1,7 @@
 """What makes training and sampling fast on a CPU. Without it the numbers are the same up to rounding, only later.
 
-`packed` for sampling, `pick_matmul` for float32 matmuls, `keep_freed_memory` for the allocator, `Muon` where a CPU has no
-bfloat16, `AdamW` without a second of imports. Nothing here is part of an algorithm.
+`packed` for sampling, `pick_matmul` for float32 matmuls, `keep_freed_memory` for the allocator, `Muon` where a CPU has
+no bfloat16, `AdamW` without a second of imports. Nothing here is part of an algorithm.
 """
 import contextlib
 import ctypes

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 
 def moments(x, mask, total=lambda t: t):
-    """Mean and biased variance over entries where the mask is True; the others are never read, NaN included. total: sums a tensor over
+    """Mean and biased variance where the mask is True; other entries are never read, NaN included. total: sums a tensor over
     all ranks."""
     x = x.masked_fill(~mask, 0)
     n, sum_x = total(torch.stack([mask.sum().to(x.dtype), x.sum()]))
@@ -118,7 +118,7 @@ def shape_rewards(scores, kl, response_mask, kl_coef):
 def kl_above_baseline(kl, response_mask, baseline, total=lambda t: t):
     """KL_t - baseline * (mean KL of a decision): what is penalised.
 
-    With baseline 0 each further token costs KL, so that shorter answers are rewarded; with baseline 1 a token of average
+    With baseline 0 each further token costs KL, so that shorter answers are rewarded; with baseline 1 a token of mean
     KL is free, and only where the KL is spent matters, not how many tokens there are.
 
     kl, response_mask (B, T-1) -> (B, T-1), 0 outside the mask. total: sums a tensor over all ranks.
@@ -183,7 +183,7 @@ def value_loss(values, old_values, returns, cliprange_value):
 
 
 def explained_variance(values, returns, mask, total=lambda t: t):
-    """1 - Var(R - V) / Var(R) over entries where the mask is True: 1 is a perfect critic, 0 a constant one, below 0 a harmful one.
+    """1 - Var(R - V) / Var(R) where the mask is True: 1 is a perfect critic, 0 a constant one, below 0 a harmful one.
 
     NaN where the returns do not vary. total: sums a tensor over all ranks.
     """

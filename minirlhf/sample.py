@@ -21,11 +21,13 @@ def parse(argv=None):
     parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; may be given again")
     parser.add_argument("--prompts", metavar="FILE.jsonl", help='prompts from a file of {"prompt": ...} records')
     parser.add_argument("--n", type=positive_int, default=1, help="completions a prompt (default: 1)")
-    parser.add_argument("--temperature", type=temperature_number, default=1.0, help="0 takes the likeliest token (default: "
+    parser.add_argument("--temperature", type=temperature_number, default=1.0,
+                        help="0 takes the likeliest token (default: "
                         "%(default)s)")
     parser.add_argument("--seed", type=int, default=1337, help="the same seed gives the same completions (default: "
                         "%(default)s)")
-    parser.add_argument("--response_length", type=positive_int, help="longest completion in tokens (default: 48, or half "
+    parser.add_argument("--response_length", type=positive_int,
+                        help="longest completion in tokens (default: 48, or half "
                         "the context of a model where that is less)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
     parser.add_argument("--output", metavar="FILE.jsonl",

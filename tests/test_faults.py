@@ -653,7 +653,8 @@ def test_killed_at_random(folder, command, stage):
 @EVERY
 def test_a_run_killed_before_its_first_checkpoint_starts_again(folder, command, stage):
     """With --resume and its own options, from step 0."""
-    running = begin(folder, *fresh(stage, "--eval_interval", "1000000", *LONG[stage], "--weight_decay" if stage != "ppo" else "--lam", "0.5"))
+    kept = "lam" if stage == "ppo" else "weight_decay"
+    running = begin(folder, *fresh(stage, "--eval_interval", "1000000", *LONG[stage], f"--{kept}", "0.5"))
     os.kill(running.pid, signal.SIGKILL)
     running.wait()
     running = begin(folder, f"train_{stage}.py", "--resume", "--max_grad_norm", "0.5", "--out_dir", "out/new")
@@ -661,7 +662,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(folder, command, 
     code, out, _ = running.wait()
     assert code == 143 and "ended before its first checkpoint: it starts again" in out
     assert "resume: --max_grad_norm 0.5: this run had 1.0" in out
-    assert load(folder / "out" / "new")["options"]["lam" if stage == "ppo" else "weight_decay"] == 0.5
+    assert load(folder / "out" / "new")["options"][kept] == 0.5
 
 
 @EVERY

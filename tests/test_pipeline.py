@@ -439,15 +439,15 @@ def test_what_is_refused_leaves_nothing(folder, stages):
 
 def test_an_adaptive_kl_coef_follows_the_kl_of_a_response(folder, stages):
     """Each step beta changes by what its KL a response asks for; a beta of 0 could not follow and is refused."""
-    run(script("ppo"), "--data_dir", "data", *PPO, "--total_episodes", "192", "--adaptive_kl_target", "0.6", "--value_warmup",
-        "0", "--out_dir", "out/adaptive", cwd=folder)
+    run(script("ppo"), "--data_dir", "data", *PPO, "--total_episodes", "192", "--adaptive_kl_target", "0.6",
+        "--value_warmup", "0", "--out_dir", "out/adaptive", cwd=folder)
     rows = [m for m in metrics(folder, "adaptive") if "objective/kl_coef" in m]
     for row, following in zip(rows, rows[1:]):
         error = min(max(row["objective/kl"] / 0.6 - 1, -0.2), 0.2)
         assert following["objective/kl_coef"] == pytest.approx(row["objective/kl_coef"] * (1 + error * 32 / 10_000))
     assert rows[1]["objective/kl_coef"] < 0.05 and rows[-1]["objective/kl_coef"] > rows[-2]["objective/kl_coef"]
-    run(script("ppo"), "--data_dir", "data", *PPO, "--kl_coef", "0", "--adaptive_kl_target", "1", "--out_dir", "out/none",
-        cwd=folder, code=2)
+    run(script("ppo"), "--data_dir", "data", *PPO, "--kl_coef", "0", "--adaptive_kl_target", "1", "--out_dir",
+        "out/none", cwd=folder, code=2)
 
 
 def test_own_data_in_other_forms(folder):
