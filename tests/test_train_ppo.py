@@ -552,6 +552,16 @@ def test_every_row_once_an_epoch_in_as_many_minibatches_as_asked(world, monkeypa
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs) and epochs[0] != epochs[1] != epochs[2]
 
 
+def test_entropies_are_those_of_the_whole_distribution(world):
+    """At each decision of the first two rows -sum p log p of the policy, at the run's temperature, one by one."""
+    o = options(temperature=0.7)
+    nets, batch = ready(world, o)
+    for b in range(2):
+        for n in range(int(batch.prompt_lengths[b]), int(batch.lengths[b])):
+            expected = naive_entropy(nets.policy, batch.tokens[b, :n].tolist(), o.temperature)
+            assert float(batch.entropies[b, n - 1]) == pytest.approx(float(expected), rel=1e-9)
+
+
 def test_a_batch_too_far_from_the_sft_model_has_one_epoch(world):
     """update takes as many epochs as it is told, whatever the option says."""
     o = options(num_ppo_epochs=3, num_mini_batches=2)
