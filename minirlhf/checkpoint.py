@@ -297,7 +297,7 @@ class Training:
         payload, path = saved
         with fitting(path):
             state = payload["training"]
-            for (what, now), was in zip(self.fingerprints.items(), state.pop("data").values()):
+            for (what, now), was in zip(self.fingerprints.items(), state.pop("data").values(), strict=True):
                 if was != now and what in self.code:
                     self.run.say(f"resume: warning: {what} has changed since the run of {path} began")
                 elif was != now:
