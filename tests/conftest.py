@@ -1,8 +1,10 @@
 """What the test files share: the package on the path, small models whose leaks would show, and the command line."""
+import contextlib
 import multiprocessing
 import os
 import resource
 import runpy
+import signal
 import sys
 from pathlib import Path
 
@@ -15,6 +17,95 @@ sys.path.insert(0, str(ROOT))
 from minirlhf.model import GPT, GPTConfig  # noqa: E402
 
 torch.set_num_threads(1)  # the models are small, and a machine that does other things slows two threads down most
+
+
+# ---- two processes
+
+def pytest_runtestloop(session):
+    """The fast tests run in two processes: this one takes them from the front, a fork of it from the back, until they
+    meet. The fork sends its reports here, where they are printed and counted as one's own."""
+    config = session.config
+    if (config.option.markexpr != "not slow" or len(session.items) < 100 or config.option.usepdb
+            or config.option.collectonly or config.option.basetemp or session.testsfailed
+            or not hasattr(os, "fork") or os.cpu_count() < 2):
+        return None  # as pytest does it
+    config._tmp_path_factory.getbasetemp()  # one for both
+    front, back = multiprocessing.Value("i", 0), multiprocessing.Value("i", len(session.items) - 1)
+    receiving, sending = multiprocessing.Pipe(duplex=False)
+
+    def items(own, step):
+        """This process's next test, until there is none that nobody has taken."""
+        while True:
+            with front.get_lock():
+                if front.value > back.value:
+                    return
+                own.value += step
+                at = own.value - step
+            yield session.items[at]
+
+    def run(mine, after_each=lambda: None):
+        item = next(mine, None)
+        while item is not None:
+            following = next(mine, None)
+            config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+            after_each()
+            item = following
+
+    sys.stdout.flush()
+    if (child := os.fork()) == 0:
+        status = 1
+        try:
+            capture = config.pluginmanager.getplugin("capturemanager")
+            capture.stop_global_capturing()  # its files are the parent's
+            capture.start_global_capturing()
+            config.pluginmanager.unregister(config.pluginmanager.getplugin("terminalreporter"))
+            config.pluginmanager.register(Sender(config, sending))
+            run(items(back, -1))
+            sending.send(None)
+            status = 0
+        finally:
+            os._exit(status)
+
+    sending.close()
+    finished = False
+
+    def receive(seconds=0):
+        nonlocal finished
+        while not finished and receiving.poll(seconds):
+            data = receiving.recv()
+            finished = data is None
+            if not finished:
+                config.hook.pytest_runtest_logreport(
+                    report=config.hook.pytest_report_from_serializable(config=config, data=data))
+            stop()
+
+    def stop():
+        if session.shouldfail:
+            raise session.Failed(session.shouldfail)
+        if session.shouldstop:
+            raise session.Interrupted(session.shouldstop)
+
+    try:
+        run(items(front, 1), lambda: (stop(), receive()))
+        while not finished:
+            receive(None)
+    except EOFError:
+        pytest.exit("the second of two processes died", 1)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    return True
+
+
+class Sender:
+    """Sends each test's reports to the process that prints them."""
+
+    def __init__(self, config, pipe):
+        self.config, self.pipe = config, pipe
+
+    def pytest_runtest_logreport(self, report):
+        self.pipe.send(self.config.hook.pytest_report_to_serializable(config=self.config, report=report))
 
 
 @pytest.fixture

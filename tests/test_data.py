@@ -7,6 +7,7 @@ import os
 import random
 import re
 import subprocess
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -419,7 +420,8 @@ def test_parquet_is_named_with_a_command(tmp_path, refused):
     pytest.importorskip("pyarrow")
     pandas.DataFrame(rows).to_parquet(tmp_path / "x")
     _, _, command = refused(load_demonstrations, tmp_path / "x").partition("; the file looks like Parquet: ")
-    assert subprocess.run(command, shell=True).returncode == 0
+    surroundings = os.environ | {"PATH": os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]}
+    assert subprocess.run(command, shell=True, env=surroundings).returncode == 0
     assert load_demonstrations(tmp_path / "x.new") == [Demonstration("\n\nHuman: Hi\n\nAssistant:", " Ho")]
 
 

@@ -4,7 +4,6 @@ A case is a function of its number. A few hundred run with the fast tests, thous
 """
 import contextlib
 import copy
-import functools
 import importlib
 import io
 import json
@@ -689,10 +688,9 @@ def random_argument(rng):
 
 
 @cases(500, 5000)
-def test_options(numbers, tmp_path, monkeypatch):
+def test_options(numbers, tmp_path):
     """Arguments at random, on the command line or in a preset file: options of the right types and within their ranges,
     or exit 2 with a message that begins with the usage or is one line."""
-    monkeypatch.setattr(config, "_comments", functools.cache(config._comments))
     preset, accepted = tmp_path / "preset.txt", 0
     for number in numbers:
         with case(number) as rng:
