@@ -376,7 +376,8 @@ def test_errors_of_use(folder, stages, stage, arguments, expected):
     assert expected in run(script(stage), *arguments, cwd=folder, code=2)
 
 
-@pytest.mark.parametrize("stage, options", [("sft", SFT), ("rm", RM), ("ppo", PPO)])
+@pytest.mark.parametrize("stage, options", [
+    ("sft", [*SFT, "--num_train_epochs", "1"]), ("rm", RM), ("ppo", [*PPO, "--total_episodes", "320"])])
 def test_resume_is_exact(folder, stages, stage, options):
     """Stopped by SIGTERM midway and resumed, each stage ends with the weights and metrics of the uninterrupted run."""
     import torch
