@@ -115,7 +115,7 @@ def saved(checks, model, tokenizer, stage):
         other, other_tokenizer, _ = checkpoint.load(path, [stage], checks.run.device)
     own, loaded = model.state_dict(), other.state_dict()
     different = [name for name in own if not torch.equal(own[name], loaded[name])]
-    checks("saved and loaded is the same to the last bit", not different and other_tokenizer.ranks == tokenizer.ranks,
+    checks("saved and loaded is the same to the last bit", not different and other_tokenizer.same_ids(tokenizer),
            f"{len(own)} tensors and {tokenizer.vocab_size:,} tokens" + ", ".join(["", *different[:3]]),
            "the checkpoint leaves something out or changes its precision")
 

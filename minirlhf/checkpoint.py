@@ -259,7 +259,7 @@ def load(path, stages, device):
 def compatible(first, first_path, second, second_path):
     """Exits 2 unless two (model, tokenizer) turn text into the same ids and take as many of them."""
     (model, tokenizer), (other, other_tokenizer) = first, second
-    if tokenizer.ranks != other_tokenizer.ranks:
+    if not tokenizer.same_ids(other_tokenizer):
         at = next((n for n, (a, b) in enumerate(zip(tokenizer.ranks, other_tokenizer.ranks)) if a != b), "its end")
         fail(f"{first_path} and {second_path} have different tokenizers ({tokenizer.name} with {tokenizer.vocab_size} "
              f"tokens, {other_tokenizer.name} with {other_tokenizer.vocab_size}; they differ from token {at} on)")

@@ -1,14 +1,18 @@
-"""Text to token ids: GPT-2's byte-level BPE ranks, or ranks learned from the data; both run as a tiktoken.Encoding.
+"""Text to token ids: byte-level BPE whose merges are learned from the data, GPT-2's, or those of a model's folder.
 
-Invariant: there is one special token, eos, and no text can produce it: `encode` treats "<|endoftext|>" as plain text.
-A row begins with eos, as documents did in GPT-2's training, so that an empty prompt has something to condition on.
+All run as a tiktoken.Encoding. Invariants: no text can produce a special token, "<|endoftext|>" in it is plain text; a
+row begins with the token that the model's own training began with, so that an empty prompt has something to condition
+on. For GPT-2 and for what is trained here that is eos.
 
 Left out: chat templates and padding tokens. Rows are padded with eos and masked by their lengths.
 """
+import contextlib
 import heapq
+import json
 import os
 import tempfile
 import time
+import unicodedata
 from array import array
 from collections import Counter, defaultdict
 
@@ -20,46 +24,102 @@ from minirlhf.config import fail, say
 EOS = "<|endoftext|>"
 # GPT-2's pattern (Radford et al. 2019, encoder.py), with possessive quantifiers: the same splits, no backtracking
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+# the same after every digit has been split off, as SmolLM2 does it
+DIGITS_APART = r"""\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?[^\s\p{L}\p{N}]++|\s++(?=\p{N}|$)|\s+(?!\S)|\s"""
+PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that files of byte-level BPE write as Latin-1
+BYTE_OF = dict(zip(map(chr, [*PRINTABLE, *range(256, 324)]),  # the others, in order, as the letters from U+0100 on
+                   [*PRINTABLE, *(b for b in range(256) if b not in PRINTABLE)]))
 
 
 class Tokenizer:
-    """ranks: a token's bytes -> its id, ids 0..n-1 in merge order; eos is id n."""
+    """ranks: a token's bytes -> its id, where the order of ids is that of the merges. By default they are 0..n-1, all
+    single bytes are among them, and eos is id n.
 
-    def __init__(self, ranks: dict[bytes, int], name: str):
-        self.ranks, self.name, self.eos = ranks, name, len(ranks)
-        self.encoding = tiktoken.Encoding(name, pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={EOS: self.eos})
-        self.vocab_size = len(ranks) + 1
-        self.ids = list(range(self.vocab_size))  # one object an id: lists that share them take 8 bytes a token, not 40
+    special: {text: id} of further tokens, eos and `opening`, which begins a row, among them. vocab_size: of the model;
+    an id without a token decodes to U+FFFD. nfc: texts are brought into normalization form C first.
+    """
+
+    def __init__(self, ranks: dict[bytes, int], name: str, pattern: str = PATTERN,
+                 special: dict[str, int] | None = None, eos: int | None = None, opening: int | None = None,
+                 vocab_size: int | None = None, nfc: bool = False):
+        self.ranks, self.name, self.pattern, self.nfc = ranks, name, pattern, nfc
+        self.special = {EOS: len(ranks)} if special is None else special
+        self.eos = len(ranks) if eos is None else eos
+        self.opening = self.eos if opening is None else opening
+        self.vocab_size = vocab_size or 1 + max([*ranks.values(), *self.special.values()])
+        missing = [bytes([b]) for b in range(256) if bytes([b]) not in ranks]  # tiktoken panics at a byte without an id
+        extra = {byte: self.vocab_size + n for n, byte in enumerate(missing)}
+        self.encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks | extra, special_tokens={})
+        self.missing = b"".join(missing)
+        self.ids = list(range(self.vocab_size + len(extra)))  # one object an id: lists that share them take 8 bytes a
+        self.bytes = ["\ufffd".encode()] * self.vocab_size  # token, not 40
+        for token, i in [*ranks.items(), *((text.encode("utf-8", "replace"), i) for text, i in self.special.items())]:
+            self.bytes[i] = token
+        self.bytes[self.eos] = b""
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the text alone. A lone surrogate becomes U+FFFD."""
-        return [self.ids[i] for i in self.encoding.encode_ordinary(text)]
+        """Ids of the text alone. A lone surrogate becomes U+FFFD; a byte that has no id is dropped from its word, as
+        the `tokenizers` package does it."""
+        if self.nfc:
+            text = unicodedata.normalize("NFC", text)
+        ids = [self.ids[i] for i in self.encoding.encode_ordinary(text)]
+        if self.missing and ids and max(ids) >= self.vocab_size:
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            ids = [self.ids[i] for word in regex.finditer(self._split_pattern(), text)
+                   if (kept := word[0].encode().translate(None, self.missing))
+                   for i in self.encoding._core_bpe.encode_single_piece(kept)]
+        return ids
+
+    def _split_pattern(self):
+        """The pattern for the `regex` package, whose \\s and $ take more than tiktoken's."""
+        return self.pattern.replace("\\s", "\\p{White_Space}").replace("\\S", "\\P{White_Space}").replace("$", "\\Z")
 
     def encode_prompt(self, text: str) -> list[int]:
-        return [self.eos] + self.encode(text)
+        return [self.opening] + self.encode(text)
 
     def encode_completion(self, text: str) -> list[int]:
         return self.encode(text) + [self.eos]
 
     def decode(self, ids: list[int]) -> str:
-        """Text of the ids; eos is left out, bytes that are not UTF-8 become U+FFFD."""
-        return self.encoding.decode([i for i in ids if i != self.eos], errors="replace")
+        """Text of the ids; eos and a row's first token are left out, bytes that are not UTF-8 become U+FFFD."""
+        return b"".join(self.bytes[i] for i in self._said(ids)).decode("utf-8", "replace")
 
     def count_bytes(self, ids: list[int]) -> int:
         """UTF-8 bytes of the text of the ids."""
-        return sum(len(self.encoding.decode_single_token_bytes(i)) for i in ids if i != self.eos)
+        return sum(len(self.bytes[i]) for i in self._said(ids))
+
+    def _said(self, ids):
+        return ids[1:] if len(ids) and ids[0] == self.opening else ids
 
     def state(self) -> dict:
-        """What a checkpoint stores: plain strings, because it is read with weights_only=True."""
-        return {"name": self.name, "ranks": [token.decode("latin-1") for token in self.ranks]}
+        """What a checkpoint stores: plain values, because it is read with weights_only=True. Of what is as by default,
+        nothing."""
+        state = {"name": self.name, "ranks": [token.decode("latin-1") for token in self.ranks]}
+        if self.special != {EOS: len(self.ranks)} or [*self.ranks.values()] != [*range(len(self.ranks))]:
+            state |= {"ids": [*self.ranks.values()], "special": self.special, "eos": self.eos, "opening": self.opening,
+                      "vocab_size": self.vocab_size}
+        if self.pattern != PATTERN:
+            state["pattern"] = self.pattern
+        return state | ({"nfc": True} if self.nfc else {})
 
     @classmethod
     def from_state(cls, state: dict) -> "Tokenizer":
-        """Raises ValueError where these are no ranks: a token twice, or a byte that could not be encoded."""
-        ranks = {token.encode("latin-1"): rank for rank, token in enumerate(state["ranks"])}
-        if len(ranks) != len(state["ranks"]) or not {bytes([b]) for b in range(256)} <= ranks.keys():
+        """Raises ValueError where these are no ranks: a token or an id twice, or a byte that could not be encoded."""
+        ids = state.get("ids", range(len(state["ranks"])))
+        ranks = {token.encode("latin-1"): i for token, i in zip(state["ranks"], ids, strict=True)}
+        more = {name: value for name, value in state.items() if name not in ("ids", "ranks", "name")}
+        every = [*ids, *more.get("special", {}).values()]
+        size = more.get("vocab_size", len(ranks) + 1)
+        if len(ranks) < len(ids) or "ids" not in state and not {bytes([b]) for b in range(256)} <= ranks.keys():
             raise ValueError("the ranks of its tokenizer hold a token twice, or not every byte")
-        return cls(ranks, state["name"])
+        if (any(type(i) is not int or not 0 <= i < size for i in every + [more.get(k, 0) for k in ("eos", "opening")])
+                or len({*every}) < len(every) or [*ids] != sorted(ids)):
+            raise ValueError("the ids of its tokenizer are not those of tokens in order, each once")
+        return cls(ranks, state["name"], **more)
+
+    def same_ids(self, other: "Tokenizer") -> bool:
+        """Whether both give every text the same ids, under whatever name."""
+        return self.state() | {"name": ""} == other.state() | {"name": ""}
 
     @classmethod
     def gpt2(cls) -> "Tokenizer":
@@ -154,3 +214,203 @@ class Watch:
         if seconds > self.due:
             self.say(f"learning a vocabulary: {progress()}, {seconds:.0f} s")
             self.due = 2 * seconds
+
+
+# ---- of other programs
+
+QWEN2 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+         r"|\s+(?!\S)|\s+")
+GGUF_PATTERNS = {"gpt-2": PATTERN, "smollm": DIGITS_APART, "qwen2": QWEN2}
+
+
+def from_folder(folder, vocab_size=None):
+    """The tokenizer of a folder that holds tokenizer.json, or vocab.json with merges.txt: byte-level BPE only.
+
+    vocab_size: of the model, if it is larger than the tokenizer. eos and the token that opens a row are those that
+    tokenizer_config.json or config.json name; a row opens with eos where they name none. Exits 2, naming file, key and
+    reason, on what tiktoken would split or merge otherwise.
+    """
+    path = os.path.join(folder, "tokenizer.json")
+    settings = [_object(os.path.join(folder, name), optional=True) for name in ("tokenizer_config.json", "config.json")]
+    if os.path.exists(path):
+        parts = _object(path)
+        with understanding(path):
+            model = parts["model"]
+            if (kind := model.get("type", "BPE")) != "BPE":
+                fail(f"{path}: model.type {kind!r}: only byte-level BPE is read")
+            for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
+                if model.get(key):
+                    fail(f"{path}: model.{key} {model[key]!r}: tiktoken has no such thing")
+            special = {token["content"]: token["id"] for token in parts.get("added_tokens") or []}
+            pattern, nfc = _split_pattern_of(parts, path), _is_nfc(parts.get("normalizer"), path)
+            opening = _opening_of(parts.get("post_processor"), special)
+            vocab, merges, ignore_merges = model["vocab"], model["merges"], bool(model.get("ignore_merges"))
+            merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in merges]
+            if model.get("unk_token") and any(letter not in vocab for letter in BYTE_OF):
+                fail(f"{path}: model.unk_token {model['unk_token']!r}: stands for bytes that have no token")
+    else:
+        path, merges_path = os.path.join(folder, "vocab.json"), os.path.join(folder, "merges.txt")
+        vocab, pattern, nfc, opening, ignore_merges = _object(path), PATTERN, False, None, False
+        try:
+            with open(merges_path, encoding="utf-8") as f:
+                lines = [line for line in f.read().split("\n") if line and not line.startswith("#version")]
+        except (OSError, ValueError) as error:
+            fail(f"{merges_path}: cannot be read ({getattr(error, 'strerror', None) or error})")
+        merges = [tuple(line.split(" ")) for line in lines]
+        joined = {"".join(pair) for pair in merges}
+        special = {token: i for token, i in vocab.items() if token not in joined and token not in BYTE_OF}
+    with understanding(path):
+        named = {"eos": None, "bos": opening}
+        for name in named:
+            for setting in settings:
+                token, i = setting.get(f"{name}_token"), setting.get(f"{name}_token_id")
+                token = token["content"] if isinstance(token, dict) else token
+                i = i[0] if isinstance(i, list) and i else i
+                if named[name] is None:
+                    named[name] = special.get(token, vocab.get(token)) if token is not None else i
+        return from_merges(path, vocab, merges, special, named["eos"], named["bos"], pattern, vocab_size, nfc,
+                           ignore_merges)
+
+
+def from_gguf(path, metadata):
+    """The tokenizer that a GGUF file's metadata (a dict) holds. Exits 2 as `from_folder` does."""
+    def get(key, default=None):
+        return metadata.get(f"tokenizer.ggml.{key}", default)
+
+    with understanding(path):
+        if (kind := get("model")) != "gpt2":
+            fail(f"{path}: tokenizer.ggml.model {kind!r}: only byte-level BPE, 'gpt2', is read")
+        if (pattern := GGUF_PATTERNS.get(get("pre"))) is None:
+            fail(f"{path}: tokenizer.ggml.pre {get('pre')!r}: only {', '.join(GGUF_PATTERNS)} are known ways to split")
+        if get("add_space_prefix"):
+            fail(f"{path}: tokenizer.ggml.add_space_prefix True: a blank would be put before every text")
+        tokens, kinds = get("tokens"), get("token_type")
+        special = {token: i for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True)) if kind != 1}
+        vocab = {token: i for i, (token, kind) in enumerate(zip(tokens, kinds)) if kind == 1}
+        if len(special) + len(vocab) < len(tokens):
+            fail(f"{path}: tokenizer.ggml.tokens holds a token twice")
+        return from_merges(path, vocab, [tuple(m.split(" ")) for m in get("merges")], special, get("eos_token_id"),
+                           get("bos_token_id"), pattern, len(tokens), nfc=get("pre") == "qwen2")
+
+
+def from_merges(path, vocab, merges, special, eos, opening, pattern, vocab_size=None, nfc=False, ignore_merges=False):
+    """-> Tokenizer of {token as files write it: id}, merges [(left, right)] in order and special tokens {text: id}.
+
+    tiktoken merges the pair whose token has the lowest id, other programs the pair that stands first in their list: the
+    same where ids have the order of the merges and each token's bytes lead to it. Exits 2 where that is not so.
+    """
+    single = {letter: vocab[letter] for letter in BYTE_OF if letter in vocab}
+    own, merged = {**single}, {}
+    for n, pair in enumerate(merges):
+        if len(pair) != 2 or not all(part in own for part in pair) or (token := "".join(pair)) not in vocab:
+            fail(f"{path}: merge {n} {' '.join(map(str, pair))[:40]!r}: not of two earlier tokens into one of the "
+                 "vocabulary")
+        if token in own and not ignore_merges:
+            fail(f"{path}: merge {n} {' '.join(pair)[:40]!r}: makes a token that an earlier merge has made")
+        own[token] = vocab[token]
+        merged.setdefault(token, set()).add(pair)
+    order = [vocab[token] for token in merged]
+    if order != sorted(order):
+        fail(f"{path}: its tokens' ids are not in the order of its merges, which tiktoken needs")
+    if lost := [token for token in vocab if token not in own and token not in special]:
+        fail(f"{path}: token {lost[0][:40]!r}: no merge makes it, and it is no special token")
+    ranks = {bytes(BYTE_OF[letter] for letter in token): own[token] for token in sorted(own, key=own.get)}
+    for token, pairs in merged.items():
+        piece = bytes(BYTE_OF[letter] for letter in token)
+        if ignore_merges:
+            splits = {(token[:i], token[i:]) for i in range(1, len(token)) if token[:i] in own and token[i:] in own}
+            right = splits == pairs
+        else:
+            right = tuple(_merge(piece, ranks, own[token])) == tuple(
+                bytes(BYTE_OF[letter] for letter in part) for part in next(iter(pairs)))
+        if not right:
+            fail(f"{path}: token {token[:40]!r}: tiktoken would make it of other parts")
+    ids = [*own.values(), *special.values()]
+    size = vocab_size or max(ids) + 1
+    if len({*ids}) < len(ids) or not all(type(i) is int and 0 <= i < size for i in ids):
+        fail(f"{path}: the tokens' ids are not different numbers from 0 to {size - 1}, the model's last")
+    if eos is None:
+        eos = special.get(EOS)
+    for name, i in (("eos_token", eos), ("bos_token", eos if opening is None else opening)):
+        if type(i) is not int or not 0 <= i < size:
+            fail(f"{path}: {name} is {i!r}: expected the id of a token, or its text, in tokenizer_config.json or "
+                 "config.json")
+    if eos in ranks.values():
+        fail(f"{path}: eos_token {eos}: a text could hold it; expected a special token")
+    name = os.path.basename(os.path.dirname(os.path.abspath(path)))
+    tokenizer = Tokenizer(ranks, name, pattern, special, eos, opening, size, nfc)
+    probe = "".join(chr(c) for c in [*range(9, 0x3000, 7), 0x1F600, 0xE000, 0xE0001]) + "a1 \r\n  b\t "
+    if not tokenizer.missing and tokenizer.decode(tokenizer.encode(probe)) != (
+            unicodedata.normalize("NFC", probe) if nfc else probe):
+        fail(f"{path}: its split pattern {pattern[:60]!r} leaves out some characters")
+    return tokenizer
+
+
+def _merge(piece, ranks, below):
+    """The parts of a piece after all merges whose id is less than `below`."""
+    parts = [piece[i:i + 1] for i in range(len(piece))]
+    while True:
+        best, at = below, -1
+        for i, pair in enumerate(zip(parts, parts[1:])):
+            if (rank := ranks.get(pair[0] + pair[1], below)) < best:
+                best, at = rank, i
+        if at < 0:
+            return parts
+        parts[at:at + 2] = [parts[at] + parts[at + 1]]
+
+
+def _split_pattern_of(parts, path):
+    """How a tokenizer.json splits a text into words, as one pattern."""
+    steps = parts.get("pre_tokenizer") or {}
+    steps = steps["pretokenizers"] if steps.get("type") == "Sequence" else [steps]
+    kinds = [step.get("type") for step in steps]
+    last = steps[-1]
+    if kinds[-1] != "ByteLevel" or last.get("add_prefix_space"):
+        fail(f"{path}: pre_tokenizer {json.dumps(last)[:100]}: expected to end in ByteLevel without add_prefix_space")
+    if kinds == ["ByteLevel"] and last.get("use_regex", True):
+        return PATTERN
+    if kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits") and last.get("use_regex", True):
+        return DIGITS_APART
+    if (kinds == ["Split", "ByteLevel"] and not last.get("use_regex", True) and not steps[0].get("invert")
+            and steps[0].get("behavior") == "Isolated" and "Regex" in steps[0]["pattern"]):
+        return steps[0]["pattern"]["Regex"]
+    fail(f"{path}: pre_tokenizer {' + '.join(map(str, kinds))}: not a way to split that one pattern can express")
+
+
+def _is_nfc(normalizer, path):
+    if normalizer and normalizer.get("type") != "NFC":
+        fail(f"{path}: normalizer {json.dumps(normalizer)[:100]}: only none and NFC are read")
+    return bool(normalizer)
+
+
+def _opening_of(processor, special):
+    """The id of the token that a tokenizer.json puts before a text, or None."""
+    for step in (processor or {}).get("processors", [processor or {}]):
+        first = (step.get("single") or [{}])[0]
+        if "SpecialToken" in first:
+            return special[first["SpecialToken"]["id"]]
+
+
+@contextlib.contextmanager
+def understanding(path):
+    """What goes wrong within comes from the file's contents: exits 2 naming it."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError, OverflowError) as error:
+        fail(f"{path}: not a tokenizer that is understood: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+
+
+def _object(path, optional=False):
+    """A file's JSON object; {} where there is no such file and it is optional."""
+    if optional and not os.path.exists(path):
+        return {}
+    try:
+        with open(path, encoding="utf-8") as f:
+            found = json.load(f)
+    except OSError as error:
+        fail(f"{path}: cannot be read ({error.strerror})")
+    except (ValueError, RecursionError) as error:
+        fail(f"{path}: not JSON ({str(error)[:100]})")
+    if not isinstance(found, dict):
+        fail(f"{path}: expected an object")
+    return found

@@ -1,5 +1,8 @@
 """Byte-level BPE: learned as the definition says, round trips on any text, and never a special token from text."""
+import contextlib
+import copy
 import io
+import json
 import random
 import time
 from collections import Counter
@@ -9,6 +12,7 @@ import regex
 import tiktoken
 import torch
 
+from minirlhf import tokenizer as tok
 from minirlhf.tokenizer import EOS, PATTERN, Tokenizer
 
 TEXTS = ["the cat sat on the mat, the cat sat.", "A thin thing thinks; there, then, that's all!",
@@ -199,12 +203,9 @@ def test_state_round_trip(tokenizer):
 def test_equals_hugging_face_tokenizers(tokenizer):
     """The `tokenizers` package with the same merges and GPT-2's byte-level split gives the same ids."""
     tokenizers = pytest.importorskip("tokenizers")
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # these bytes GPT-2 writes as they are
-    letter = dict(zip(printable + [b for b in range(256) if b not in printable],
-                      map(chr, printable + list(range(256, 256 + 68)))))
 
     def written(token):
-        return "".join(letter[b] for b in token)
+        return "".join(LETTER[b] for b in token)
 
     ranks = tokenizer.ranks
     merges = [(written(t[:i]), written(t[i:])) for t in ranks if len(t) > 1 for i in range(1, len(t))
@@ -261,3 +262,225 @@ def test_a_broken_cache_of_gpt2_ranks_is_refused_too(monkeypatch, refused, error
 
     monkeypatch.setattr(tiktoken, "get_encoding", get_encoding)
     assert "TIKTOKEN_CACHE_DIR" in refused(Tokenizer.gpt2)
+
+
+# Of other programs
+
+LETTER = {b: letter for letter, b in tok.BYTE_OF.items()}
+PIECES = ["the", " cat", "é", "e\u0301", "漢字", " 12", "½", "Ⅷ", "'ll", "'S", "ſ", "\U0001f600", "\0", "\4", "\x13",
+          "\x1c", "\x1d", "\x85", "\u2028", "\ufeff", "\u00a0", " ", "   ", "\n", "\r\n", "\t", "!", "?!", "!\4!",
+          "1\4", "\U00040000", "\U000a1234", "a" * 70, EOS, "<|im_end|>", "\n3"]
+
+
+def nasty(n):
+    rng = random.Random(n)
+    return ["".join(rng.choices(PIECES, k=rng.randrange(1, 9))) for _ in range(n)]
+
+
+def learned(kind, specials=(), alphabet=range(256)):
+    """A tokenizer of the `tokenizers` package: `specials` first, then the alphabet's bytes, then merges."""
+    t = pytest.importorskip("tokenizers")
+    level = t.pre_tokenizers.ByteLevel
+    theirs = t.Tokenizer(t.models.BPE())
+    theirs.pre_tokenizer = {
+        "gpt2": level(add_prefix_space=False),
+        "digits": t.pre_tokenizers.Sequence([t.pre_tokenizers.Digits(True), level(add_prefix_space=False)]),
+        "qwen": t.pre_tokenizers.Sequence([t.pre_tokenizers.Split(t.Regex(tok.QWEN2), "isolated"),
+                                           level(add_prefix_space=False, use_regex=False)])}[kind]
+    if kind == "qwen":
+        theirs.normalizer = t.normalizers.NFC()
+    texts = [text for text in [*TEXTS, *nasty(300)] if {*text.encode()} <= {*alphabet}]
+    theirs.train_from_iterator(texts, t.trainers.BpeTrainer(
+        vocab_size=400, show_progress=False, special_tokens=[*specials], limit_alphabet=256,
+        initial_alphabet=[LETTER[b] for b in alphabet]))
+    return theirs
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "digits", "qwen"])
+@pytest.mark.parametrize("specials", [(), (EOS, "<|im_start|>", "<|im_end|>")], ids=["plain", "special first"])
+def test_a_folder_s_ids_equal_hugging_face_s(tmp_path, kind, specials):
+    """Three ways to split, NFC, special tokens before the bytes and behind the vocabulary, from tokenizer.json and,
+    where it can say as much, from vocab.json with merges.txt: ids of 1,000 nasty strings. A text's special tokens are
+    plain text here, so that the other program is compared without its own."""
+    theirs = learned(kind, specials)
+    theirs.save(str(path := tmp_path / "tokenizer.json"))
+    parts = json.loads(path.read_text())
+    parts["added_tokens"].append({"id": 500, "content": "<|last|>", "special": True})
+    path.write_text(json.dumps(parts))
+    (tmp_path / "config.json").write_text('{"eos_token_id": [500, 1], "bos_token_id": null}')
+    ours = [tok.from_folder(tmp_path, 512)]
+    if kind == "gpt2":
+        (tmp_path / "more").mkdir()
+        theirs.model.save(str(tmp_path / "more"))
+        (tmp_path / "more" / "tokenizer_config.json").write_text('{"eos_token": {"content": "<|end|>"}}')
+        vocab = json.loads((tmp_path / "more" / "vocab.json").read_text())
+        (tmp_path / "more" / "vocab.json").write_text(json.dumps(vocab | {"<|end|>": 511}))
+        ours.append(tok.from_folder(tmp_path / "more"))
+        assert ours[1].eos == ours[1].opening == 511 and ours[1].vocab_size == 512
+    assert ours[0].eos == ours[0].opening == 500 and ours[0].vocab_size == 512
+    ours += [Tokenizer.from_state(ours[0].state())]
+    bare = type(theirs).from_str(json.dumps(parts | {"added_tokens": []}))
+    for text in nasty(1000):
+        expected = bare.encode(text).ids
+        for own in ours:
+            assert own.encode(text) == expected
+        if not ours[0].nfc:
+            assert ours[0].decode(ours[0].encode_prompt(text)) == text
+
+
+def test_bytes_without_a_token_are_dropped_from_their_words(tmp_path):
+    """Five bytes that no token holds: the ids are still those of the other program, which drops them before it merges;
+    tiktoken alone would panic."""
+    absent = {4, 0x13, 0x1D, 0xF1, 0xF2}
+    theirs = learned("digits", (EOS,), [b for b in range(256) if b not in absent])
+    parts = json.loads(theirs.to_str())
+    gone = [token for token in parts["model"]["vocab"] if any(LETTER[b] in token for b in absent)]
+    assert not [token for token in gone if len(token) > 1]  # else its merges would have to go, too
+    for token in gone:
+        del parts["model"]["vocab"][token]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(parts))
+    ours = tok.from_folder(tmp_path)
+    bare = type(theirs).from_str(json.dumps(parts | {"added_tokens": []}))
+    for text in nasty(1000):
+        assert ours.encode(text) == bare.encode(text).ids
+    assert ours.decode(ours.encode("!\4!")) == "!!" and len(ours.missing) == len(absent)
+    assert Tokenizer.from_state(ours.state()).encode("a\4b") == ours.encode("a\4b")
+
+
+def written(**changes):
+    """A tokenizer.json of all bytes, the merges "t h" and "th e", and eos; `changes` by dotted names."""
+    vocab = {LETTER[b]: b for b in range(256)} | {"th": 256, "the": 257}
+    parts = {"added_tokens": [{"id": 258, "content": EOS}], "normalizer": None, "post_processor": None,
+             "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False},
+             "model": {"type": "BPE", "vocab": vocab, "merges": ["t h", "th e"]}}
+    for name, value in changes.items():
+        *path, last = name.split("__")
+        inside = parts
+        for step in path:
+            inside = inside[step]
+        inside[last] = value
+    return parts
+
+
+def read(folder, parts, **settings):
+    (folder / "tokenizer.json").write_text(json.dumps(parts))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return tok.from_folder(folder)
+
+
+def test_what_opens_a_row(tmp_path):
+    """The token that the template puts first, else bos_token, else eos; "the" is one token, a marker plain text."""
+    parts = written(added_tokens=[{"id": 258, "content": EOS}, {"id": 300, "content": "<s>"}])
+    assert read(tmp_path, parts).encode_prompt("the") == [258, 257]
+    assert read(tmp_path, parts, bos_token="<s>").encode_prompt("the") == [300, 257]
+    template = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<s>"}}, {"Sequence": {"id": "A"}}]}
+    for processor in (template, {"type": "Sequence", "processors": [{"type": "ByteLevel"}, template]}):
+        assert read(tmp_path, parts | {"post_processor": processor}, bos_token=EOS).encode_prompt("<s>")[:2] == [300, 60]
+    own = read(tmp_path, parts, bos_token="<s>")
+    assert own.encode_completion("the") == [257, 258] and own.vocab_size == 301
+    assert own.decode([300, 257, 299, 258]) == "the\ufffd" and own.count_bytes([300, 257, 258]) == 3
+    assert own.decode([257, 300]) == "the<s>"
+
+
+def says(path, words):
+    return lambda error: f"{path}: " in error and all(word in error for word in words)
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"model__type": "Unigram"}, ["model.type 'Unigram'"]),
+    ({"model__dropout": 0.1}, ["model.dropout 0.1"]),
+    ({"model__byte_fallback": True}, ["model.byte_fallback"]),
+    ({"normalizer": {"type": "Lowercase"}}, ["normalizer", "Lowercase"]),
+    ({"pre_tokenizer": {"type": "Metaspace"}}, ["pre_tokenizer", "Metaspace"]),
+    ({"pre_tokenizer": None}, ["pre_tokenizer"]),
+    ({"pre_tokenizer__add_prefix_space": True}, ["add_prefix_space"]),
+    ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Punctuation"}, {"type": "ByteLevel"}]}},
+     ["Punctuation + ByteLevel"]),
+    ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+        {"type": "Split", "pattern": {"Regex": "\\w+"}, "behavior": "Isolated"},
+        {"type": "ByteLevel", "use_regex": False}]}}, ["leaves out some characters"]),
+    ({"model__merges": ["th e", "t h"]}, ["merge 0 'th e'"]),
+    ({"model__merges": ["t h"]}, ["token 'the'", "no merge"]),
+    ({"model__merges": ["t h", "th e", "t he"]}, ["merge 2", "two earlier tokens"]),
+    ({"model__vocab__th": 257, "model__vocab__the": 256}, ["order of its merges"]),
+    ({"model__vocab__the": 3}, ["order of its merges"]),
+    ({"model__vocab__the": 258}, ["not different numbers"]),
+    ({"model__vocab__the": -1}, ["order of its merges"]),
+    ({"model__vocab__the": 2.5}, []),
+    ({"model__vocab__the": 10 ** 30, "added_tokens": []}, []),
+    ({"added_tokens": []}, ["eos_token is None"]),
+    ({"added_tokens": [{"id": 258}]}, ["KeyError"]),
+    ({"model": 3}, ["AttributeError"]),
+    ({"model__merges": [["t"], ["th", "e"]]}, ["merge 0"]),
+], ids=range(22))
+def test_what_tiktoken_cannot_do_is_refused(tmp_path, refused, changes, words):
+    """By file, key and value, in one line."""
+    assert says(tmp_path / "tokenizer.json", words)(refused(read, tmp_path, written(**changes)))
+
+
+def test_a_token_that_two_orders_of_merging_make(tmp_path, refused):
+    """"abc" by (a, bc), where ab is merged before bc: tiktoken makes it of ab and c, the other program never. With
+    ignore_merges, where the list holds every pair that makes a token, both do as tiktoken does."""
+    vocab = {LETTER[b]: b for b in range(256)} | {"ab": 256, "bc": 257, "abc": 258}
+    parts = written(model__vocab=vocab, model__merges=["a b", "b c", "a bc"])
+    parts["added_tokens"][0]["id"] = 259
+    assert "'abc': tiktoken would make it of other parts" in refused(read, tmp_path, parts)
+    parts["model"] |= {"ignore_merges": True}
+    assert "'abc'" in refused(read, tmp_path, parts)
+    parts["model"]["merges"] = ["a b", "b c", "a bc", "ab c"]
+    assert read(tmp_path, parts).encode("abcab") == [258, 256]
+
+
+@pytest.mark.parametrize("content, words", [
+    (None, ["vocab.json: cannot be read (No such file"]), (b"", ["not JSON"]), (b"[1]", ["expected an object"]),
+    (b"\xff", ["not JSON"]), (b"[" * 100_000, ["not JSON"]), (b'{"model": {}}', ["pre_tokenizer"])],
+    ids=range(6))
+def test_a_broken_tokenizer_file(tmp_path, refused, content, words):
+    if content is not None:
+        (tmp_path / "tokenizer.json").write_bytes(content)
+    error = refused(tok.from_folder, tmp_path)
+    assert str(tmp_path) in error and all(word in error for word in words)
+
+
+def test_a_gguf_s_tokenizer(refused):
+    """Tokens in the order of their ids, kinds 3 and 4 special; a way to split that nobody knows here is refused."""
+    tokens = [EOS, "<|im_start|>", *LETTER.values(), "th", "the"]
+    metadata = {"model": "gpt2", "pre": "smollm", "tokens": tokens, "token_type": [3, 4] + [1] * 258,
+                "merges": ["t h", "th e"], "eos_token_id": 0, "bos_token_id": 1, "add_bos_token": False}
+    get = lambda **changes: tok.from_gguf("x.gguf", {  # noqa: E731
+        f"tokenizer.ggml.{k}": v for k, v in (metadata | changes).items()})
+    own = get()
+    assert own.encode_prompt("the12") == [1, 259, 2 + [*LETTER].index(ord("1")), 2 + [*LETTER].index(ord("2"))]
+    assert own.eos == 0 and own.vocab_size == 260 and own.pattern == tok.DIGITS_APART
+    for changes, words in (({"pre": "unheard-of"}, "pre 'unheard-of'"), ({"model": "llama"}, "model 'llama'"),
+                           ({"add_space_prefix": True}, "add_space_prefix"), ({"token_type": [3]}, "not a tokenizer"),
+                           ({"tokens": tokens[:-1] + ["th"]}, "twice"), ({"eos_token_id": 5}, "a text could hold it"),
+                           ({"eos_token_id": 999}, "eos_token is 999"), ({"merges": None}, "not a tokenizer")):
+        assert words in refused(get, **changes)
+
+
+def test_a_changed_tokenizer_file_is_refused_or_read(tmp_path):
+    """Parts of a good file dropped, doubled, swapped or of another type: one line, or a tokenizer that round-trips."""
+    rng, good, refusals = random.Random(0), written(), 0
+    for case in range(150):
+        parts = copy.deepcopy(good)
+        for _ in range(rng.randint(1, 2)):
+            inside = rng.choice([parts, parts["model"] if isinstance(parts.get("model"), dict) else parts])
+            for _ in range(rng.randrange(3)):
+                values = inside.values() if isinstance(inside, dict) else inside
+                deeper = [v for v in values if isinstance(v, (dict, list))]
+                inside = rng.choice(deeper) if deeper else inside
+            keys = [*inside] if isinstance(inside, dict) else [*range(len(inside))]
+            if keys:
+                inside[rng.choice(keys)] = rng.choice([None, 0, -1, 1.5, "x", [], {}, True, 10 ** 20, "\udc00", [[]]])
+        error = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(error):
+                own = read(tmp_path, parts)
+        except SystemExit as stop:
+            assert stop.code == 2 and error.getvalue().count("\n") == 1, (case, error.getvalue())
+            refusals += 1
+            continue
+        assert own.decode(own.encode("the cat, then 12\n")).replace("\ufffd", "") != "", case
+        assert Tokenizer.from_state(own.state()).encode("the cat") == own.encode("the cat")
+    assert 30 < refusals < 150
