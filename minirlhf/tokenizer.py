@@ -397,7 +397,8 @@ def understanding(path):
     try:
         yield
     except (LookupError, TypeError, ValueError, AttributeError, RecursionError, OverflowError) as error:
-        fail(f"{path}: not a tokenizer that is understood: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+        reason = " ".join(str(error).split())[:200]
+        fail(f"{path}: not a tokenizer that is understood: {type(error).__name__}: {reason}")
 
 
 def _object(path, optional=False):

@@ -21,12 +21,16 @@ torch.set_num_threads(1)  # the models are small, and a machine that does other 
 
 # ---- two processes
 
+def pytest_addoption(parser):
+    parser.addoption("--processes", type=int, choices=(1, 2), default=2, help="that share the fast tests (default: 2)")
+
+
 def pytest_runtestloop(session):
     """The fast tests run in two processes: this one takes them from the front, a fork of it from the back, until they
     meet. The fork sends its reports here, where they are printed and counted as one's own."""
     config = session.config
-    if (config.option.markexpr != "not slow" or len(session.items) < 100 or config.option.usepdb
-            or config.option.collectonly or config.option.basetemp or session.testsfailed
+    if (config.option.processes == 1 or config.option.markexpr != "not slow" or len(session.items) < 100
+            or config.option.usepdb or config.option.collectonly or config.option.basetemp or session.testsfailed
             or not hasattr(os, "fork") or os.cpu_count() < 2):
         return None  # as pytest does it
     config._tmp_path_factory.getbasetemp()  # one for both

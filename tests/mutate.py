@@ -282,7 +282,7 @@ def killed_by(file, old=None, new=None):
             path.write_text(path.read_text().replace(old, new))
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(copy)}
         for tests in ([f"tests/test_{name}.py" for name in NEAREST[file]], []):
-            done = subprocess.run([sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider",
+            done = subprocess.run([sys.executable, "-m", "pytest", "-x", "-q", "--processes", "1", "-p", "no:cacheprovider",
                                    "--ignore=tests/test_mutate.py", *tests],
                                   cwd=copy, env=env, capture_output=True, text=True, timeout=1800)
             if done.returncode == 1:

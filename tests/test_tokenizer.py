@@ -375,7 +375,8 @@ def test_what_opens_a_row(tmp_path):
     assert read(tmp_path, parts, bos_token="<s>").encode_prompt("the") == [300, 257]
     template = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<s>"}}, {"Sequence": {"id": "A"}}]}
     for processor in (template, {"type": "Sequence", "processors": [{"type": "ByteLevel"}, template]}):
-        assert read(tmp_path, parts | {"post_processor": processor}, bos_token=EOS).encode_prompt("<s>")[:2] == [300, 60]
+        own = read(tmp_path, parts | {"post_processor": processor}, bos_token=EOS)
+        assert own.encode_prompt("<s>")[:2] == [300, ord("<")]
     own = read(tmp_path, parts, bos_token="<s>")
     assert own.encode_completion("the") == [257, 258] and own.vocab_size == 301
     assert own.decode([300, 257, 299, 258]) == "the\ufffd" and own.count_bytes([300, 257, 258]) == 3
