@@ -16,8 +16,6 @@ import json
 import os
 import random
 import re
-import subprocess
-import sys
 import tarfile
 import tempfile
 import time
@@ -26,6 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from minirlhf.config import fail, launch, say
+from minirlhf.fetch import by_pip
 
 ARCHIVE = "vaderSentiment-3.3.2.tar.gz"
 SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
@@ -113,23 +112,10 @@ def fetch(folder, source=None):
         if (found := hashlib.sha256(data).hexdigest()) != SHA256:
             fail(f"{path} is not the expected archive (its SHA-256 is {found}, not {SHA256}): it is {SOURCE}")
         return data
-    # The running Python's pip, so that the user's mirrors, proxies and certificates apply.
     say(f"fetching {ARCHIVE} with pip")
-    with tempfile.TemporaryDirectory(prefix=".download.", dir=folder) as temporary:
-        wanted = Path(temporary) / "requirements.txt"  # with its hash: pip reads the archive's metadata by running code
-        wanted.write_text(f"vaderSentiment==3.3.2 --hash=sha256:{SHA256}\n")
-        command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps",
-                   "--no-binary", ":all:", "--require-hashes", "-r", str(wanted), "--dest", temporary]
-        pip = subprocess.run(command, capture_output=True, text=True, errors="replace")
-        got = Path(temporary) / ARCHIVE
-        said = [line.strip() for line in pip.stderr.splitlines() if line.strip()] or ["no message"]
-        problem = next((line for line in reversed(said) if line.lower().startswith("error")), said[-1])
-        if pip.returncode == 0 and got.is_file():
-            data = got.read_bytes()
-            if (found := hashlib.sha256(data).hexdigest()) == SHA256:
-                os.replace(got, path)
-                return data
-            problem = f"its SHA-256 is {found}"
+    fetched, problem = by_pip(ARCHIVE, "vaderSentiment==3.3.2", SHA256, folder, "--no-binary", ":all:")
+    if fetched:
+        return fetched.read_bytes()
     fail(f"could not fetch the data: put {ARCHIVE}, {SOURCE} (SHA-256 {SHA256}), at {path}, "
          f"or name it with --source; pip said: {problem}")
 
