@@ -447,7 +447,7 @@ def resume(o, stage, structural):
             changes[name] = value
         elif name in own and value != getattr(o, name):
             text = f"--{name} {getattr(o, name)}: this run had {value}"
-            if name in structural or name == length and not payload:
+            if name in structural:
                 fail(f"--resume: {text}, which cannot change; leave the option out or start another run")
             tell(f"resume: {text}")
     if payload and length in o.given and was.get(length) != getattr(o, length):
