@@ -44,11 +44,12 @@ class Damaged(Exception):
 
 # ---- writing
 
-def save(path, *, stage, model, tokenizer, options, info, training, environment=None, weights=None, also=""):
+def save(path, *, stage, model, tokenizer, options, info, training, environment=None, weights=None, also="",
+         drop=()):
     """Write, read back, rename; the good file that was there becomes ckpt.previous.pt -> a line with size and seconds.
 
     weights: what others shall use where that is not the model's last (the best, say); environment: Run.environment();
-    also: a path that the file gets too.
+    also: a path that the file gets too, in place of the files `drop`, while what was there before is still whole.
     Exits 1 and leaves what was there when a weight is not finite, or, naming path and size, when the disk is full or
     the folder gone.
     """
@@ -73,6 +74,8 @@ def save(path, *, stage, model, tokenizer, options, info, training, environment=
         unpack(temporary, mmap=True)  # whole, and readable
         if also:
             second_name(temporary, also)
+        for old in drop:
+            os.remove(old)
         keep_previous(path)
         os.replace(temporary, path)
         folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
@@ -370,14 +373,13 @@ class Training:
                         "optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
             if best is not None:
                 training["model"] = self.model.state_dict()
-            keep = self.run.options.keep_checkpoints
+            keep, name = self.run.options.keep_checkpoints, f"ckpt.{step:06}.pt"
+            others = [other for other in self.run.numbered().values() if other != name] if keep else []
             self.run.say(save(self.run.path("ckpt.pt"), stage=self.run.stage, model=self.model, weights=best,
                               tokenizer=self.tokenizer, options=self.run.options, info=info,
                               environment=self.environment, training=training,
-                              also=self.run.path(f"ckpt.{step:06}.pt") if keep else ""))
-            for name in [*self.run.numbered().values()][:-keep or None] if keep else []:
-                with contextlib.suppress(FileNotFoundError):
-                    os.remove(self.run.path(name))
+                              also=self.run.path(name) if keep else "",
+                              drop=[self.run.path(other) for other in others[:max(0, len(others) + 1 - keep)]]))
 
 
 def of_another_length(o, stage, was, tell):

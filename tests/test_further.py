@@ -1,5 +1,8 @@
 """Training further: a policy that was trained before, a reference of its own, a run that is made longer; schedules, kept
-checkpoints, kept rollouts. The three stages run in this process, on models of one layer."""
+checkpoints, kept rollouts. The three stages run in this process, on models of one layer.
+
+Of each stage there is a run in out/STAGE (four steps), out/short/STAGE (constant rate) and out/long/STAGE (the same for
+eight steps, with kept checkpoints, and rollouts in stage 3)."""
 import json
 import os
 import random
@@ -27,8 +30,12 @@ OWN = {"sft": "--n_layer 1 --n_head 2 --n_embd 8 --vocab_size 270 --block_size 3
        "rm": "--num_scale_samples 8 --num_train_epochs 1 --init_from out/sft".split(),
        "ppo": ("--total_episodes 16 --value_warmup 1 --num_ppo_epochs 1 --num_eval_prompts 4 --learning_rate 3e-3 "
                "--init_from out/sft --reward_model out/rm").split()}
-STEPS, TWICE = 4, {"sft": ["--num_train_epochs", "2"], "rm": ["--num_train_epochs", "2"],
+STEPS, TWICE = 4, {"sft": ["--num_train_epochs", "2.0"], "rm": ["--num_train_epochs", "2.0"],
                    "ppo": ["--total_episodes", "32"]}
+CONSTANT = {"sft": ["--lr_schedule", "constant"], "rm": ["--lr_schedule", "constant"],
+            "ppo": ["--lr_schedule", "constant", "--reward_clip", "0.5"]}
+KEEP = {"sft": ["--keep_checkpoints", "2"], "rm": ["--keep_checkpoints", "2"],
+        "ppo": ["--keep_checkpoints", "2", "--save_rollouts"]}
 CLOCKS = {"eps", "tokens_per_second", "rollout_seconds", "seconds"}
 EVERY = pytest.mark.parametrize("stage", STAGES)
 EXPECTED = {"linear": [1, 0.75, 0.5, 0.25], "cosine": [1, 0.853553, 0.5, 0.146447], "constant": [1, 1, 1, 1]}
@@ -49,7 +56,7 @@ def signals():
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A small data set and all three stages run on it, four steps each."""
+    """A small data set and the runs."""
     folder, rng, here = tmp_path_factory.mktemp("further"), random.Random(0), os.getcwd()
     (folder / "data").mkdir()
     for split, n in (("train", 4 * STEPS), ("val", 6)):
@@ -63,6 +70,8 @@ def finished(tmp_path_factory):
     try:
         for stage in STAGES:
             train(stage)
+            train(stage, *CONSTANT[stage], out=f"out/short/{stage}")
+            train(stage, *CONSTANT[stage], *TWICE[stage], *KEEP[stage], out=f"out/long/{stage}")
     finally:
         os.chdir(here)
     return folder
@@ -110,6 +119,8 @@ def state(path):
 
 # ---- schedules
 
+# ---- schedules
+
 @pytest.mark.parametrize("schedule", EXPECTED)
 def test_first_and_last_factor_of_each_schedule(schedule):
     """Four steps without a rise: linear 1 - k/4, cosine (1 + cos(pi k/4)) / 2, constant 1."""
@@ -128,52 +139,45 @@ def test_a_rise_comes_before_each_schedule(schedule):
 
 
 @EVERY
-@pytest.mark.parametrize("schedule", EXPECTED)
-def test_each_stage_follows_its_schedule(folder, stage, schedule):
-    """All groups of all optimizers, from the first step to the last, and what is learned depends on it; stages 1 and 2
-    have a cosine and stage 3 a line where none is named."""
-    seen, before = [], runtime.set_rate
+def test_each_stage_follows_its_schedule(folder, stage, monkeypatch):
+    """All groups of all optimizers, from the first step to the last; where none is named, stages 1 and 2 have a cosine
+    and stage 3 a line; what is learned depends on it."""
+    peak, ratio, seen, own = load(f"out/{stage}")["options"]["learning_rate"], None if stage == "ppo" else 0.05, [], (
+        runtime.set_rate)
+
+    def rates(schedule):
+        return [rate_factor(schedule, step, STEPS, ratio) for step in range(STEPS)]
 
     def spy(optimizers, factor):
-        before(optimizers, factor)
+        own(optimizers, factor)
         seen.append([group["lr"] / group["peak"] for one in optimizers for group in one.param_groups])
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runtime, "set_rate", spy)
-        train(stage, "--lr_schedule", schedule, out="out/new")
-    ratio = None if stage == "ppo" else 0.05
-    expected = [rate_factor(schedule, step, STEPS, ratio) for step in range(STEPS)]
-    assert [set(map(lambda x: round(x, 9), factors)) for factors in seen] == [{round(x, 9)} for x in expected]
-    peak = load("out/new")["options"]["learning_rate"]
-    assert [row["lr"] for row in steps_of("out/new")] == pytest.approx([peak * x for x in expected])
-    usual = {"sft": "cosine", "rm": "cosine", "ppo": "linear"}[stage]
-    assert same(state("out/new")["optimizers"], state(f"out/{stage}")["optimizers"]) == (schedule == usual)
+    monkeypatch.setattr(runtime, "set_rate", spy)
+    usual, other = ("linear", "cosine") if stage == "ppo" else ("cosine", "linear")
+    train(stage, "--lr_schedule", other, out="out/new")
+    assert all(factor == pytest.approx(x) for factors, x in zip(seen, rates(other), strict=True) for factor in factors)
+    for name, schedule in ((stage, usual), ("new", other), (f"short/{stage}", "constant")):
+        assert [row["lr"] for row in steps_of(f"out/{name}")] == pytest.approx([peak * x for x in rates(schedule)])
+    assert not same(state("out/new")["optimizers"], state(f"out/{stage}")["optimizers"])
 
 
 def test_the_value_network_has_a_rate_of_its_own(folder):
-    """It moves its weights alone: the policy of the first step that it learns from is the same, later ones see other
-    values; 0 is the policy's rate; it falls in the same manner and is kept on resume; without a value loss it is
-    idle."""
-    train("ppo", "--value_learning_rate", "0.01", out="out/other")
-    a, b = state("out/ppo"), state("out/other")
-    assert [[g["peak"] for g in s["param_groups"]] for s in b["optimizers"]] == [[3e-3], [0.01]]
-    assert b["optimizers"][1]["param_groups"][0]["lr"] == pytest.approx(0.01 / 4)
-    assert not same(a["value_model"], b["value_model"])
-    train("ppo", "--value_learning_rate", "0.003", out="out/named")
-    assert same(a, state("out/named"))
-    train("ppo", "--total_episodes", "8", "--value_warmup", "0", "--num_mini_batches", "1", out="out/one")
-    train("ppo", "--total_episodes", "8", "--value_warmup", "0", "--num_mini_batches", "1", "--value_learning_rate",
-          "0.01", out="out/two")
-    first = [steps_of(f"out/{name}")[0] for name in ("one", "two")]
-    assert first[0] == first[1]
+    """It falls in the same manner and moves the value network alone: in the value warm-up no answer changes, later ones
+    do. 0 is the policy's rate."""
+    train("ppo", "--value_learning_rate", "0.01", out="out/new")
+    one, other = state("out/ppo"), state("out/new")
+    assert [[(g["peak"], g["lr"]) for g in s["param_groups"]] for s in one["optimizers"]] == [[(3e-3, 3e-3 / 4)]] * 2
+    assert [g["lr"] for s in other["optimizers"] for g in s["param_groups"]] == pytest.approx([3e-3 / 4, 0.01 / 4])
+    scores = [[row["objective/scores"] for row in steps_of(f"out/{name}")] for name in ("ppo", "new")]
+    assert scores[0][:2] == scores[1][:2]
+    assert not same(one["value_model"], other["value_model"]) and not same(one["model"], other["model"])
+    assert load("out/new")["options"]["value_learning_rate"] == 0.01
 
 
-def test_without_a_value_loss_its_rate_is_idle(folder, capsys):
+@pytest.mark.parametrize("loss, idle", [("0", True), ("0.1", False)])
+def test_without_a_value_loss_its_rate_is_idle(loss, idle, capsys):
     """A line says so; with a loss there is none."""
-    train("ppo", "--vf_coef", "0", "--value_learning_rate", "0.01", out="out/idle")
-    assert "warning: --value_learning_rate has no effect with --vf_coef 0" in capsys.readouterr().out
-    train("ppo", "--value_learning_rate", "0.01", out="out/busy")
-    assert "no effect" not in capsys.readouterr().out
+    train_ppo.read_options(["--vf_coef", loss, "--value_learning_rate", "0.01"])
+    assert ("warning: --value_learning_rate has no effect with --vf_coef 0" in capsys.readouterr().out) == idle
 
 
 def test_check_holds_with_a_rate_and_a_reference_of_their_own(folder, capsys):
@@ -191,67 +195,59 @@ def test_check_holds_with_a_rate_and_a_reference_of_their_own(folder, capsys):
 
 @EVERY
 def test_a_finished_run_goes_on_for_longer(folder, stage, capsys):
-    """With a constant rate, twice as many steps in two parts are those of one run: weights, optimizers, logs."""
-    constant = ["--lr_schedule", "constant", *(["--warmup_ratio", "0"] if stage != "ppo" else [])]
-    train(stage, *constant, *TWICE[stage], out="out/straight")
-    train(stage, *constant, out="out/parts")
-    assert load("out/parts")["training"]["step"] == STEPS
-    capsys.readouterr()
-    STAGES[stage].main(["--resume", *TWICE[stage], "--out_dir", "out/parts"])
+    """With a constant rate, twice as many steps in two parts are those of one run: weights, optimizers, logs. (The last
+    step of stage 2 has its figures in the closing report.) Kept checkpoints and rollouts change none of them."""
+    assert load(f"out/short/{stage}")["training"]["step"] == STEPS
+    STAGES[stage].main(["--resume", *TWICE[stage], "--out_dir", f"out/short/{stage}"])
     out = capsys.readouterr().out
     assert f"resume: {TWICE[stage][0]} {TWICE[stage][1]}" in out and f"goes on from step {STEPS}" in out
-    assert same(state("out/straight"), state("out/parts"))
-    assert load("out/parts")["training"]["step"] == 2 * STEPS
-    logs = [[{k: v for k, v in row.items() if k != "eval"} for row in rows(f"out/{name}")]
-            for name in ("straight", "parts")]
-    assert logs[0] == logs[1]
-    if stage != "rm":  # whose last step has its figures in the closing report
-        assert rows("out/straight") == rows("out/parts")
-        assert rows("out/straight", "samples") == rows("out/parts", "samples")
-    STAGES[stage].main(["--resume", "--out_dir", "out/parts"])
+    assert same(state(f"out/short/{stage}"), state(f"out/long/{stage}"))
+    assert load(f"out/short/{stage}")["training"]["step"] == 2 * STEPS
+    for log in ("metrics", "samples"):
+        logs = [[{k: v for k, v in row.items() if stage != "rm" or k not in ("eval", "scores")}
+                 for row in rows(f"out/{name}/{stage}", log)] for name in ("short", "long")]
+        assert logs[0] == logs[1]
+    STAGES[stage].main(["--resume", "--out_dir", f"out/short/{stage}"])
     assert "this run is finished (8 steps)" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("stage", ["sft", "rm"])
-def test_the_warm_up_stays_as_long_as_it_was(folder, stage, capsys):
-    """Half of four steps are two: of eight steps a quarter, which is what the longer run's options say."""
-    constant = ["--lr_schedule", "constant", "--warmup_ratio"]
-    train(stage, *constant, "0.25", *TWICE[stage], out="out/straight")
-    train(stage, *constant, "0.5", out="out/parts")
-    STAGES[stage].main(["--resume", *TWICE[stage], "--out_dir", "out/parts"])
+def test_the_warm_up_stays_as_long_as_it_was(capsys):
+    """Half of four epochs are two: a quarter of eight, which is what the longer run's options say; named, it is as it
+    was named; all of two epochs cannot be more than all of one."""
+    was = {"num_train_epochs": 4.0, "warmup_ratio": 0.5, "lr_schedule": "constant"}
+    for epochs, given, expected in ((8.0, set(), {"warmup_ratio": 0.25}), (8.0, {"warmup_ratio"}, {}),
+                                    (1.0, set(), {"warmup_ratio": 1.0})):
+        o = train_sft.Options(num_train_epochs=epochs)
+        o.given = given
+        assert checkpoint.of_another_length(o, "sft", was, print) == expected
     assert "resume: --warmup_ratio 0.25: the warm-up stays as long as it was" in capsys.readouterr().out
-    assert same(state("out/straight"), state("out/parts"))
-    assert load("out/parts")["options"]["warmup_ratio"] == 0.25
+    assert [rate_factor("constant", step, 40, 0.5) for step in range(40)] == [
+        rate_factor("constant", step, 80, 0.25) for step in range(40)]
 
 
 @EVERY
-@pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_where_the_rate_has_fallen_it_says_how(folder, stage, schedule, refused):
-    """One line, nothing touched; the command that it ends with runs."""
-    train(stage, "--lr_schedule", schedule, out="out/new")
-    before = {path: path.read_bytes() for path in (folder / "out" / "new").iterdir()}
-    error = refused(STAGES[stage].main, ["--resume", *TWICE[stage], "--out_dir", "out/new"])
+def test_where_the_rate_has_fallen_it_says_how(folder, stage, refused):
+    """One line, nothing touched; the command that it ends with runs: from the run's end for the steps that are missing,
+    or, as a reward model is no start for another, from the beginning."""
+    before = {path: path.read_bytes() for path in (folder / "out" / stage).iterdir()}
+    error = refused(STAGES[stage].main, ["--resume", *TWICE[stage], "--out_dir", f"out/{stage}"])
     assert f"{TWICE[stage][0]} {TWICE[stage][1]}: this run had " in error and "learning rate falls to 0" in error
-    assert before == {path: path.read_bytes() for path in (folder / "out" / "new").iterdir()}
+    assert before == {path: path.read_bytes() for path in (folder / "out" / stage).iterdir()}
     words = shlex.split(error[error.index("python train_"):])
     assert words[1] == f"train_{stage}.py"
     STAGES[stage].main(words[2:])
-    done = load("out/new-longer")
-    if stage == "rm":  # from the start, with as many steps as were asked for
-        assert done["training"]["step"] == 2 * STEPS and done["options"]["init_from"] == "out/sft"
-    else:  # the steps that were missing
-        assert done["training"]["step"] == STEPS and done["options"]["init_from"] == "out/new/ckpt.pt"
-    if stage == "ppo":
-        assert done["options"]["reference"] == "out/sft"
+    done = load(f"out/{stage}-longer")
+    assert done["training"]["step"] == {"sft": 4, "rm": 8, "ppo": 4}[stage]
+    assert done["options"]["init_from"] == {"rm": "out/sft"}.get(stage, f"out/{stage}/ckpt.pt")
+    assert done["options"].get("reference", "out/sft") == "out/sft"
 
 
 @EVERY
 def test_a_run_cannot_become_shorter_than_it_is(folder, stage, refused):
-    """Four steps are taken, two are asked for: both numbers are named; three more are possible."""
-    train(stage, "--lr_schedule", "constant", out="out/new")
-    name, half = TWICE[stage][0], {"sft": "0.5", "rm": "0.5", "ppo": "8"}[stage]
-    error = refused(STAGES[stage].main, ["--resume", name, half, "--out_dir", "out/new"])
-    assert f"{name} {half}: 2 steps, but the run of out/new/ckpt.pt has taken 4" in error
+    """Four steps are taken, two are asked for: both numbers are named."""
+    name, half = TWICE[stage][0], "8" if stage == "ppo" else "0.5"
+    error = refused(STAGES[stage].main, ["--resume", name, half, "--out_dir", f"out/short/{stage}"])
+    assert f"{name} {half}: 2 steps, but the run of out/short/{stage}/ckpt.pt has taken 4" in error
 
 
 @EVERY
@@ -278,83 +274,76 @@ def test_an_option_that_an_older_run_did_not_know_has_its_default(folder, refuse
 
 # ---- a policy that was trained before, and its reference
 
-def test_a_policy_is_trained_further(folder, capsys):
-    """Alone, it is its own reference: a KL of 0 at first. With --reference out/sft the KL is that from the SFT model,
-    whose answers are those compared with; the start-up lines say which. That changes what is learned."""
-    capsys.readouterr()
-    train("ppo", "--init_from", "out/ppo", out="out/own")
-    own = capsys.readouterr().out
-    train("ppo", "--init_from", "out/ppo", "--reference", "out/sft", out="out/from_sft")
-    from_sft = capsys.readouterr().out
-    assert "from out/ppo; reference of the KL: the same model" in own and "preferred to the reference answer" in own
-    assert "from out/ppo; reference of the KL: out/sft" in from_sft and "preferred to the SFT answer" in from_sft
-    assert "KL from reference" in own and "SFT" not in own.split("held-out prompts, 95%")[1]
-    assert "held-out prompts, 95% intervals: 4                 reference                   after" in from_sft
-    start = [steps_of(f"out/{name}")[0]["objective/kl_k3"] for name in ("own", "from_sft")]
-    assert start[0] == 0 < 1e-6 < start[1]
-    before = {name: rows(f"out/{name}")[-1]["final"]["before"] for name in ("ppo", "own", "from_sft")}
-    assert before["from_sft"] == before["ppo"] != before["own"]  # the SFT model's answers, in the run before too
-    assert not same(state("out/own")["model"], state("out/from_sft")["model"])
+def test_a_policy_is_its_own_reference(folder, capsys):
+    """A KL of 0 at first; the lines say so, and nowhere that the model was an SFT model."""
+    train("ppo", "--init_from", "out/ppo", "--total_episodes", "8", out="out/new")
+    out = capsys.readouterr().out
+    assert "from out/ppo; reference of the KL: the same model" in out and "preferred to the reference answer" in out
+    assert "KL from reference" in out and "SFT" not in out
+    assert steps_of("out/new")[0]["objective/kl_k3"] == 0
 
 
-def test_reference_of_the_same_model_changes_nothing(folder):
+def test_a_policy_is_trained_further_with_a_reference_of_its_own(folder, capsys, monkeypatch):
+    """The KL is that from the SFT model, whose answers are those compared with; the lines say which. The KL of the
+    first step's answers, a second way: both models' log-probabilities of them."""
+    batches, own = [], evaluate.save_rollouts
+    monkeypatch.setattr(evaluate, "save_rollouts", lambda batch, *a: (batches.append(batch), own(batch, *a)))
+    train("ppo", "--init_from", "out/ppo", "--reference", "out/sft", "--total_episodes", "8", "--save_rollouts",
+          out="out/new")
+    out = capsys.readouterr().out
+    assert "from out/ppo; reference of the KL: out/sft" in out and "preferred to the SFT answer" in out
+    assert f"{'held-out prompts, 95% intervals: 4':<38}{'reference':>24}{'after':>24}" in out
+    befores = [rows(f"out/{name}")[-1]["final"]["before"] for name in ("ppo", "new")]
+    assert befores[0] == befores[1]
+    policy, sft = (checkpoint.load(f"out/{name}", checkpoint.POLICIES, torch.device("cpu"))[0] for name in ("ppo", "sft"))
+    for row, ids, n in zip(rows("out/new", "rollouts"), batches[0].tokens.tolist(), batches[0].lengths.tolist()):
+        with torch.no_grad():
+            logits = [model.hidden(torch.tensor([ids[:n]]))[0] @ model.wte.weight.T for model in (policy, sft)]
+        p, q = (x.log_softmax(-1) for x in logits)
+        nats = sum(float(p[t, ids[t + 1]] - q[t, ids[t + 1]]) for t in range(n - row["length"] - 1, n - 1))
+        assert row["kl"] == pytest.approx(nats, abs=1e-4) and abs(nats) > 1e-3
+
+
+def test_a_reference_of_the_same_model_changes_nothing(folder):
     """--reference with the model of --init_from is the default, to the last bit."""
-    train("ppo", "--reference", "out/sft/ckpt.pt", out="out/named")
-    assert same(state("out/ppo"), state("out/named")) and steps_of("out/ppo") == steps_of("out/named")
-
-
-def test_the_reference_of_a_run_is_the_sft_models_distribution(folder):
-    """The KL of the first step, a second way: the policy's and the reference's log-probabilities of the same answers,
-    each from the model that was named."""
-    train("ppo", "--init_from", "out/ppo", "--reference", "out/sft", "--save_rollouts", "--total_episodes", "8",
-          "--value_warmup", "0", out="out/new")
-    (policy, tokenizer, _), (sft, _, _) = (checkpoint.load(f"out/{name}", checkpoint.POLICIES, torch.device("cpu"))
-                                           for name in ("ppo", "sft"))
-    for row in rows("out/new", "rollouts")[:4]:
-        prompt, nats, answer = tokenizer.encode_prompt(row["prompt"]), 0.0, None
-        answer = tokenizer.encode(row["completion"]) + [tokenizer.eos] * row["finished"]
-        if len(answer) != row["length"]:  # its text is encoded otherwise than it was sampled
-            continue
-        for model, sign in ((policy, 1), (sft, -1)):
-            with torch.no_grad():
-                states = model.hidden(torch.tensor([prompt + answer]))[0]
-            log_p = (states @ model.wte.weight.T).log_softmax(-1)
-            nats += sign * sum(float(log_p[len(prompt) - 1 + n, token]) for n, token in enumerate(answer))
-        assert row["kl"] == pytest.approx(nats, abs=1e-4)
+    train("ppo", "--reference", "out/sft/ckpt.pt", out="out/new")
+    assert same(state("out/ppo"), state("out/new")) and steps_of("out/ppo") == steps_of("out/new")
 
 
 @pytest.mark.parametrize("given, says", [
     (["--reference", "out/rm"], "out/rm/ckpt.pt: holds a reward model, expected an SFT model or a PPO policy"),
     (["--reference", "nowhere"], "nowhere: no such checkpoint"),
-    (["--reference", "out/long"], "has a context of 32 tokens, out/long one of 24"),
-    (["--reference", "out/words"], "have different tokenizers"),
+    (["--reference", "out/short_context"], "has a context of 32 tokens, out/short_context one of 24"),
+    (["--reference", "out/other_words"], "have different tokenizers"),
     (["--init_from", "out/rm"], "holds a reward model, expected an SFT model or a PPO policy"),
-    (["--reference", "out/new", "--overwrite"], "holds --reference out/new"),
+    (["--reference", "out/long/ppo", "--out_dir", "out/long/ppo", "--overwrite"], "holds --reference out/long/ppo"),
 ])
 def test_what_cannot_be_a_reference(folder, given, says, refused):
     """Another stage's, another context's, another tokenizer's, or what the run would replace; nothing is left."""
-    if "long" in given[1]:
-        train("sft", "--block_size", "24", out="out/long")
-    if "words" in given[1]:
-        train("sft", "--vocab_size", "266", out="out/words")
-    if "new" in given[1]:
-        shutil.copytree("out/sft", "out/new")
+    for name in ("short_context", "other_words"):
+        (folder / "out" / name).mkdir()
+        payload = load("out/sft")
+        if name == "short_context":
+            payload["config"]["block_size"] = 24
+            payload["model"]["wpe.weight"] = payload["model"]["wpe.weight"][:24].clone()
+        if name == "other_words":
+            payload["tokenizer"]["ranks"][-2:] = payload["tokenizer"]["ranks"][:-3:-1]
+        torch.save(payload, f"out/{name}/ckpt.pt")
     before = sorted(folder.rglob("*"))
-    assert says in refused(train, "ppo", *given, out="out/new")
+    assert says in refused(train_ppo.main, [*COMMON, *OWN["ppo"], "--out_dir", "out/new", *given])
     assert sorted(folder.rglob("*")) == before
 
 
 def test_resume_compares_the_reference(folder, refused, capsys):
-    """Its content is an input of the run: at another path it is taken, changed, left out or added it is refused."""
-    train("ppo", "--init_from", "out/ppo", "--reference", "out/sft", out="out/new")
+    """Its content is an input of the run: at another path it is taken; changed, left out or added it is refused."""
+    train("ppo", "--init_from", "out/ppo", "--reference", "out/sft", "--total_episodes", "8", out="out/new")
     shutil.copytree("out/sft", "out/moved")
     train_ppo.main(["--resume", "--reference", "out/moved/ckpt.pt", "--out_dir", "out/new"])
     assert "resume: --reference out/moved/ckpt.pt: this run had out/sft" in capsys.readouterr().out
-    assert "began with --reference out/sft" in refused(
-        train_ppo.main, ["--resume", "--reference", "", "--out_dir", "out/new"])
-    assert "began without --reference out/sft" in refused(
-        train_ppo.main, ["--resume", "--reference", "out/sft", "--out_dir", "out/ppo"])
-    train("sft", "--overwrite", "--learning_rate", "1e-4")
+    for reference, out, says in (("", "new", "with --reference out/sft"), ("out/sft", "ppo", "without --reference")):
+        assert f"began {says}" in refused(
+            train_ppo.main, ["--resume", "--reference", reference, "--out_dir", f"out/{out}"])
+    shutil.copy("out/short/sft/ckpt.pt", "out/sft/ckpt.pt")
     assert "--resume: --reference out/sft is not what the run of out/new/ckpt.pt began with" in refused(
         train_ppo.main, ["--resume", "--out_dir", "out/new"])
 
@@ -391,7 +380,8 @@ def test_stage_1_starts_from_a_policy(folder, refused):
 
 def test_stage_2_starts_from_a_policy(folder):
     """Its trunk is the policy's, and so are the answers that set the scale."""
-    train("rm", "--init_from", "out/ppo", "--learning_rate", "0", "--muon_learning_rate", "0", out="out/new")
+    train("rm", "--init_from", "out/ppo", "--learning_rate", "0", "--muon_learning_rate", "0", "--num_train_epochs",
+          "0.25", out="out/new")
     new, policy = load("out/new"), load("out/ppo")
     assert new["stage"] == "rm" and torch.equal(new["model"]["wte.weight"], policy["model"]["wte.weight"])
 
@@ -404,143 +394,174 @@ def kept(path):
 
 @EVERY
 def test_the_latest_checkpoints_are_kept(folder, stage):
-    """A save every second step: --keep_checkpoints 2 of eight steps leaves 6 and 8, which are that run's at these steps;
-    without it there are none, and all else is the same."""
-    constant = ["--lr_schedule", "constant"]
-    train(stage, *constant, *TWICE[stage], "--keep_checkpoints", "2", out="out/new")
-    assert kept("out/new") == ["ckpt.000006.pt", "ckpt.000008.pt"] and kept(f"out/{stage}") == []
-    assert same(load("out/new/ckpt.000008.pt"), load("out/new")) and not list(folder.glob("out/*/*.tmp"))
-    assert load("out/new/ckpt.000006.pt")["training"]["step"] == 6
-    train(stage, *constant, *TWICE[stage], out="out/plain")
-    assert same(state("out/new"), state("out/plain"))
-    if stage != "rm":
-        sample.main(["out/new/ckpt.000006.pt", "--prompt", "the cat", "--response_length", "4", "--device", "cpu"])
+    """A save every second step: --keep_checkpoints 2 of eight steps leaves 6 and 8, which are the run's at these steps;
+    without it there are none."""
+    out = f"out/long/{stage}"
+    assert kept(out) == ["ckpt.000006.pt", "ckpt.000008.pt"] and kept(f"out/short/{stage}") == []
+    assert same(load(f"{out}/ckpt.000008.pt"), load(out)) and not list(folder.glob("out/*/*.tmp"))
+    assert load(f"{out}/ckpt.000006.pt")["training"]["step"] == 6
+    assert load(out)["options"]["keep_checkpoints"] == 2
 
 
-def test_a_kept_policy_is_a_model_like_any(folder):
-    """It starts a run, is a reference, and is evaluated."""
-    train("ppo", "--keep_checkpoints", "9", out="out/new")
-    assert kept("out/new") == ["ckpt.000002.pt", "ckpt.000004.pt"]
-    early = "out/new/ckpt.000002.pt"
-    train("ppo", "--init_from", early, "--reference", early, "--total_episodes", "8", out="out/more")
+def test_a_kept_policy_is_a_model_like_any(folder, capsys):
+    """It starts a run, is a reference, is sampled from and evaluated."""
+    early = "out/long/ppo/ckpt.000006.pt"
+    train("ppo", "--init_from", early, "--reference", early, "--total_episodes", "8", out="out/new")
+    sample.main([early, "--prompt", "the cat", "--response_length", "4", "--device", "cpu"])
     evaluate.main([early, "--baseline", "out/sft", "--reward_model", "out/rm", "--prompts", "data/prompts.val.jsonl",
                    "--device", "cpu"])
-
-
-@pytest.mark.parametrize("at", [2, 4, 6])
-def test_kept_checkpoints_after_a_kill(folder, at, monkeypatch):
-    """Killed while it saves, at any renaming or removal, and resumed: the files are those of a run that was not; none
-    is half made, and none is later than the checkpoint that the run went back to."""
-    more = ["--lr_schedule", "constant", "--total_episodes", "24", "--keep_checkpoints", "2"]
-    train("ppo", *more, out="out/straight")
-    for function in ("link", "replace", "remove"):
-        own, calls = getattr(os, function), []
-
-        def die(path, *rest):
-            wanted = str(rest[0] if rest else path).split("/")[-1]
-            if f"{at:06}" in wanted or function == "remove" and f"{at - 4:06}" in wanted:
-                calls.append(path)
-                raise KeyboardInterrupt
-            return own(path, *rest)
-        shutil.rmtree("out/new", ignore_errors=True)
-        monkeypatch.setattr(os, function, die)
-        try:
-            train("ppo", *more, out="out/new")
-        except KeyboardInterrupt:
-            pass
-        monkeypatch.setattr(os, function, own)
-        assert calls or function == "remove"
-        if calls:
-            for name in kept("out/new"):
-                if name.endswith(".pt"):
-                    checkpoint.check_whole(f"out/new/{name}")
-            train_ppo.main(["--resume", "--out_dir", "out/new"])
-        assert kept("out/new") == kept("out/straight") == ["ckpt.000004.pt", "ckpt.000006.pt"]
-        assert not list(folder.glob("out/new/*.tmp"))
-        assert all(same(state(f"out/new/{name}"), state(f"out/straight/{name}")) for name in kept("out/new"))
+    assert f"verdict on {early}" in capsys.readouterr().out
 
 
 def test_going_back_removes_what_is_later(folder):
-    """The last checkpoint is damaged, the one before it counts: later ones go, and come again."""
-    train("ppo", "--keep_checkpoints", "3", out="out/new")
-    (folder / "out/new/ckpt.pt").unlink()  # a second name of the kept one: to write into it would damage both
-    (folder / "out/new/ckpt.pt").write_bytes(b"damaged")
-    (folder / "out/new/ckpt.000009.pt.tmp").write_bytes(b"of a save that was killed")
-    (folder / "out/new/ckpt.5.pt").write_bytes(b"somebody's")
-    seen, before = [], train_ppo.roll_out
+    """The last checkpoint is damaged, the one before it counts: later ones go, and come again; so does what a killed
+    save left, and nothing that is not the run's."""
+    out = folder / "out/long/ppo"
+    (out / "ckpt.pt").unlink()  # a second name of the kept one: to write into it would damage both
+    (out / "ckpt.pt").write_bytes(b"damaged")
+    (out / "ckpt.000010.pt.tmp").write_bytes(b"of a save that was killed")
+    (out / "ckpt.5.pt").write_bytes(b"somebody's")
+    seen, own = [], train_ppo.roll_out
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_ppo, "roll_out", lambda *a: (seen.append(kept("out/new")), before(*a))[1])
-        train_ppo.main(["--resume", "--out_dir", "out/new"])
-    assert seen == [["ckpt.000002.pt"]] * 2 and kept("out/new") == ["ckpt.000002.pt", "ckpt.000004.pt"]
-    assert (folder / "out/new/ckpt.5.pt").exists()
+        patch.setattr(train_ppo, "roll_out", lambda *a: (seen.append(kept(out)), own(*a))[1])
+        train_ppo.main(["--resume", "--out_dir", "out/long/ppo"])
+    assert seen == [["ckpt.000006.pt"]] * 2 and kept(out) == ["ckpt.000006.pt", "ckpt.000008.pt"]
+    assert (out / "ckpt.5.pt").exists()
 
 
-def test_overwrite_removes_kept_checkpoints(folder, refused):
+class Saves:
+    """A run that only saves, every second step up to the sixth, and keeps two."""
+
+    def __init__(self, folder, model):
+        self.folder, self.model = folder, model
+        self.tokenizer = types.SimpleNamespace(state=lambda: {"name": "bpe", "ranks": []})
+
+    def go(self, **how):
+        o = train_ppo.Options(out_dir=str(self.folder), device="cpu", keep_checkpoints=2, **how)
+        with runtime.Run(o, "ppo") as run:
+            done = load(self.folder)["training"]["step"] if o.resume else 0
+            training = checkpoint.Training(run, self.tokenizer, self.model, [], {})
+            run.start_logs(done)
+            for step in range(done + 2, 7, 2):
+                for name in ("metrics.jsonl", "samples.jsonl", "rollouts.jsonl"):
+                    run.write(name, {"step": step})
+                training.save(step, {"step": step})
+
+
+@pytest.fixture
+def saves(tmp_path, make_model):
+    return Saves(tmp_path / "out", make_model("lm", n_layer=1))
+
+
+@pytest.mark.parametrize("function", ["link", "replace", "remove", "fsync"])
+def test_kept_checkpoints_after_a_kill(saves, function, monkeypatch):
+    """Killed before any one linking, renaming, removal or flush of its saves and resumed: the files are those of a run
+    that was not killed, none is half made, none is later than the checkpoint that the run went back to."""
+    own = getattr(os, function)
+    for nth in range(100):
+        shutil.rmtree(saves.folder, ignore_errors=True)
+        calls = []
+
+        def die(*arguments, **named):
+            if not str(arguments[0]).endswith("lock"):  # whose end this process would not survive as another does
+                calls.append(arguments)
+                if len(calls) == nth + 1:
+                    raise KeyboardInterrupt
+            return own(*arguments, **named)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, function, die)
+            try:
+                saves.go()
+            except KeyboardInterrupt:
+                pass
+        if len(calls) <= nth:
+            break
+        for path in saves.folder.glob("ckpt.*.pt"):
+            checkpoint.check_whole(path)
+        saves.go(resume=True) if (saves.folder / "ckpt.pt").exists() else saves.go(overwrite=True)
+        assert kept(saves.folder) == ["ckpt.000004.pt", "ckpt.000006.pt"] and not list(saves.folder.glob("*.tmp"))
+        assert [load(saves.folder / name)["info"]["step"] for name in kept(saves.folder)] == [4, 6]
+    assert nth >= 5
+
+
+def test_overwrite_removes_kept_checkpoints(saves, refused):
     """They are the run's, also where nothing else of it is left."""
-    train("ppo", "--keep_checkpoints", "3", "--save_rollouts", out="out/new")
-    for name in os.listdir("out/new"):
-        if name != "ckpt.000002.pt":
-            os.remove(f"out/new/{name}")
-    assert "holds a run (ckpt.000002.pt)" in refused(train, "ppo", out="out/new")
-    train("ppo", "--overwrite", out="out/new")
-    assert kept("out/new") == []
+    saves.go()
+    for path in saves.folder.iterdir():
+        if path.name != "ckpt.000004.pt":
+            path.unlink()
+    assert "holds a run (ckpt.000004.pt)" in refused(saves.go)
+    with runtime.Run(train_ppo.Options(out_dir=str(saves.folder), device="cpu", overwrite=True), "ppo") as run:
+        run.start_logs(0)
+        assert kept(saves.folder) == []
 
 
-def test_where_there_are_no_second_names_they_are_copies(folder, monkeypatch):
+def no_links(*_):
+    raise OSError("not supported")
+
+
+def test_where_there_are_no_second_names_they_are_copies(saves, monkeypatch):
     """A file system without links: the same files, each by itself."""
-    def no_links(*_):
-        raise OSError("not supported")
     monkeypatch.setattr(os, "link", no_links)
-    train("ppo", "--keep_checkpoints", "2", out="out/new")
-    assert kept("out/new") == ["ckpt.000002.pt", "ckpt.000004.pt"]
-    assert same(load("out/new/ckpt.000004.pt"), load("out/new")) and os.stat("out/new/ckpt.pt").st_nlink == 1
+    saves.go()
+    assert kept(saves.folder) == ["ckpt.000004.pt", "ckpt.000006.pt"]
+    assert (saves.folder / "ckpt.000006.pt").read_bytes() == (saves.folder / "ckpt.pt").read_bytes()
+    assert os.stat(saves.folder / "ckpt.pt").st_nlink == 1
 
 
-def test_a_copy_for_which_there_is_no_room_leaves_what_was_there(folder, monkeypatch):
+def test_a_copy_for_which_there_is_no_room_leaves_what_was_there(saves, monkeypatch):
     """One line with the path, exit status 1, nothing half made; with room it goes on."""
-    def no_links(*_):
-        raise OSError("not supported")
-
     def full(*_):
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(os, "link", no_links)
-    with pytest.MonkeyPatch.context() as patch:
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="ckpt.pt: could not .*No space left"):
         patch.setattr(shutil, "copyfileobj", full)
-        with pytest.raises(SystemExit, match="No space left on device"):
-            train("ppo", "--keep_checkpoints", "2", out="out/new")
-    assert [name for name in os.listdir("out/new") if name.startswith("ckpt")] == []
-    train("ppo", "--keep_checkpoints", "2", "--overwrite", out="out/new")
-    assert kept("out/new") == ["ckpt.000002.pt", "ckpt.000004.pt"]
+        saves.go()
+    assert list(saves.folder.glob("ckpt*")) == []
+    saves.go(overwrite=True)
+    assert kept(saves.folder) == ["ckpt.000004.pt", "ckpt.000006.pt"]
+
+
+def test_all_logs_are_on_the_disk_before_a_checkpoint(saves, monkeypatch):
+    """Every save is preceded by an fsync of each of the three."""
+    events, fsync, save = [], os.fsync, checkpoint.save
+    own = {}
+
+    def named(number):
+        own.update({os.stat(path).st_ino: path.name for path in saves.folder.iterdir()})
+        events.append(own.get(os.fstat(number).st_ino))
+        return fsync(number)
+    monkeypatch.setattr(os, "fsync", named)
+    monkeypatch.setattr(checkpoint, "save", lambda *a, **k: (events.append("save"), save(*a, **k))[1])
+    saves.go()
+    places = [n for n, event in enumerate(events) if event == "save"]
+    assert len(places) == 3
+    assert all(set(events[at - 3:at]) == {"metrics.jsonl", "samples.jsonl", "rollouts.jsonl"} for at in places)
 
 
 # ---- kept rollouts
 
 def test_every_training_answer_is_kept(folder):
-    """A line each, whose means are the step's figures; rewards are scores within the clip, less the penalty where an
-    answer did not end. Without the option there is no such file, and all else is the same."""
-    train("ppo", "--save_rollouts", "--reward_clip", "0.5", out="out/new")
-    found = rows("out/new", "rollouts")
-    assert [row["step"] for row in found] == [1] * 4 + [2] * 4 + [3] * 4 + [4] * 4
+    """A line each, whose means are the step's figures; rewards are scores within the clip of 0.5, less the penalty of 1
+    where an answer did not end. Without the option there is no such file."""
+    found = rows("out/long/ppo", "rollouts")
+    assert [row["step"] for row in found] == [step for step in range(1, 9) for _ in range(4)]
     assert list(found[0]) == ["step", "prompt", "completion", "score", "reward", "kl", "length", "finished"]
-    for step in steps_of("out/new"):
+    for step in steps_of("out/long/ppo"):
         own = [row for row in found if row["step"] == step["step"]]
-        for name, key in (("score", "objective/scores"), ("kl", "objective/kl"), ("finished",
-                          "completions/eos_rate"), ("length", "completions/mean_length")):
+        for name, key in (("score", "objective/scores"), ("kl", "objective/kl"), ("finished", "completions/eos_rate"),
+                          ("length", "completions/mean_length")):
             assert sum(row[name] for row in own) / 4 == pytest.approx(step[key], abs=1e-5)
         assert all(row["prompt"] in [f"the {noun}" for noun in NOUNS] for row in own)
     for row in found:
         assert row["reward"] == pytest.approx(min(0.5, max(-0.5, row["score"])) - (not row["finished"]))
-        assert 1 <= row["length"] <= 6
-    assert {row["finished"] for row in found} <= {True, False} and any(row["score"] != row["reward"] for row in found)
-    assert not os.path.exists("out/ppo/rollouts.jsonl")
-    train("ppo", "--reward_clip", "0.5", out="out/plain")
-    assert same(state("out/new"), state("out/plain"))
+        assert 1 <= row["length"] <= 6 and isinstance(row["finished"], bool)
+    assert any(abs(row["score"]) > 0.5 for row in found) and len({row["completion"] for row in found}) > 4
+    assert not os.path.exists("out/short/ppo/rollouts.jsonl")
 
 
-def test_kept_rollouts_belong_to_the_run(folder, capsys):
-    """Stopped, torn and resumed: no line twice, none lost; the option survives; --overwrite removes them."""
-    more = ["--lr_schedule", "constant", "--total_episodes", "24", "--save_rollouts"]
-    train("ppo", *more, out="out/straight")
+def test_kept_rollouts_belong_to_the_run(folder):
+    """Stopped, torn and resumed: no line twice, none lost, the option survives; --overwrite removes them."""
     own, calls = train_ppo.credit, []
 
     def stop(*arguments):
@@ -550,28 +571,15 @@ def test_kept_rollouts_belong_to_the_run(folder, capsys):
         return own(*arguments)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train_ppo, "credit", stop)
-        train("ppo", *more, out="out/new")
+        train("ppo", *CONSTANT["ppo"], *TWICE["ppo"], *KEEP["ppo"], out="out/new")
     assert len(rows("out/new", "rollouts")) == 12
     with open("out/new/rollouts.jsonl", "a") as f:
         f.write('{"step": 4, "prompt": "the c')
     train_ppo.main(["--resume", "--out_dir", "out/new"])
-    assert rows("out/new", "rollouts") == rows("out/straight", "rollouts") and len(rows("out/new", "rollouts")) == 24
-    train("ppo", "--overwrite", out="out/new")
+    assert rows("out/new", "rollouts") == rows("out/long/ppo", "rollouts")
+    with runtime.Run(train_ppo.Options(out_dir="out/new", device="cpu", overwrite=True), "ppo") as run:
+        run.start_logs(0)
     assert not os.path.exists("out/new/rollouts.jsonl")
-
-
-def test_rollouts_are_on_the_disk_before_a_checkpoint(folder, monkeypatch):
-    """As the other logs: every save is preceded by an fsync of them."""
-    events, fsync, save = [], os.fsync, checkpoint.save
-
-    def named(number):
-        events.append(os.path.basename(os.readlink(f"/proc/self/fd/{number}")))
-        return fsync(number)
-    monkeypatch.setattr(os, "fsync", named)
-    monkeypatch.setattr(checkpoint, "save", lambda *a, **k: (events.append("save"), save(*a, **k))[1])
-    train("ppo", "--save_rollouts", out="out/new")
-    for at in [n for n, event in enumerate(events) if event == "save"]:
-        assert set(events[max(0, at - 3):at]) == {"metrics.jsonl", "samples.jsonl", "rollouts.jsonl"}
 
 
 def test_rows_of_all_ranks_come_together(monkeypatch):
@@ -587,6 +595,8 @@ def test_rows_of_all_ranks_come_together(monkeypatch):
     assert runtime.Run.gather(run, ["b", "c"]) == []
     assert runtime.Run.gather(types.SimpleNamespace(world=1, main=True), ["a"]) == ["a"]
 
+
+# ---- advantages that say nothing
 
 # ---- advantages that say nothing
 
@@ -635,6 +645,7 @@ def test_one_decision_is_told(folder, bonus, moved, capsys):
     """A batch of one answer of one token: a line, once, and what moved the policy, which without the bonus is
     nothing."""
     train("ppo", "--batch_size", "1", "--num_mini_batches", "1", "--response_length", "1", "--total_episodes", "3",
+          "--num_eval_prompts", "1", "--eval_interval", "9",
           "--ent_coef", bonus, out="out/new")
     out = capsys.readouterr().out
     assert out.count("do not differ, so that whitened they are 0") == 1 and moved in out
