@@ -40,7 +40,7 @@ class Options(RunOptions):
     response_length: int = 48  # longest answer in tokens, eos included [1..]
     temperature: float = 1.0  # of sampling, and so of every log-probability [0.01..]
     # ---- rewards and advantages
-    kl_coef: float = 0.055  # beta, the reward lost for a nat of KL from the SFT model [0..]
+    kl_coef: float = 0.055  # beta, the reward lost for a nat of KL from the reference [0..]
     kl_baseline: float = 0.14  # share of the mean KL per token taken off each token's: length costs less [0..1]
     adaptive_kl_target: float = 0.0  # nats a response that kl_coef is adapted to reach; 0 = kl_coef stays [0..]
     reward_clip: float = 2.0  # the reward model's scores are clipped to +- this; 0 = never [0..]
@@ -54,7 +54,7 @@ class Options(RunOptions):
     micro_batch_size: int = 64  # rows a forward pass: for memory; changes no gradient [1..]
     learning_rate: float = 3e-4  # of policy and value network, at its peak [0..]
     value_learning_rate: float = 0.0  # of the value network, where it has its own; 0 = learning_rate [0..]
-    lr_schedule: Literal["linear", "cosine", "constant"] = "linear"  # how it falls to 0; constant can be prolonged
+    lr_schedule: Literal["linear", "cosine", "constant"] = "linear"  # how it falls to 0; constant runs can be prolonged
     max_grad_norm: float = 1.0  # the gradient of each of the two networks is scaled down to this norm; 0 = never [0..]
     cliprange: float = 0.2  # of the policy's ratio (0..]
     cliprange_value: float = 0.2  # of the value's change (0..]
@@ -63,7 +63,7 @@ class Options(RunOptions):
     value_warmup: int = 4  # first steps in which only the value network learns [0..]
     # ---- guards
     max_update_kl: float = 1.0  # nats a token from old to new policy (k3) above which a batch's epochs end (0..1]
-    max_ref_kl: float = 60.0  # nats a response from the SFT model; three batches above it end the run; 0 = off [0..]
+    max_ref_kl: float = 60.0  # nats a response from the reference; three batches above it end the run; 0 = off [0..]
     # ---- evaluations and checkpoints
     eval_interval: int = 20  # steps between evaluations and checkpoints; the last step always has both [1..]
     num_eval_prompts: int = 512  # held-out prompts of the closing comparison; a quarter of them in evaluations [1..]

@@ -43,7 +43,7 @@ class Options(RunOptions):
     muon_learning_rate: float = 1e-2  # Muon's peak [0..]
     weight_decay: float = 0.1  # on matrices only [0..]
     warmup_ratio: float = 0.05  # share of the steps in which the rate rises [0..1]
-    lr_schedule: Literal["linear", "cosine", "constant"] = "cosine"  # how it then falls to 0; constant can be prolonged
+    lr_schedule: Literal["linear", "cosine", "constant"] = "cosine"  # how it falls to 0; constant runs can be prolonged
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm; 0 = never [0..]
     # ---- evaluations, checkpoints, scale
     eval_interval: int = 250  # steps between evaluations and checkpoints; the last step always does [1..]

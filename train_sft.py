@@ -46,7 +46,7 @@ class Options(RunOptions):
     muon_learning_rate: float = 2e-2  # Muon's peak, for updates of spectral norm about 1 [0..]
     weight_decay: float = 0.1  # on matrices only [0..]
     warmup_ratio: float = 0.05  # share of the steps in which the rate rises [0..1]
-    lr_schedule: Literal["linear", "cosine", "constant"] = "cosine"  # how it then falls to 0; constant can be prolonged
+    lr_schedule: Literal["linear", "cosine", "constant"] = "cosine"  # how it falls to 0; constant runs can be prolonged
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm; 0 = never [0..]
     # ---- evaluations and checkpoints
     eval_interval: int = 250  # steps between evaluations, checkpoints and samples; the last step always does [1..]

@@ -379,13 +379,15 @@ def concerns(record, variance, sft, o, white=1.0, ref_name="SFT"):
     done, score, kl_coef = (record[k] for k in ("step", "objective/scores", "objective/kl_coef"))
     length, H, eos = (record[k] for k in ("completions/mean_length", "policy/entropy_avg", "completions/eos_rate"))
     usual_length, usual_H = sft["mean_length"], -sft["ref_logprob_per_token"]
+    bonus = [f"the entropy bonus (--ent_coef {o.ent_coef:g})"] * (o.ent_coef > 0)
+    errors, momentum = "the value network's errors", "what is left of earlier gradients in the optimizer"
     if variance <= 1e-12 * (1 + score ** 2) and o.batch_size > 1:
-        yield "variance", f"all scores of step {done} are {score:.4f}: there is nothing to learn from"
+        yield "variance", (f"all scores of step {done} are {score:.4f}: there is nothing to learn from; what moves the "
+                           f"policy is {', '.join(['the KL penalty'] * (kl_coef > 0) + [errors] + bonus)}")
     if white < 0.01 and done > o.value_warmup:
-        moved = (f"what moved the policy is the entropy bonus (--ent_coef {o.ent_coef:g}) alone" if o.ent_coef else
-                 "nothing moved the policy but the optimizer's momentum")
-        yield "advantages", (f"the advantages of step {done} do not differ, so that whitened they are 0: there is "
-                             f"nothing to learn from; {moved}; a larger --batch_size gives more to compare")
+        yield "advantages", (f"the advantages of step {done} do not differ, so that whitened they are 0 and teach "
+                             f"nothing; what moved the policy is {', '.join(bonus + [momentum])}; a "
+                             "larger --batch_size gives more to compare")
     if eos < 0.5:
         yield "eos", (f"{eos:.0%} of the answers of step {done} ended within {o.response_length} tokens; raise "
                       f"--response_length, or --missing_eos_penalty above {o.missing_eos_penalty:g}")

@@ -596,8 +596,8 @@ def test_rows_of_all_ranks_come_together(monkeypatch):
 
 @pytest.mark.parametrize("changes, white, words", [
     ({}, 1.0, None), ({}, 0.02, None),
-    ({}, 0.0, "what moved the policy is the entropy bonus (--ent_coef 0.0245) alone"),
-    ({"ent_coef": 0.0}, 0.0, "nothing moved the policy but the optimizer's momentum"),
+    ({}, 0.0, "what moved the policy is the entropy bonus (--ent_coef 0.0245), what is left of earlier gradients"),
+    ({"ent_coef": 0.0}, 0.0, "what moved the policy is what is left of earlier gradients in the optimizer; a larger"),
     ({"value_warmup": 7}, 0.0, None),  # the policy rests in step 7
     ({"value_warmup": 6}, 0.0, "the entropy bonus"),
 ])
@@ -609,6 +609,19 @@ def test_advantages_that_do_not_differ_are_told(changes, white, words):
     found = dict(evaluate.concerns(record, 1.0, {"mean_length": 10.0, "ref_logprob_per_token": -4.0}, o, white))
     assert set(found) == ({"advantages"} if words else set())
     assert not words or "the advantages of step 7 do not differ" in found["advantages"] and words in found["advantages"]
+
+
+@pytest.mark.parametrize("changes, moves", [
+    ({}, "is the KL penalty, the value network's errors, the entropy bonus (--ent_coef 0.0245)"),
+    ({"ent_coef": 0.0}, "is the KL penalty, the value network's errors"),
+    ({"kl_coef": 0.0}, "is the value network's errors, the entropy bonus (--ent_coef 0.0245)")])
+def test_equal_scores_say_what_moves_the_policy(changes, moves):
+    """All that is left of what does, and nothing that is off."""
+    o = replace(options(ent_coef=0.0245, kl_coef=0.05), **changes)
+    record = {"step": 7, "objective/scores": 0.5, "objective/kl_coef": o.kl_coef, "completions/mean_length": 10.0,
+              "policy/entropy_avg": 4.0, "completions/eos_rate": 0.9}
+    found = dict(evaluate.concerns(record, 0.0, {"mean_length": 10.0, "ref_logprob_per_token": -4.0}, o))
+    assert found["variance"].endswith(f"there is nothing to learn from; what moves the policy {moves}")
 
 
 @pytest.mark.parametrize("scores, told", [([2.0, 2.0, 2.0], True), ([2.0, 2.0, 2.5], False), ([1e3, 1e3, 1e3], True)])
@@ -633,8 +646,8 @@ def test_equal_advantages_are_found_by_what_whitening_leaves(scores, told):
     assert [*evaluate.AgainstSFT.warnings(against, batch, record)] == []  # once a run
 
 
-@pytest.mark.parametrize("bonus, moved", [("0.0245", "is the entropy bonus (--ent_coef 0.0245) alone"),
-                                          ("0", "nothing moved the policy but the optimizer's momentum")])
+@pytest.mark.parametrize("bonus, moved", [("0.0245", "is the entropy bonus (--ent_coef 0.0245), what is left"),
+                                          ("0", "is what is left of earlier gradients in the optimizer")])
 def test_one_decision_is_told(folder, bonus, moved, capsys):
     """A batch of one answer of one token: a line, once, and what moved the policy, which without the bonus is
     nothing."""
