@@ -542,7 +542,8 @@ def output_file(path):
 def main(argv=None):
     a = parse(argv)
     device = runtime.pick_device(a.device)
-    baseline, tokenizer, _ = checkpoint.load(a.baseline, ["sft", "ppo"], device)
+    baseline, tokenizer, payload = checkpoint.load(a.baseline, ["sft", "ppo"], device)
+    called = "SFT" if payload["stage"] == "sft" else "baseline"
     kernels.pick_matmul(baseline)
     policies = {}
     for path in a.policies:
@@ -575,7 +576,7 @@ def main(argv=None):
     base = answers(baseline)
     found = {path: answers(policy) for path, policy in policies.items()}
     columns = {a.baseline: summary(base, base), **{path: summary(rows, base) for path, rows in found.items()}}
-    for line in table(columns, f"held-out prompts, 95% intervals: {len(prompts)}"):
+    for line in table(columns, f"held-out prompts, 95% intervals: {len(prompts)}", called):
         say(line)
     say(f"{'perplexity under the baseline':<38}"
         + "".join(f"{math.exp(-f['ref_logprob_per_token']):>24.1f}" for f in columns.values()))

@@ -404,9 +404,12 @@ def test_a_kept_policy_is_a_model_like_any(folder, capsys):
     early = "out/long/ppo/ckpt.000006.pt"
     train("ppo", "--init_from", early, "--reference", early, "--total_episodes", "8", out="out/new")
     sample.main([early, "--prompt", "the cat", "--response_length", "4", "--device", "cpu"])
-    evaluate.main([early, "--baseline", "out/sft", "--reward_model", "out/rm", "--prompts", "data/prompts.val.jsonl",
-                   "--device", "cpu"])
-    assert f"verdict on {early}" in capsys.readouterr().out
+    capsys.readouterr()
+    for baseline, name in (("out/sft", "SFT"), (early, "baseline")):
+        evaluate.main([early, "--baseline", baseline, "--reward_model", "out/rm", "--prompts", "data/prompts.val.jsonl",
+                       "--device", "cpu"])
+        out = capsys.readouterr().out
+        assert f"verdict on {early}" in out and f"KL from {name}, nats" in out and f"to the {name} answer" in out
 
 
 def test_going_back_removes_what_is_later(folder):
