@@ -150,7 +150,7 @@ def main(argv=None):
         prepare.ensure(o.data_dir)
     with runtime.Run(o, "rm") as run:
         # ---- the SFT model's trunk under a new head
-        sft, tokenizer, _ = checkpoint.load(o.init_from, checkpoint.POLICIES, run.device)
+        sft, tokenizer = checkpoint.load(o.init_from, checkpoint.POLICIES, run.device)[:2]
         model = sft.with_head("scalar", o.dropout).init_score(runtime.generator(o.seed, 0, 0, "head"))
         if saved:
             checkpoint.compatible((sft, tokenizer), o.init_from,
@@ -233,8 +233,8 @@ def main(argv=None):
         calibrated = evaluate.calibration(differences)
         info = {"figures": figures, "calibration": calibrated, "verdict": evaluate.verdict(figures, calibrated)}
         run.write("metrics.jsonl", {"step": steps, "final": info})
-        run.say(f"\nscale: scores of {o.num_scale_samples} SFT samples had mean {mean:.3f} and standard deviation "
-                f"{std:.3f}; gain and bias make them 0 and 1")
+        run.say(f"\nscale: scores of {o.num_scale_samples} samples of {o.init_from} had mean {mean:.3f} and standard "
+                f"deviation {std:.3f}; gain and bias make them 0 and 1")
         evaluate.show_pairs(model, run, tokenizer, val_set, steps)
         for line in (*evaluate.reward_model_table(figures, calibrated), info["verdict"]):
             run.say(line)
