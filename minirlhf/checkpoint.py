@@ -396,16 +396,17 @@ def of_another_length(o, stage, was, tell):
         ratio = min(1.0, ratio * had / asked)
         tell(f"resume: --warmup_ratio {ratio:g}: the warm-up stays as long as it was")
         return {"warmup_ratio": ratio}
-    changes = {"resume": False, "overwrite": False, "out_dir": f"{o.out_dir}-longer", length: asked}
+    told = f"--resume: --{length} {asked}: this run had {had}, over which its learning rate falls to 0"
+    if asked < had:
+        fail(f"{told}; leave the option out or start another run")
+    changes = {"resume": False, "overwrite": False, "out_dir": os.path.normpath(o.out_dir) + "-longer", length: asked}
     if stage != "rm":  # a reward model is no start for another
-        changes["init_from"] = os.path.join(o.out_dir, "ckpt.pt")
-        changes[length] = round(asked - had, 6) if asked > had else asked
+        changes |= {"init_from": os.path.join(o.out_dir, "ckpt.pt"), length: round(asked - had, 6)}
     if stage == "ppo":
         changes["reference"] = was.get("reference") or was["init_from"]
     own = {f.name: was[f.name] for f in fields(o) if f.name in was} | changes
-    fail(f"--resume: --{length} {asked}: this run had {had}, over which its learning rate falls to 0; "
-         + ("train for longer from the start: " if stage == "rm" else "when it has ended, go on in another run: ")
-         + runtime.command_line(stage, replace(o, **own)))
+    fail(f"{told}; " + ("train for longer from the start: " if stage == "rm" else
+                        "when it has ended, go on in another run: ") + runtime.command_line(stage, replace(o, **own)))
 
 
 def resume(o, stage, structural):

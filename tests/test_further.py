@@ -232,7 +232,10 @@ def test_where_the_rate_has_fallen_it_says_how(folder, stage, refused):
     """One line, nothing touched; the command that it ends with runs: from the run's end for the steps that are missing,
     or, as a reward model is no start for another, from the beginning."""
     before = {path: path.read_bytes() for path in (folder / "out" / stage).iterdir()}
-    error = refused(STAGES[stage].main, ["--resume", *TWICE[stage], "--out_dir", f"out/{stage}"])
+    name, half = TWICE[stage][0], "8" if stage == "ppo" else "0.5"
+    error = refused(STAGES[stage].main, ["--resume", name, half, "--out_dir", f"out/{stage}"])
+    assert "learning rate falls to 0; leave the option out or start another run" in error
+    error = refused(STAGES[stage].main, ["--resume", *TWICE[stage], "--out_dir", f"out/{stage}/"])
     assert f"{TWICE[stage][0]} {TWICE[stage][1]}: this run had " in error and "learning rate falls to 0" in error
     assert before == {path: path.read_bytes() for path in (folder / "out" / stage).iterdir()}
     words = shlex.split(error[error.index("python train_"):])
