@@ -9,6 +9,8 @@ import random
 import shlex
 import shutil
 import signal
+import subprocess
+import sys
 import types
 from dataclasses import replace
 
@@ -18,6 +20,7 @@ import torch
 import train_ppo
 import train_rm
 import train_sft
+from conftest import ROOT
 from minirlhf import checkpoint, evaluate, runtime, sample
 from minirlhf.config import RunOptions
 from minirlhf.runtime import rate_factor
@@ -118,8 +121,6 @@ def state(path):
     payload = load(path)
     return {"model": payload["model"], **{k: v for k, v in payload["training"].items() if k != "data"}}
 
-
-# ---- schedules
 
 # ---- schedules
 
@@ -596,7 +597,20 @@ def test_rows_of_all_ranks_come_together(monkeypatch):
     assert runtime.Run.gather(types.SimpleNamespace(world=1, main=True), ["a"]) == ["a"]
 
 
-# ---- advantages that say nothing
+@pytest.mark.slow
+def test_two_ranks_keep_all_answers(folder):
+    """Under torchrun each step has the answers of both, whose means are the figures over all ranks."""
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", str(ROOT / "train_ppo.py"),
+                    *COMMON, *OWN["ppo"], "--save_rollouts", "--keep_checkpoints", "1", "--out_dir", "out/new"],
+                   env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, capture_output=True, timeout=170)
+    found = rows("out/new", "rollouts")
+    assert [row["step"] for row in found] == [step for step in range(1, 5) for _ in range(4)]
+    for step in steps_of("out/new"):
+        own = [row for row in found if row["step"] == step["step"]]
+        assert sum(row["score"] for row in own) / 4 == pytest.approx(step["objective/scores"], abs=1e-5)
+        assert sum(row["kl"] for row in own) / 4 == pytest.approx(step["objective/kl"], abs=1e-5)
+    assert kept("out/new") == ["ckpt.000004.pt"]
+
 
 # ---- advantages that say nothing
 
