@@ -27,10 +27,11 @@ class Options(RunOptions):
     dtype: Literal["auto", "float32", "bfloat16"] = "float32"  # of matmuls; float32 lets sampler and trainer agree
     data_dir: str = "data/sentiment"  # folder of the prompts; the default is prepared when it is missing
     out_dir: str = "out/ppo"  # where ckpt.pt, config.json, metrics.jsonl and samples.jsonl go
-    init_from: str = "out/sft/ckpt.pt"  # the SFT model: the policy starts from it, and it is the reference of the KL
+    init_from: str = "out/sft/ckpt.pt"  # what the policy starts from: the SFT model, or a policy to train further
+    reference: str = ""  # the model that the KL is measured from, and answers compared with; "" = that of init_from
     reward_model: str = "out/rm/ckpt.pt"  # the reward model
     reward: str = ""  # FILE.py:FUNCTION instead of it: fn(prompts: list[str], completions: list[str]) -> list[float]
-    value_init: Literal["rm", "sft"] = "rm"  # the value network's start: the reward model, or the SFT trunk, zero head
+    value_init: Literal["rm", "sft"] = "rm"  # the value network's start: the reward model, or init_from's trunk
     judge: str = ""  # a second reward model or FILE.py:FUNCTION, never trained on: its preferences are reported
     long_prompts: Literal["drop", "trim"] = "drop"  # prompts too long for the context: drop, or trim at the left
     # ---- rollouts
@@ -39,7 +40,7 @@ class Options(RunOptions):
     response_length: int = 48  # longest answer in tokens, eos included [1..]
     temperature: float = 1.0  # of sampling, and so of every log-probability [0.01..]
     # ---- rewards and advantages
-    kl_coef: float = 0.055  # beta, the reward lost for a nat of KL from the SFT model [0..]
+    kl_coef: float = 0.055  # beta, the reward lost for a nat of KL from the reference [0..]
     kl_baseline: float = 0.14  # share of the mean KL per token taken off each token's: length costs less [0..1]
     adaptive_kl_target: float = 0.0  # nats a response that kl_coef is adapted to reach; 0 = kl_coef stays [0..]
     reward_clip: float = 2.0  # the reward model's scores are clipped to +- this; 0 = never [0..]
@@ -51,7 +52,9 @@ class Options(RunOptions):
     num_ppo_epochs: int = 2  # passes over each batch [1..]
     num_mini_batches: int = 2  # optimizer steps a pass; must divide batch_size [1..]
     micro_batch_size: int = 64  # rows a forward pass: for memory; changes no gradient [1..]
-    learning_rate: float = 3e-4  # of policy and value network; falls linearly to 0 [0..]
+    learning_rate: float = 3e-4  # of policy and value network, at its peak [0..]
+    value_learning_rate: float = 0.0  # of the value network, where it has its own; 0 = learning_rate [0..]
+    lr_schedule: Literal["linear", "cosine", "constant"] = "linear"  # how it falls to 0; constant runs can be prolonged
     max_grad_norm: float = 1.0  # the gradient of each of the two networks is scaled down to this norm; 0 = never [0..]
     cliprange: float = 0.2  # of the policy's ratio (0..]
     cliprange_value: float = 0.2  # of the value's change (0..]
@@ -60,10 +63,11 @@ class Options(RunOptions):
     value_warmup: int = 4  # first steps in which only the value network learns [0..]
     # ---- guards
     max_update_kl: float = 1.0  # nats a token from old to new policy (k3) above which a batch's epochs end (0..1]
-    max_ref_kl: float = 60.0  # nats a response from the SFT model; three batches above it end the run; 0 = off [0..]
+    max_ref_kl: float = 60.0  # nats a response from the reference; three batches above it end the run; 0 = off [0..]
     # ---- evaluations and checkpoints
     eval_interval: int = 20  # steps between evaluations and checkpoints; the last step always has both [1..]
     num_eval_prompts: int = 512  # held-out prompts of the closing comparison; a quarter of them in evaluations [1..]
+    save_rollouts: bool = False  # keep each training answer with its score, reward and KL in rollouts.jsonl
 
 
 @dataclass
@@ -89,11 +93,6 @@ def roll_out(policy, prompts, index, eos, step, o, run):
         rollout = generate(policy, asked, o.response_length, eos, o.temperature, run.generator(step, "rollout"))
     batch = Batch(**vars(rollout), prompt_index=torch.tensor(index, device=run.device))
     return batch.take(batch.lengths.argsort(stable=True))
-
-
-def microbatches(batch, rows, o):
-    """Some rows, shortest first as roll_out left them, as Batches of micro_batch_size, each cut to its longest row."""
-    return [batch.take(part) for part in rows.sort().values.split(o.micro_batch_size)]
 
 
 @torch.no_grad()
@@ -175,6 +174,11 @@ def update(batch, policy, value, optimizers, step, epochs, o, run):
     return means(sums, count, ratios), 0.0
 
 
+def microbatches(batch, rows, o):
+    """Some rows, shortest first as roll_out left them, as Batches of micro_batch_size, each cut to its longest row."""
+    return [batch.take(part) for part in rows.sort().values.split(o.micro_batch_size)]
+
+
 def add(sums, **terms):
     """sums[name] += the sum of a term."""
     for name, term in terms.items():
@@ -194,15 +198,15 @@ def means(sums, count, ratios):
 
 def make_optimizers(policy, value, o):
     """AdamW for each of the two networks, so that each keeps its own gradient norm. No weight decay."""
-    return [kernels.AdamW(model.parameters(), lr=o.learning_rate, eps=1e-5, weight_decay=0.0, fused=True)
-            for model in (policy, value)]
+    rates = o.learning_rate, o.value_learning_rate or o.learning_rate
+    return [kernels.AdamW([{"params": [*model.parameters()], "peak": rate}], lr=rate, eps=1e-5, weight_decay=0.0,
+                          fused=True) for model, rate in zip((policy, value), rates)]
 
 
 def read_options(argv):
     """-> Options, and what --resume goes on from. Exits 2 on options that exclude each other."""
     o, saved = checkpoint.resume(parse(Options, argv), "ppo", (
-        "seed", "reward", "value_init", "batch_size", "total_episodes", "temperature", "response_length",
-        "long_prompts"))
+        "seed", "reward", "value_init", "batch_size", "temperature", "response_length", "long_prompts", "lr_schedule"))
     world = int(os.environ.get("WORLD_SIZE", 1))
     if o.batch_size % (o.num_mini_batches * world):
         fail(f"--num_mini_batches {o.num_mini_batches}: must divide --batch_size {o.batch_size}"
@@ -215,7 +219,7 @@ def read_options(argv):
              f"{o.total_episodes} / --batch_size {o.batch_size}), or the policy never learns")
     warn_idle(o, "reward", bool(o.reward), "reward_model", "reward_clip", "value_init")
     warn_idle(o, "kl_coef 0", not o.kl_coef, "kl_baseline")
-    warn_idle(o, "vf_coef 0", not o.vf_coef, "cliprange_value")
+    warn_idle(o, "vf_coef 0", not o.vf_coef, "cliprange_value", "value_learning_rate")
     return o, saved, steps
 
 
@@ -246,14 +250,13 @@ def main(argv=None):
         prepare.ensure(o.data_dir)
     with runtime.Run(o, "ppo") as run:
         # ---- the policy, its frozen reference, what scores an answer, the value network
-        ref, tokenizer, _ = checkpoint.load(o.init_from, ["sft"], run.device)
-        policy = ref.with_head("lm")  # a copy; no optimizer holds ref
+        policy, ref, tokenizer, ref_name = checkpoint.load_pair(o.init_from, o.reference, run.device)
         kernels.pick_matmul(policy)
         reward = rewards.load(o.reward or o.reward_model, "--reward" if o.reward else "--reward_model", ref, tokenizer,
                               o.init_from, run)
         judge = rewards.load(o.judge, "--judge", ref, tokenizer, o.init_from, run) if o.judge else None
         from_rm = reward.model is not None and o.value_init == "rm"
-        value = (reward.model if from_rm else ref).with_head("scalar")
+        value = (reward.model if from_rm else policy).with_head("scalar")
         prompts, val_prompts, about_prompts, paths = read_prompts(o, tokenizer, policy.config.block_size)
         optimizers = make_optimizers(policy, value, o)
 
@@ -261,10 +264,11 @@ def main(argv=None):
         training = checkpoint.Training(
             run, tokenizer, policy, optimizers, {
                 f"the prompts of {o.data_dir}": paths, f"--init_from {o.init_from}": [checkpoint.file_of(o.init_from)],
-                f"the reward {o.reward or o.reward_model}": rewards.files(o.reward or o.reward_model)},
+                f"the reward {o.reward or o.reward_model}": rewards.files(o.reward or o.reward_model),
+                **({f"--reference {o.reference}": [checkpoint.file_of(o.reference)]} if o.reference else {})},
             value_model=value)
         first, kept = training.restore(saved, steps)
-        kl_coef, guard = o.kl_coef, evaluate.DivergenceGuard(o)
+        kl_coef, guard = o.kl_coef, evaluate.DivergenceGuard(o, ref_name=ref_name)
         with checkpoint.fitting(o.out_dir):
             if kept:
                 guard.in_a_row = int(kept["high"])
@@ -278,19 +282,19 @@ def main(argv=None):
             check.ppo(policy, ref, value, reward, tokenizer, prompts[:64], first, o, run)
         run.announce("PPO", [
             *about_prompts,
-            f"policy: {runtime.count_parameters(policy):,} parameters from {o.init_from}; value network: from "
-            f"{o.reward_model if from_rm else o.init_from}; reward: {o.reward or o.reward_model}",
+            f"policy: {runtime.count_parameters(policy):,} parameters from {o.init_from}; reference of the KL: "
+            f"{o.reference or 'the same model'}",
+            f"value network: from {o.reward_model if from_rm else o.init_from}; reward: {o.reward or o.reward_model}",
             f"{run.hardware}; {steps} steps of {o.batch_size} answers of up to {o.response_length} tokens, "
             f"{o.num_ppo_epochs} epochs x {o.num_mini_batches} minibatches each"], first if first < steps else 0)
         if first >= steps:
             run.say(f"     this run is finished ({first} steps); its closing report again:")
-        against_sft = evaluate.AgainstSFT(ref, tokenizer, reward, judge, val_prompts, o, run)
+        against_sft = evaluate.AgainstSFT(ref, tokenizer, reward, judge, val_prompts, o, run, ref_name)
         run.start_logs(first)  # an old run stays until the reward has worked once
 
         for step in range(first, steps):
             began = time.perf_counter()
-            for optimizer in optimizers:
-                optimizer.param_groups[0]["lr"] = o.learning_rate * (1 - step / steps)
+            runtime.set_rate(optimizers, runtime.rate_factor(o.lr_schedule, step, steps))
 
             # ---- ROLLOUT: the policy answers a batch of prompts
             index = run.share(endless_batch(len(prompts), o.batch_size, o.seed, step))
@@ -305,7 +309,7 @@ def main(argv=None):
 
             # ---- UPDATE: epochs x minibatches x microbatches of the clipped losses
             figures = evaluate.rollout_figures(batch, kl_coef, run)
-            epochs = guard.epochs(figures["objective/kl"])  # one only, where the policy is far from the SFT model
+            epochs = guard.epochs(figures["objective/kl"])  # one only, where the policy is far from the reference
             update_figures, update_kl = update(batch, policy, value, optimizers, step, epochs, o, run)
 
             # ---- LOOK: one log line, now and then held-out prompts and a checkpoint
@@ -319,6 +323,8 @@ def main(argv=None):
                     + ("  (value warm-up)" if step < o.value_warmup else ""))
             for warning in against_sft.warnings(batch, record):
                 run.say(warning)
+            if o.save_rollouts:
+                evaluate.save_rollouts(batch, done, tokenizer, run)
             guard.after_update(record, update_kl, run)
             if o.adaptive_kl_target:
                 kl_coef = adaptive_kl_coef(kl_coef, record["objective/kl"], o.adaptive_kl_target, o.batch_size)

@@ -31,7 +31,7 @@ class Options(RunOptions):
     data_dir: str = "data/sentiment"  # folder of the preferences; the default is prepared when it is missing
     preferences: str = "preferences"  # stem of the two files: "judge" trains a judge on sentences this model never sees
     out_dir: str = "out/rm"  # where ckpt.pt, config.json, metrics.jsonl and samples.jsonl go
-    init_from: str = "out/sft/ckpt.pt"  # the SFT model: its trunk is the start, its samples set the scale of the reward
+    init_from: str = "out/sft/ckpt.pt"  # the SFT model, or a policy: its trunk is the start, its samples set the scale
     dropout: float = 0.0  # in training only [0..1)
     long_prompts: Literal["drop", "trim"] = "drop"  # texts over the context: drop them, or trim the prompt at its left
     # ---- training
@@ -42,7 +42,8 @@ class Options(RunOptions):
     learning_rate: float = 2e-3  # AdamW's peak [0..]
     muon_learning_rate: float = 1e-2  # Muon's peak [0..]
     weight_decay: float = 0.1  # on matrices only [0..]
-    warmup_ratio: float = 0.05  # share of the steps in which the rate rises; then it falls to 0 as a cosine [0..1]
+    warmup_ratio: float = 0.05  # share of the steps in which the rate rises [0..1]
+    lr_schedule: Literal["linear", "cosine", "constant"] = "cosine"  # how it falls to 0; constant runs can be prolonged
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm; 0 = never [0..]
     # ---- evaluations, checkpoints, scale
     eval_interval: int = 250  # steps between evaluations and checkpoints; the last step always does [1..]
@@ -143,13 +144,13 @@ def read_scale_prompts(o, tokenizer, block_size):
 
 def main(argv=None):
     o, saved = checkpoint.resume(parse(Options, argv), "rm", (
-        "seed", "preferences", "batch_size", "num_train_epochs", "optimizer", "long_prompts"))
+        "seed", "preferences", "batch_size", "optimizer", "long_prompts", "lr_schedule"))
     warn_idle(o, "optimizer adamw", o.optimizer == "adamw", "muon_learning_rate")
     if os.path.normpath(o.data_dir) == Options.data_dir:
         prepare.ensure(o.data_dir)
     with runtime.Run(o, "rm") as run:
         # ---- the SFT model's trunk under a new head
-        sft, tokenizer, _ = checkpoint.load(o.init_from, ["sft"], run.device)
+        sft, tokenizer = checkpoint.load(o.init_from, checkpoint.POLICIES, run.device)[:2]
         model = sft.with_head("scalar", o.dropout).init_score(runtime.generator(o.seed, 0, 0, "head"))
         if saved:
             checkpoint.compatible((sft, tokenizer), o.init_from,
@@ -168,7 +169,8 @@ def main(argv=None):
             f"--init_from {o.init_from}": [checkpoint.file_of(o.init_from)]})
         first, kept = training.restore(saved, steps)
         saved = None
-        if kept.get("finished"):
+        longer = kept.get("finished") and first < steps
+        if kept.get("finished") and not longer:
             run.say(f"{o.out_dir}: this run is finished ({first} steps)")
             return
         if o.check:
@@ -187,11 +189,14 @@ def main(argv=None):
 
         model.train()
         seen, seen_seconds, right, seen_pairs = 0, 0.0, 0, 0
+        if longer:
+            model.gain.fill_(1), model.bias.zero_()  # as in training; the scale is set again at the end
+            training.save(first, {}, finished=False)
         run.start_logs(first)
         for step in range(first, steps):
             began = time.perf_counter()
             # ---- one optimizer step over all pairs of all records, divided once by their number
-            factor = runtime.warmup_cosine(step, steps, o.warmup_ratio)
+            factor = runtime.rate_factor(o.lr_schedule, step, steps, o.warmup_ratio)
             runtime.set_rate(optimizers, factor)
             batch = [train_set[i] for i in order.batch(step)]
             run.seed_dropout(step)
@@ -228,8 +233,8 @@ def main(argv=None):
         calibrated = evaluate.calibration(differences)
         info = {"figures": figures, "calibration": calibrated, "verdict": evaluate.verdict(figures, calibrated)}
         run.write("metrics.jsonl", {"step": steps, "final": info})
-        run.say(f"\nscale: scores of {o.num_scale_samples} SFT samples had mean {mean:.3f} and standard deviation "
-                f"{std:.3f}; gain and bias make them 0 and 1")
+        run.say(f"\nscale: scores of {o.num_scale_samples} samples of {o.init_from} had mean {mean:.3f} and standard "
+                f"deviation {std:.3f}; gain and bias make them 0 and 1")
         evaluate.show_pairs(model, run, tokenizer, val_set, steps)
         for line in (*evaluate.reward_model_table(figures, calibrated), info["verdict"]):
             run.say(line)

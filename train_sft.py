@@ -28,7 +28,7 @@ class Options(RunOptions):
     # ---- model, data, output
     data_dir: str = "data/sentiment"  # folder of sft.{train,val}.jsonl; the default is prepared when it is missing
     out_dir: str = "out/sft"  # where ckpt.pt, config.json, metrics.jsonl and samples.jsonl go
-    init_from: str = "scratch"  # scratch, or a checkpoint of this stage whose weights and tokenizer to start from
+    init_from: str = "scratch"  # scratch, or an SFT model or PPO policy whose weights and tokenizer to start from
     tokenizer: Literal["bpe", "gpt2"] = "bpe"  # bpe learns byte-level ranks from the training text; gpt2 takes GPT-2's
     vocab_size: int = 8192  # size of a learned vocabulary, end of text included [257..]
     n_layer: int = 4  # blocks; size, vocabulary and context are for a model from scratch [1..]
@@ -45,7 +45,8 @@ class Options(RunOptions):
     learning_rate: float = 1e-2  # AdamW's peak [0..]
     muon_learning_rate: float = 2e-2  # Muon's peak, for updates of spectral norm about 1 [0..]
     weight_decay: float = 0.1  # on matrices only [0..]
-    warmup_ratio: float = 0.05  # share of the steps in which the rate rises; then it falls to 0 as a cosine [0..1]
+    warmup_ratio: float = 0.05  # share of the steps in which the rate rises [0..1]
+    lr_schedule: Literal["linear", "cosine", "constant"] = "cosine"  # how it falls to 0; constant runs can be prolonged
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm; 0 = never [0..]
     # ---- evaluations and checkpoints
     eval_interval: int = 250  # steps between evaluations, checkpoints and samples; the last step always does [1..]
@@ -114,7 +115,7 @@ def encode_demonstrations(parts, paths, o, tokenizer, block_size):
 def main(argv=None):
     given = parse(Options, argv)
     o, saved = checkpoint.resume(given, "sft", (
-        *SIZES, "seed", "batch_size", "num_train_epochs", "optimizer", "long_prompts"))
+        *SIZES, "seed", "batch_size", "optimizer", "long_prompts", "lr_schedule"))
     warn_idle(o, "optimizer adamw", o.optimizer == "adamw", "muon_learning_rate")
     warn_idle(o, "tokenizer gpt2", o.tokenizer == "gpt2", "vocab_size")
     if o.n_embd % o.n_head:
@@ -124,11 +125,12 @@ def main(argv=None):
     parts, paths = read_demonstrations(o)
     with runtime.Run(o, "sft") as run:
         # ---- tokenizer and model: new, or a checkpoint's
-        source = saved or (checkpoint.Saved(checkpoint.read(o.init_from, ["sft"]), o.init_from)
+        source = saved or (checkpoint.Saved(checkpoint.read(o.init_from, checkpoint.POLICIES), o.init_from)
                            if o.init_from != "scratch" else None)
         if source:
             model, tokenizer = checkpoint.build(*source, run.device, o.dropout)
-            own = {name: source.payload["options"].get(name, getattr(o, name)) for name in SIZES}
+            sizes = {"tokenizer": tokenizer.name, **source.payload["config"], **source.payload["options"]}
+            own = {name: sizes[name] for name in SIZES}
             for name in own.keys() & given.given:
                 if getattr(o, name) != own[name]:
                     fail(f"--{name} {getattr(o, name)}: {source.path} has {own[name]}; leave the option out")
@@ -188,7 +190,7 @@ def main(argv=None):
         for step in range(first, steps):
             began = time.perf_counter()
             # ---- one optimizer step: the loss is summed over microbatches and ranks and divided once
-            factor = runtime.warmup_cosine(step, steps, o.warmup_ratio)
+            factor = runtime.rate_factor(o.lr_schedule, step, steps, o.warmup_ratio)
             runtime.set_rate(optimizers, factor)
             batch = [train_rows[i] for i in order.batch(step)]
             run.seed_dropout(step)

@@ -254,11 +254,11 @@ def ppo(policy, ref, value, reward, tokenizer, prompts, first, o, run):
            "dropout is on, or old and new log-probabilities differ in temperature")
     microbatches(checks, *found)
     kl = k1(batch.logprobs, batch.ref_logprobs).sum(1).mean()
-    if not first:
+    if not first and not o.reference:
         checks("the KL from the SFT model is 0 at the start", abs(kl) <= 10 * checks.limit, f"{float(kl):.1e} nats a "
                "response", "policy and reference start from different weights")
     before = [[p.detach().clone() for p in model.parameters()] for model in (policy, value)]
-    optimizers = train_ppo.make_optimizers(policy, value, replace(o, learning_rate=0.0))
+    optimizers = train_ppo.make_optimizers(policy, value, replace(o, learning_rate=0.0, value_learning_rate=0.0))
     figures, _ = train_ppo.update(batch, policy, value, optimizers, first, o.num_ppo_epochs, o, run)
     approxkl, clipfrac = figures["policy/approxkl_avg"], figures["policy/clipfrac_avg"]
     moved = not same_weights([policy, value], before)

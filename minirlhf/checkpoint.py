@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import pickle
+import shutil
 import time
 import zipfile
 from dataclasses import asdict, fields, replace
@@ -20,6 +21,7 @@ from typing import NamedTuple
 
 import torch
 
+from minirlhf import runtime
 from minirlhf.config import check_ranges, fail, say
 from minirlhf.data import fingerprint
 from minirlhf.model import GPT, GPTConfig
@@ -28,6 +30,8 @@ from minirlhf.tokenizer import Tokenizer
 FORMAT = 1
 STAGES = {"sft": "an SFT model", "rm": "a reward model", "ppo": "a PPO policy"}
 MADE_BY = {"sft": "train_sft.py", "rm": "train_rm.py", "ppo": "train_ppo.py"}
+POLICIES = ["sft", "ppo"]  # what answers prompts, and can be trained further
+LENGTH = {"sft": "num_train_epochs", "rm": "num_train_epochs", "ppo": "total_episodes"}  # the option that ends a stage
 PARTS = {"stage": str, "config": dict, "head": str, "tokenizer": dict, "model": dict, "options": dict, "info": dict,
          "training": dict}
 SEAL = b"\x20\0"  # the last two bytes of a zip file without a comment are 0; these announce one of 32 bytes
@@ -40,10 +44,12 @@ class Damaged(Exception):
 
 # ---- writing
 
-def save(path, *, stage, model, tokenizer, options, info, training, environment=None, weights=None):
+def save(path, *, stage, model, tokenizer, options, info, training, environment=None, weights=None, also="",
+         drop=()):
     """Write, read back, rename; the good file that was there becomes ckpt.previous.pt -> a line with size and seconds.
 
-    weights: what others shall use where that is not the model's last (the best, say); environment: Run.environment().
+    weights: what others shall use where that is not the model's last (the best, say); environment: Run.environment();
+    also: a path that the file gets too, in place of the files `drop`, while what was there before is still whole.
     Exits 1 and leaves what was there when a weight is not finite, or, naming path and size, when the disk is full or
     the folder gone.
     """
@@ -66,14 +72,19 @@ def save(path, *, stage, model, tokenizer, options, info, training, environment=
         finally:
             size = os.path.getsize(temporary) if os.path.exists(temporary) else 0
         unpack(temporary, mmap=True)  # whole, and readable
+        if also:
+            second_name(temporary, also)
+        for old in drop:
+            os.remove(old)
         keep_previous(path)
         os.replace(temporary, path)
         folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)
     except (OSError, RuntimeError, Damaged) as error:
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
+        for unfinished in (temporary, f"{also}.tmp"):
+            with contextlib.suppress(OSError):
+                os.remove(unfinished)
         raise SystemExit(f"error: {path}: could not be written ({error}) after {size:,} bytes; what was there before "
                          "is untouched")
     return f"  saved {path}: {size / 1e6:.1f} MB in {time.perf_counter() - began:.2f} s"
@@ -104,6 +115,20 @@ def keep_previous(path):
             os.link(path, previous_of(path))
         except OSError:  # a file system without second names
             os.replace(path, previous_of(path))
+
+
+def second_name(path, name):
+    """`name` for the same file, or for a copy where the file system has no second names: whole whenever it is there."""
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(f"{name}.tmp")  # of a save that was killed
+    try:
+        os.link(path, f"{name}.tmp")
+    except OSError:
+        with open(path, "rb") as source, open(f"{name}.tmp", "wb") as copy:
+            shutil.copyfileobj(source, copy, 1 << 20)
+            copy.flush()
+            os.fsync(copy.fileno())
+    os.replace(f"{name}.tmp", name)
 
 
 def not_finite(value, name=""):
@@ -256,6 +281,22 @@ def load(path, stages, device):
     return model.eval(), tokenizer, payload
 
 
+def load_pair(init_from, reference, device):
+    """-> the policy to train, its frozen reference, their tokenizer, and what the reference is called.
+
+    reference: its path, or "" where it is the model of init_from, of which the policy then is a copy. Exits 2 where
+    the two cannot be compared.
+    """
+    ref, tokenizer, payload = load(reference or init_from, POLICIES, device)
+    called = "SFT" if payload["stage"] == "sft" else "reference"
+    if not reference:
+        return ref.with_head("lm"), ref, tokenizer, called
+    del payload  # so that no more than one is in memory
+    policy, own_tokenizer = load(init_from, POLICIES, device)[:2]
+    compatible((policy, own_tokenizer), init_from, (ref, tokenizer), reference)
+    return policy, ref, tokenizer, called
+
+
 def compatible(first, first_path, second, second_path):
     """Exits 2 unless two (model, tokenizer) turn text into the same ids and take as many of them."""
     (model, tokenizer), (other, other_tokenizer) = first, second
@@ -297,7 +338,12 @@ class Training:
         payload, path = saved
         with fitting(path):
             state = payload["training"]
-            for (what, now), was in zip(self.fingerprints.items(), state.pop("data").values(), strict=True):
+            before, names = state.pop("data"), [*self.fingerprints]
+            if len(before) != len(names):
+                odd = [*before][len(names):] or names[len(before):]
+                fail(f"--resume: the run of {path} began {'with' if len(before) > len(names) else 'without'} {odd[0]}; "
+                     "the inputs of a run cannot change")
+            for (what, now), was in zip(self.fingerprints.items(), before.values()):
                 if was != now and what in self.code:
                     self.run.say(f"resume: warning: {what} has changed since the run of {path} began")
                 elif was != now:
@@ -309,8 +355,12 @@ class Training:
             load_optimizers(self.optimizers, state.pop("optimizers"), path)
             self.environment = self.run.environment(payload.get("environment"))
             step = state["step"]
-            if type(step) is not int or not 0 <= step <= steps:
-                fail(f"{path}: does not fit: step {str(step)[:40]!r} of {steps}")
+            if type(step) is not int or step < 0:
+                fail(f"{path}: does not fit: step {str(step)[:40]!r}")
+            if step > steps:
+                length = LENGTH[self.run.stage]
+                fail(f"--resume: --{length} {getattr(self.run.options, length)}: {steps} steps, but the run of {path} "
+                     f"has taken {step}; ask for more, or start another run")
             payload.pop("model")  # a second copy of the weights
             return step, {**state, "info": payload["info"], "options": payload["options"], "best": best}
 
@@ -323,17 +373,48 @@ class Training:
                         "optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
             if best is not None:
                 training["model"] = self.model.state_dict()
+            keep, name = self.run.options.keep_checkpoints, f"ckpt.{step:06}.pt"
+            others = [other for other in self.run.numbered().values() if other != name] if keep else []
             self.run.say(save(self.run.path("ckpt.pt"), stage=self.run.stage, model=self.model, weights=best,
                               tokenizer=self.tokenizer, options=self.run.options, info=info,
-                              environment=self.environment, training=training))
+                              environment=self.environment, training=training,
+                              also=self.run.path(name) if keep else "",
+                              drop=[self.run.path(other) for other in others[:max(0, len(others) + 1 - keep)]]))
+
+
+def of_another_length(o, stage, was, tell):
+    """What else changes where a run becomes longer (or shorter): its warm-up, a share of it, stays as long as it was.
+
+    was: the run's own options. Exits 2 where the steps that were taken would have had other learning rates, with the
+    command of a run that begins where this one ends.
+    """
+    length = LENGTH[stage]
+    asked, had, ratio = getattr(o, length), was[length], was.get("warmup_ratio", 0.0)
+    if was.get("lr_schedule") == "constant":
+        if not ratio or "warmup_ratio" in o.given:
+            return {}
+        ratio = min(1.0, ratio * had / asked)
+        tell(f"resume: --warmup_ratio {ratio:g}: the warm-up stays as long as it was")
+        return {"warmup_ratio": ratio}
+    told = f"--resume: --{length} {asked}: this run had {had}, over which its learning rate falls to 0"
+    if asked < had:
+        fail(f"{told}; leave the option out or start another run")
+    changes = {"resume": False, "overwrite": False, "out_dir": os.path.normpath(o.out_dir) + "-longer", length: asked}
+    if stage != "rm":  # a reward model is no start for another
+        changes |= {"init_from": os.path.join(o.out_dir, "ckpt.pt"), length: round(asked - had, 6)}
+    if stage == "ppo":
+        changes["reference"] = was.get("reference") or was["init_from"]
+    own = {f.name: was[f.name] for f in fields(o) if f.name in was} | changes
+    fail(f"{told}; " + ("train for longer from the start: " if stage == "rm" else
+                        "when it has ended, go on in another run: ") + runtime.command_line(stage, replace(o, **own)))
 
 
 def resume(o, stage, structural):
     """Options of --resume -> (options to go on with, Saved or None).
 
     What the command line does not name stays as the run had it; what it names and changes is listed, and refused where
-    the run would no longer be the same one: `structural`. A damaged checkpoint gives way to the one before it; a run
-    that ended before its first starts again.
+    the run would no longer be the same one: `structural`, and LENGTH where the learning rate falls over it. A damaged
+    checkpoint gives way to the one before it; a run that ended before its first starts again.
     """
     if not o.resume:
         return o, None
@@ -363,8 +444,8 @@ def resume(o, stage, structural):
     if unknown := sorted(map(str, was.keys() - names - {"stage"})):
         fail(f"--resume: {path if payload else begun}: has options that this version does not know: "
              f"{', '.join(unknown)}; go on with the version that made it, or start another run")
-    own, changes = names - {"resume", "overwrite", "check", "out_dir"}, {}
-    for name, value in was.items():
+    own, changes, length = names - {"resume", "overwrite", "check", "out_dir"}, {}, LENGTH[stage]
+    for name, value in ({f.name: f.default for f in fields(o)} | was).items():  # what an older run did not know yet
         if name in own and name not in o.given:
             changes[name] = value
         elif name in own and value != getattr(o, name):
@@ -372,6 +453,9 @@ def resume(o, stage, structural):
             if name in structural:
                 fail(f"--resume: {text}, which cannot change; leave the option out or start another run")
             tell(f"resume: {text}")
+    if payload and length in o.given and was.get(length) != getattr(o, length):
+        with fitting(path):
+            changes |= of_another_length(o, stage, was, tell)
     if payload is None:
         changes |= {"resume": False, "overwrite": True}
     given, o = o.given, replace(o, **changes)

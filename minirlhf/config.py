@@ -79,6 +79,7 @@ class RunOptions:
     seed: int = 1337  # every random choice is a function of (seed, step, rank, purpose) [0..]
     resume: bool = False  # go on from out_dir's checkpoint
     overwrite: bool = False  # let a new run replace what out_dir holds
+    keep_checkpoints: int = 0  # keep the latest so many as ckpt.STEP.pt too; 0 = ckpt.pt and the one before it [0..]
     check: bool = False  # test what must hold on this model, data and device, a line for each, and write nothing
 
 

@@ -247,14 +247,14 @@ FIGURES = (("score", "mean score", "{:.3f} +- {:.3f}"),
            ("ref_logprob_per_token", "log-probability a token under SFT", "{:.3f}"))
 
 
-def table(columns, title):
-    """Lines of a table of summaries {name: summary}, one column each, under a title."""
+def table(columns, title, ref_name="SFT"):
+    """Lines of a table of summaries {name: summary}, one column each, under a title.   ref_name: in place of "SFT"."""
     yield f"{title:<38}" + "".join(f"{name:>24}" for name in columns)
     for key, label, form in FIGURES:
         if any(key in figures for figures in columns.values()):
             cells = [figures.get(key, "") for figures in columns.values()]
             cells = ["" if v == "" else form.format(*(v if isinstance(v, (tuple, list)) else [v])) for v in cells]
-            yield f"{label:<38}" + "".join(f"{cell:>24}" for cell in cells)
+            yield f"{label.replace('SFT', ref_name):<38}" + "".join(f"{cell:>24}" for cell in cells)
 
 
 def best_of(draws):
@@ -265,11 +265,13 @@ def best_of(draws):
 class AgainstSFT:
     """The policy's answers to held-out prompts beside the SFT model's, which are sampled once, at the start.
 
-    Evaluations take the first quarter of the prompts of the closing comparison.
+    Evaluations take the first quarter of the prompts of the closing comparison. Where the reference is no SFT model, it
+    stands in its place, and `ref_name` in that of its name.
     """
 
-    def __init__(self, ref, tokenizer, reward, judge, prompts, o, run):
+    def __init__(self, ref, tokenizer, reward, judge, prompts, o, run, ref_name="SFT"):
         self.ref, self.tokenizer, self.o, self.run, self.warned = ref, tokenizer, o, run, set()
+        self.ref_name = ref_name
         self.scorers = {"score": reward} | ({"judge": judge} if judge else {})
         self.prompts = prompts[:o.num_eval_prompts]
         self.few = min(max(1, o.num_eval_prompts // 4), len(self.prompts))
@@ -283,8 +285,8 @@ class AgainstSFT:
         """Prints and keeps a few answers -> their summary."""
         rows, base = self.answers(policy, self.prompts[:self.few]), self.sft_rows[:self.few]
         found = summary(rows, base)
-        self.run.say(f"  held out: score {found['score'][0]:+.3f}, kl {found['kl'][0]:.2f}, preferred to the SFT "
-                     f"answer {found['win_rate'][0]:.1%}, eos {found['eos_rate']:.2f}"
+        self.run.say(f"  held out: score {found['score'][0]:+.3f}, kl {found['kl'][0]:.2f}, preferred to the "
+                     f"{self.ref_name} answer {found['win_rate'][0]:.1%}, eos {found['eos_rate']:.2f}"
                      + (f"; judge: score {found['judge_score'][0]:+.3f}, preferred {found['judge_win_rate'][0]:.1%}"
                         if "judge_score" in found else ""))
         for before, row in list(zip(base, rows))[:SHOWN]:
@@ -294,23 +296,24 @@ class AgainstSFT:
 
     def closing_report(self, policy, step):
         """Prints and keeps all answers before and after, their figures, and the best of some SFT answers."""
-        run = self.run
+        run, name = self.run, self.ref_name
         rows = self.answers(policy, self.prompts)
         if run.should_stop():
             run.exit_stopped()
         final = {"before": self.sft, "after": summary(rows, self.sft_rows)}
         run.write("metrics.jsonl", {"step": step, "final": final})
         run.say()
-        for line in table(final, f"held-out prompts, 95% intervals: {len(rows)}"):
+        shown = {"reference": self.sft, "after": final["after"]} if self.o.reference else final
+        for line in table(shown, f"held-out prompts, 95% intervals: {len(rows)}", name):
             run.say(line)
         draws = [self.sft_rows[:self.few], *(self.answers(self.ref, self.prompts[:self.few], draw)
                                              for draw in range(1, BEST_OF))]
         best = summary(best_of(draws), self.sft_rows[:self.few])
-        run.say(f"for comparison, the best of {BEST_OF} SFT answers to {self.few} of them: mean score "
+        run.say(f"for comparison, the best of {BEST_OF} {name} answers to {self.few} of them: mean score "
                 f"{best['score'][0]:.3f}, KL <= {best_of_n_kl(BEST_OF):.2f}")
         for before, row in list(zip(self.sft_rows, rows))[:2 * SHOWN]:
-            run.say(f"\n  {row['prompt']} ...\n    SFT {before['score']:+.2f} |{before['completion']}\n"
-                    f"    PPO {row['score']:+.2f} |{row['completion']}")
+            run.say(f"\n  {row['prompt']} ...\n    {name} {before['score']:+.2f} |{before['completion']}\n"
+                    f"    {'PPO':<{len(name)}} {row['score']:+.2f} |{row['completion']}")
         for before, row in zip(self.sft_rows, rows):
             run.write("samples.jsonl", {"step": step, "final": True, "prompt": row["prompt"],
                                         "completion": row["completion"], "score": row["score"],
@@ -319,13 +322,26 @@ class AgainstSFT:
     def warnings(self, batch, record):
         """Yields what a step's figures give cause for, each cause once a run."""
         _, variance = moments(batch.scores, torch.ones_like(batch.scores, dtype=torch.bool), self.run.total)
-        for cause, text in concerns(record, float(variance), self.sft, self.o):
+        _, white = moments(batch.advantages, batch.response_mask, self.run.total)
+        for cause, text in concerns(record, float(variance), self.sft, self.o, float(white), self.ref_name):
             if cause not in self.warned:
                 self.warned.add(cause)
                 yield f"warning: {text}"
 
 
 # ---- stage 3: figures of a step
+
+def save_rollouts(batch, step, tokenizer, run):
+    """The answers that a step trains on, of all ranks, into rollouts.jsonl, one a line, KL by k1 in nats a response."""
+    kl, tokens = k1(batch.logprobs, batch.ref_logprobs).sum(1).tolist(), batch.response_mask.sum(1).tolist()
+    prompts = [row[:n] for row, n in zip(batch.tokens.tolist(), batch.prompt_lengths.tolist())]
+    rows = [{"step": step, "prompt": tokenizer.decode(prompt), "completion": tokenizer.decode(response),
+             "score": score, "reward": reward, "kl": nats, "length": length, "finished": finished}
+            for prompt, response, score, reward, nats, length, finished in zip(
+                prompts, batch.responses(), batch.scores.tolist(), batch.final_rewards.tolist(), kl, tokens,
+                batch.finished.tolist())]
+    run.write("rollouts.jsonl", *run.gather(rows))
+
 
 def rollout_figures(batch, kl_coef, run):
     """A scored rollout's figures, over all ranks, by TRL's names: KL and the like in nats a response."""
@@ -355,28 +371,35 @@ def describe_step(record):
             f"{record['tokens_per_second']:,.0f} tokens/s")
 
 
-def concerns(record, variance, sft, o):
+def concerns(record, variance, sft, o, white=1.0, ref_name="SFT"):
     """Yields (cause, a warning) where a step's figures have left those of the SFT model's answers, `sft`.
 
-    variance: of the step's scores.
+    variance: of the step's scores; white: of its whitened advantages, 1 but where they hardly differ.
     """
     done, score, kl_coef = (record[k] for k in ("step", "objective/scores", "objective/kl_coef"))
     length, H, eos = (record[k] for k in ("completions/mean_length", "policy/entropy_avg", "completions/eos_rate"))
     usual_length, usual_H = sft["mean_length"], -sft["ref_logprob_per_token"]
+    bonus = [f"the entropy bonus (--ent_coef {o.ent_coef:g})"] * (o.ent_coef > 0)
+    errors, momentum = "the value network's errors", "what is left of earlier gradients in the optimizer"
     if variance <= 1e-12 * (1 + score ** 2) and o.batch_size > 1:
-        yield "variance", f"all scores of step {done} are {score:.4f}: there is nothing to learn from"
+        yield "variance", (f"all scores of step {done} are {score:.4f}: there is nothing to learn from; what moves the "
+                           f"policy is {', '.join(['the KL penalty'] * (kl_coef > 0) + [errors] + bonus)}")
+    if white < 0.01 and done > o.value_warmup:
+        yield "advantages", (f"the advantages of step {done} do not differ, so that whitened they are 0 and teach "
+                             f"nothing; what moved the policy is {', '.join(bonus + [momentum])}; a "
+                             "larger --batch_size gives more to compare")
     if eos < 0.5:
         yield "eos", (f"{eos:.0%} of the answers of step {done} ended within {o.response_length} tokens; raise "
                       f"--response_length, or --missing_eos_penalty above {o.missing_eos_penalty:g}")
     if length < 0.5 * usual_length:
-        yield "length", (f"answers have shrunk to {length:.1f} tokens from the SFT model's {usual_length:.1f}; raise "
-                         f"--kl_baseline above {o.kl_baseline:g} or --kl_coef above {kl_coef:g}")
+        yield "length", (f"answers have shrunk to {length:.1f} tokens from the {ref_name} model's {usual_length:.1f}; "
+                         f"raise --kl_baseline above {o.kl_baseline:g} or --kl_coef above {kl_coef:g}")
     if length > 2 * usual_length:
-        yield "length", (f"answers have grown to {length:.1f} tokens from the SFT model's {usual_length:.1f}; lower "
-                         f"--kl_baseline below {o.kl_baseline:g} or raise --kl_coef above {kl_coef:g}")
+        yield "length", (f"answers have grown to {length:.1f} tokens from the {ref_name} model's {usual_length:.1f}; "
+                         f"lower --kl_baseline below {o.kl_baseline:g} or raise --kl_coef above {kl_coef:g}")
     if H < 0.5 * usual_H:
-        yield "entropy", (f"entropy has fallen to {H:.2f} nats a decision from the SFT model's {usual_H:.2f}: answers "
-                          f"grow alike; raise --ent_coef above {o.ent_coef:g} or --kl_coef above {kl_coef:g}")
+        yield "entropy", (f"entropy has fallen to {H:.2f} nats a decision from the {ref_name} model's {usual_H:.2f}: "
+                          f"answers grow alike; raise --ent_coef above {o.ent_coef:g} or --kl_coef above {kl_coef:g}")
 
 
 class DivergenceGuard:
@@ -386,8 +409,8 @@ class DivergenceGuard:
     the policy by more than UNSOUND_KL.
     """
 
-    def __init__(self, o, in_a_row=0):
-        self.o, self.in_a_row, self.ref_kl = o, in_a_row, 0.0
+    def __init__(self, o, in_a_row=0, ref_name="SFT"):
+        self.o, self.in_a_row, self.ref_kl, self.ref_name = o, in_a_row, 0.0, ref_name
 
     def epochs(self, ref_kl):
         """ref_kl: nats a response from the SFT model -> how many epochs this batch gets."""
@@ -401,7 +424,8 @@ class DivergenceGuard:
         """Warns, or ends the run with exit status 1 and advice. update_kl: where the epochs ended early, else 0."""
         o = self.o
         if self.too_far():
-            fault = f"the KL from the SFT model is {self.ref_kl:.1f} nats a response, --max_ref_kl is {o.max_ref_kl:g}"
+            fault = (f"the KL from the {self.ref_name} model is {self.ref_kl:.1f} nats a response, --max_ref_kl is "
+                     f"{o.max_ref_kl:g}")
             advice = (f"raise --kl_coef above {record['objective/kl_coef']:g} or lower --learning_rate below "
                       f"{o.learning_rate:g}")
         elif update_kl > UNSOUND_KL:
@@ -518,7 +542,8 @@ def output_file(path):
 def main(argv=None):
     a = parse(argv)
     device = runtime.pick_device(a.device)
-    baseline, tokenizer, _ = checkpoint.load(a.baseline, ["sft", "ppo"], device)
+    baseline, tokenizer, payload = checkpoint.load(a.baseline, ["sft", "ppo"], device)
+    called = "SFT" if payload["stage"] == "sft" else "baseline"
     kernels.pick_matmul(baseline)
     policies = {}
     for path in a.policies:
@@ -551,7 +576,7 @@ def main(argv=None):
     base = answers(baseline)
     found = {path: answers(policy) for path, policy in policies.items()}
     columns = {a.baseline: summary(base, base), **{path: summary(rows, base) for path, rows in found.items()}}
-    for line in table(columns, f"held-out prompts, 95% intervals: {len(prompts)}"):
+    for line in table(columns, f"held-out prompts, 95% intervals: {len(prompts)}", called):
         say(line)
     say(f"{'perplexity under the baseline':<38}"
         + "".join(f"{math.exp(-f['ref_logprob_per_token']):>24.1f}" for f in columns.values()))

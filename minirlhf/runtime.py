@@ -7,10 +7,12 @@ rank 0 of 1.
 """
 import contextlib
 import fcntl
+import glob
 import hashlib
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import time
@@ -21,7 +23,7 @@ import torch
 from minirlhf.config import fail, say
 from minirlhf.kernels import AdamW, Muon, keep_freed_memory
 
-LOGS = ("metrics.jsonl", "samples.jsonl")
+LOGS = ("metrics.jsonl", "samples.jsonl", "rollouts.jsonl")
 KEPT = ("ckpt.previous.pt", "ckpt.pt", *LOGS)  # what makes a folder that of a run
 
 
@@ -99,14 +101,14 @@ class Run:
         except OSError as error:
             self.release()
             fail(f"--out_dir {self.out_dir}: cannot be written ({error.strerror})")
-        for name in ("init_from", "reward_model", "judge"):
+        for name in ("init_from", "reference", "reward_model", "judge"):
             path = getattr(o, name, "")
             folder = (path if os.path.isdir(path) else os.path.dirname(path)) or "."
             if not o.resume and os.path.exists(path) and os.path.samefile(folder, o.out_dir):
                 self.release()
                 fail(f"--out_dir {self.out_dir}: holds --{name} {path}, which the run would replace; choose another "
                      "folder")
-        held = [name for name in KEPT if os.path.exists(self.path(name))]
+        held = self.held()
         if held and not o.resume and not o.overwrite:
             self.release()
             fail(f"--out_dir {self.out_dir} holds a run ({', '.join(held)}); use --resume, --overwrite or another "
@@ -120,12 +122,14 @@ class Run:
         """
         if not self.main:
             return
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(self.path("ckpt.pt.tmp"))  # of a save that was killed
-        if not self.options.resume:
-            for name in ("config.json", *KEPT):  # in this order a death halfway leaves the old run, or none
-                with contextlib.suppress(FileNotFoundError):
-                    os.remove(self.path(name))
+        old = [*glob.glob("ckpt*.pt.tmp", root_dir=self.out_dir)]  # of a save that was killed
+        if self.options.resume:
+            old += [name for number, name in self.numbered().items() if number > step]
+        else:
+            old += ["config.json", *self.held()]  # in this order a death halfway leaves the old run, or none
+        for name in old:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(self.path(name))
         for name in self.logs():
             kept = []
             with open(self.path(name), "rb") as f:
@@ -147,11 +151,11 @@ class Run:
                 os.fsync(f.fileno())
             os.replace(self.path(f"{name}.tmp"), self.path(name))
 
-    def write(self, name, record):
-        """Append one JSON object to out_dir/name."""
+    def write(self, name, *records):
+        """Append JSON objects to out_dir/name, one a line."""
         if self.main:
             with self.writing(name), open(self.path(name), "a", encoding="utf-8") as f:
-                f.write(json.dumps(finite(record), ensure_ascii=False) + "\n")
+                f.write("".join(json.dumps(finite(record), ensure_ascii=False) + "\n" for record in records))
 
     def sync(self):
         """The logs on the disk, before a checkpoint is that counts on them."""
@@ -161,6 +165,15 @@ class Run:
 
     def logs(self):
         return [name for name in LOGS if os.path.exists(self.path(name))]
+
+    def numbered(self):
+        """{step: ckpt.STEP.pt} of the checkpoints that --keep_checkpoints has kept, by step."""
+        found = (re.fullmatch(r"ckpt\.(\d{6,})\.pt", name) for name in glob.glob("ckpt.*.pt", root_dir=self.out_dir))
+        return dict(sorted((int(match[1]), match[0]) for match in found if match))
+
+    def held(self):
+        """Names of what a run has left here."""
+        return [*(name for name in KEPT if os.path.exists(self.path(name))), *self.numbered().values()]
 
     @contextlib.contextmanager
     def writing(self, name):
@@ -178,7 +191,7 @@ class Run:
                 os.remove(self.path("lock"))
             self.lock.close()
             self.lock = None
-            if self.begun and not any(os.path.exists(self.path(name)) for name in KEPT):  # it has come to nothing
+            if self.begun and not self.held():  # it has come to nothing
                 with contextlib.suppress(OSError):
                     os.remove(self.path("config.json"))
             with contextlib.suppress(OSError):
@@ -228,6 +241,14 @@ class Run:
     def totals(self, sums):
         """{name: number on one rank} -> {name: sum over all ranks}, in one exchange."""
         return dict(zip(sums, self.total(torch.stack([*sums.values()])))) if sums else {}
+
+    def gather(self, rows):
+        """The lists of all ranks as one, at the first rank; empty at others."""
+        if self.world == 1:
+            return rows
+        parts = [None] * self.world if self.main else None
+        torch.distributed.gather_object(rows, parts)
+        return [row for part in parts for row in part] if self.main else []
 
     def share(self, rows):
         """This rank's rows of a batch."""
@@ -371,17 +392,24 @@ def make_optimizers(model, o):
 
 
 def set_rate(optimizers, factor):
+    """Each group's learning rate: its peak, times the factor that `rate_factor` gives."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * factor
 
 
-def warmup_cosine(step, steps, warmup_ratio):
-    """Factor of the peak learning rate at `step`: a linear rise over warmup_ratio of the steps, then a cosine to 0."""
-    warmup = max(1, round(warmup_ratio * steps))
+def rate_factor(schedule, step, steps, warmup_ratio=None):
+    """Factor of the peak learning rate at `step`, 0 <= step < steps.
+
+    A linear rise over warmup_ratio of the steps, at least one (None: no rise); then, where a share x of the others is
+    taken: linear 1 - x, cosine (1 + cos pi x) / 2, constant 1.
+    """
+    warmup = 0 if warmup_ratio is None else max(1, round(warmup_ratio * steps))
     if step < warmup:
         return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    taken, all_of_them = step - warmup, max(1, steps - warmup)
+    return {"linear": 1 - taken / all_of_them, "cosine": 0.5 * (1 + math.cos(math.pi * taken / all_of_them)),
+            "constant": 1.0}[schedule]
 
 
 def fail_before_update(what, o):

@@ -214,7 +214,7 @@ PPO = [
     ("            count = count + n\n", "            count = n\n"),
     ("sums[name] = sums.get(name, 0.0) + term.sum()", "sums[name] = term.sum()"),
     ("float(ratios.var(correction=0))", "float(ratios.std(correction=0))"),
-    ("lr\"] = o.learning_rate * (1 - step / steps)", "lr\"] = o.learning_rate"),
+    ("runtime.rate_factor(o.lr_schedule, step, steps))", "1.0)"),
     ("adaptive_kl_coef(kl_coef, record[\"objective/kl\"],", "adaptive_kl_coef(kl_coef, record[\"objective/kl\"] / length,"),
     ("return batch.take(batch.lengths.argsort(stable=True))", "batch.lengths = batch.lengths.sort().values\n    return batch"),
     ("update(batch, policy, value, optimizers, step, epochs, o, run)\n\n            # ----",

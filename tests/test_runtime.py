@@ -14,7 +14,7 @@ import torch
 from minirlhf import kernels, runtime
 from minirlhf.config import RunOptions
 from minirlhf.model import GPT, GPTConfig
-from minirlhf.runtime import Run, warmup_cosine
+from minirlhf.runtime import Run, rate_factor
 
 
 @dataclass
@@ -422,17 +422,17 @@ def test_clip_gradients_by_hand(refused, limit, scaled):
     assert "step 7: not finite (loss nan" in refused(runtime.clip_gradients, model, float("nan"), "step 7", o)
 
 
-def test_warmup_cosine_by_hand():
+def test_a_cosine_with_warmup_by_hand():
     """Ten steps, a fifth of them warm-up: 1/2, 1, then (1 + cos(pi k/8)) / 2 for k = 0, 1, ...; 0 after the last."""
-    rates = [warmup_cosine(step, 10, 0.2) for step in range(11)]
+    rates = [rate_factor("cosine", step, 10, 0.2) for step in range(11)]
     expected = [0.5, 1.0, 1.0, 0.96194, 0.853553, 0.691342, 0.5, 0.308658, 0.146447, 0.03806, 0.0]
     assert rates == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("steps, ratio", [(1, 0.0), (1, 1.0), (2, 0.5), (5, 0.0), (5, 1.0), (1000, 0.05)])
-def test_warmup_cosine_stays_between_0_and_1(steps, ratio):
+def test_a_cosine_with_warmup_stays_between_0_and_1(steps, ratio):
     """Never 0 in a step that is taken, never above the peak, which is reached; extremes included."""
-    rates = [warmup_cosine(step, steps, ratio) for step in range(steps)]
+    rates = [rate_factor("cosine", step, steps, ratio) for step in range(steps)]
     assert all(0 < rate <= 1 for rate in rates) and max(rates) == 1
 
 
