@@ -37,8 +37,23 @@ def say(text=""):
         print(text, flush=True)
     except UnicodeEncodeError:
         say(text.encode("ascii", "backslashreplace").decode())
-    except OSError:
+    except OSError as error:
+        unprinted.append(error)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+unprinted = []  # why `say` could not print
+
+
+def all_printed():
+    """For a command whose result is what it prints. Exits 1 where standard output is closed or full, and 0 where its
+    reader has gone (| head), for then nobody waits for more."""
+    if sys.stdout is None:
+        raise SystemExit("error: standard output is closed: nobody would see the result")
+    if unprinted:
+        error = unprinted[0]
+        raise SystemExit(0 if isinstance(error, BrokenPipeError) else
+                         f"error: standard output could not be written ({error.strerror})")
 
 
 def launch(main):
