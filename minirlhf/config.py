@@ -46,10 +46,10 @@ unprinted = []  # why `say` could not print
 
 
 def all_printed():
-    """For a command whose result is what it prints. Exits 1 where standard output is closed or full, and 0 where its
-    reader has gone (| head), for then nobody waits for more."""
+    """For a command whose result is what it prints. Exits 2 where standard output is closed, 1 where it is full, and 0
+    where its reader has gone (| head), for then nobody waits for more."""
     if sys.stdout is None:
-        raise SystemExit("error: standard output is closed: nobody would see the result")
+        fail("standard output is closed: nobody would see the result")
     if unprinted:
         error = unprinted[0]
         raise SystemExit(0 if isinstance(error, BrokenPipeError) else

@@ -502,6 +502,8 @@ def parse(argv=None):
 
 def main(argv=None):
     a = parse(argv)
+    if a.output is None:
+        all_printed()
     device = runtime.pick_device(a.device)
     baseline, tokenizer, _ = checkpoint.load(a.baseline, ["sft", "ppo"], device)
     kernels.pick_matmul(baseline)

@@ -171,7 +171,7 @@ def prompts_from_standard_input():
     if sys.stdin is None:
         fail("standard input is closed: name prompts with --prompt or --prompts")
     try:
-        while sys.stdin.isatty():
+        while sys.stdin.isatty() and sys.stdout:
             yield clean(input("prompt> "))
         while line := sys.stdin.buffer.readline(LONGEST_LINE):
             if len(line) == LONGEST_LINE and not line.endswith(b"\n"):
@@ -195,10 +195,14 @@ def sample(policies, judges, a):
     for line in blank_ends(prompts, "prompts"):
         warn(line)
     with opened(a, () if prompts else ["/dev/stdin"]) as output:
+        if judges:
+            say("scores by " + ", ".join(judge.path for judge in judges))
         if prompts:
             found = show(policies, judges, prompts, a, output)
+            if judges:
+                say()
             for k, judge in enumerate(judges):
-                say(f"\n{judge.path}: " + "; ".join(
+                say(f"{judge.path}: " + "; ".join(
                     f"{path} {summary([scores[k] for scores in rows])}" for path, rows in found.items()))
         else:
             for prompt in prompts_from_standard_input():
@@ -302,7 +306,7 @@ def score_records(judges, a, batch_size=256):
     rows = [encode(judge, texts, a) for judge in judges]
     found, progress = [[] for _ in judges], Progress(len(texts), "records scored")
     with opened(a) as output:
-        if a.output is None and len(judges) > 1:
+        if a.output is None:
             say("scores by " + ", ".join(judge.path for judge in judges))
         for at in range(0, len(texts), batch_size):
             stop = min(at + batch_size, len(texts))
