@@ -38,11 +38,11 @@ def say(text=""):
     except UnicodeEncodeError:
         say(text.encode("ascii", "backslashreplace").decode())
     except OSError as error:
-        unprinted.append(error)
+        unprinted.append((sys.stdout, error))
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-unprinted = []  # why `say` could not print
+unprinted = []  # (where `say` could not print, why)
 
 
 def all_printed():
@@ -50,10 +50,10 @@ def all_printed():
     where its reader has gone (| head), for then nobody waits for more."""
     if sys.stdout is None:
         fail("standard output is closed: nobody would see the result")
-    if unprinted:
-        error = unprinted[0]
-        raise SystemExit(0 if isinstance(error, BrokenPipeError) else
-                         f"error: standard output could not be written ({error.strerror})")
+    for stream, error in unprinted:
+        if stream is sys.stdout:
+            raise SystemExit(0 if isinstance(error, BrokenPipeError) else
+                             f"error: standard output could not be written ({error.strerror})")
 
 
 def launch(main):

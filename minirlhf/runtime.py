@@ -331,7 +331,7 @@ class Output:
             except OSError as error:
                 self.cut()
                 raise SystemExit(f"error: --output {self.path}: could not be written ({error.strerror}) at "
-                                 f"{self.size:,} bytes; what stands there is whole")
+                                 f"{self.size:,} bytes")
 
     def cut(self):
         with contextlib.suppress(OSError):  # a pipe or device has no length

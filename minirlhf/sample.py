@@ -93,7 +93,7 @@ class Progress:
 
     def __call__(self, done):
         now = time.monotonic()
-        if now > self.told + 5:
+        if now > self.told + 5 and done < self.total:
             self.told, used = now, now - self.began
             warn(f"{done:,} of {self.total:,} {self.what}  {runtime.clock(used)}<"
                  f"{runtime.clock(used / done * (self.total - done))}")
@@ -297,8 +297,8 @@ def one_line(text):
 def score_records(judges, a, batch_size=256):
     """Scores of all records of --prompts, printed or, in their order, written as they are made."""
     if not a.prompts:
-        fail(f"{judges[0].path}: a reward model scores answers: name records with --prompts, or a policy that writes "
-             "them")
+        fail(f"{judges[0].path}: holds a reward model, expected an SFT model or a PPO policy that writes answers; or "
+             "name a file of answers to score with --prompts")
     for name in [*a.given, *(["prompt"] if a.prompt else [])]:
         fail(f"--{name}: has no effect on reward models; name a policy too, or leave it out")
     records, texts = read_texts(a.prompts)
