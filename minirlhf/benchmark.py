@@ -35,7 +35,7 @@ import train_ppo
 import train_rm
 import train_sft
 from minirlhf import kernels, runtime
-from minirlhf.config import fail, launch, parse, say
+from minirlhf.config import all_printed, fail, launch, parse, say
 from minirlhf.data import Row
 from minirlhf.generate import compile_model
 from minirlhf.model import GPT, GPTConfig
@@ -413,6 +413,7 @@ def main(argv=None):
         fail("the benchmark is of one process: run it without torchrun")
     if o.scaling and o.what not in ("all", "ppo"):
         fail(f"--what {o.what}: --scaling is of PPO")
+    all_printed()
     least = SIZES[o.size].minibatches * (2 if o.scaling else 1)  # scaling halves the batch
     if o.what in ("all", "ppo") and o.batch % least:
         fail(f"--batch {o.batch}: must be a multiple of {least}, for the minibatches of size {o.size}")
@@ -424,10 +425,12 @@ def main(argv=None):
                 points = ", ".join(f"{v}: {s:.3f}" for v, s in zip(line["values"], line["total_s"]))
                 say(f"s/iteration against {line['of']:<9} {points}: slope {line['slope']:.2f} (its FLOPs "
                     f"{line['flops_slope']:.2f})")
+            all_printed()
         return
     for what in ("sft", "reward", "ppo") if o.what == "all" else (o.what,):
         result = alone(o, what) if o.what == "all" else measure(o)
         say(json.dumps(result)) if o.json else show(result)
+        all_printed()
 
 
 if __name__ == "__main__":

@@ -38,8 +38,23 @@ def say(text=""):
         print(text, flush=True)
     except UnicodeEncodeError:
         say(text.encode("ascii", "backslashreplace").decode())
-    except OSError:
+    except OSError as error:
+        unprinted.append((sys.stdout, error))
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+unprinted = []  # (where `say` could not print, why)
+
+
+def all_printed():
+    """For a command whose result is what it prints. Exits 2 where standard output is closed, 1 where it is full, and 0
+    where its reader has gone (| head), for then nobody waits for more."""
+    if sys.stdout is None:
+        fail("standard output is closed: nobody would see the result")
+    for stream, error in unprinted:
+        if stream is sys.stdout:
+            raise SystemExit(0 if isinstance(error, BrokenPipeError) else
+                             f"error: standard output could not be written ({error.strerror})")
 
 
 def launch(main):

@@ -313,11 +313,12 @@ def present(record, *names):
     return next((name for name in names if record.get(name) is not None), None)
 
 
-def load_demonstrations(path) -> list[Demonstration]:
+def load_demonstrations(path, trained=True) -> list[Demonstration]:
+    """trained: whether each completion is an example to follow; else one that is marked as bad may be among them."""
     rows = []
     for where, record in read_records(path):
         asked, answer = "prompt", present(record, "completion")
-        if answer and record.get("label") in (True, False):  # TRL's; 0 and 1 are equal to these
+        if trained and answer and record.get("label") in (True, False):  # TRL's; 0 and 1 are equal to these
             refuse(where, record, "'label' says which completions are bad, and all would be trained")
         if present(record, "messages"):
             messages, asked = record["messages"], "messages"

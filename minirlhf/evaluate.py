@@ -6,13 +6,12 @@ train_ppo.py prints at its end is the same code and gives the same numbers.
 import argparse
 import json
 import math
-import os
 from collections import Counter, defaultdict
 
 import torch
 
 from minirlhf import checkpoint, kernels, rewards, runtime
-from minirlhf.config import RunOptions, fail, launch, positive_int, say, temperature_number
+from minirlhf.config import RunOptions, all_printed, fail, launch, positive_int, say, temperature_number
 from minirlhf.data import collate, encode_prompts, label_of, load_prompts, number
 from minirlhf.generate import generate
 from minirlhf.model import flat_indices
@@ -512,7 +511,7 @@ def parse(argv=None):
     parser.add_argument("--long_prompts", choices=("drop", "trim"), default="drop", help="(default: drop)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="(default: float32)")
-    parser.add_argument("--output", default="", metavar="FILE.json", help="also write all figures there")
+    parser.add_argument("--output", metavar="FILE.json", help="also write all figures there")
     a = parser.parse_args(argv)
     try:
         a.best_of = sorted({int(n) for n in a.best_of.split(",") if n.strip()})
@@ -525,22 +524,10 @@ def parse(argv=None):
     return a
 
 
-def output_file(path):
-    """Opened for writing, or None. Exits 2 where it cannot be, or holds something that is not this command's."""
-    if not path:
-        return None
-    if os.path.isdir(path) or os.path.exists(path) and not path.endswith(".json"):
-        fail(f"--output {path}: exists and is no .json file")
-    if os.path.exists(path) and os.path.exists(os.path.join(os.path.dirname(path), "ckpt.pt")):
-        fail(f"--output {path}: belongs to the run of that folder")
-    try:
-        return open(path, "a", encoding="utf-8")
-    except OSError as error:
-        fail(f"--output {path}: cannot be written ({error.strerror})")
-
-
 def main(argv=None):
     a = parse(argv)
+    if a.output is None:
+        all_printed()
     device = runtime.pick_device(a.device)
     baseline, tokenizer, payload = checkpoint.load(a.baseline, ["sft", "ppo"], device)
     called = "SFT" if payload["stage"] == "sft" else "baseline"
@@ -565,13 +552,23 @@ def main(argv=None):
     prompts, long = encode_prompts(tokenizer, texts, room, a.long_prompts)
     if not prompts:
         fail(f"{a.prompts}: no prompt fits {room} tokens; use --long_prompts trim or a shorter --response_length")
-    output, prompts = output_file(a.output), prompts[:a.num_prompts]
-    if long:
-        say(f"{long} of {len(texts)} prompts are longer than {room} tokens: "
-            + {"drop": "dropped", "trim": "trimmed at the left"}[a.long_prompts])
+    reads = [a.prompts, *map(checkpoint.file_of, [a.baseline, *a.policies])]
+    for spec in filter(None, (a.reward_model, a.judge)):
+        reads += rewards.files(spec)
+    with runtime.Output(a.output, ".json", reads) as output:
+        if long:
+            say(f"{long} of {len(texts)} prompts are longer than {room} tokens: "
+                + {"drop": "dropped", "trim": "trimmed at the left"}[a.long_prompts])
+        result = compare(policies, baseline, scorers, prompts[:a.num_prompts], tokenizer, scorer, a)
+        output.write(json.dumps(runtime.finite(result), ensure_ascii=False, indent=1) + "\n")
+    if a.output is None:
+        all_printed()
 
+
+def compare(policies, baseline, scorers, prompts, tokenizer, run, a):
+    """Prints what the command has to say of policies {path: model} -> all of it, for JSON. a: its options."""
     def answers(policy, draw=0):
-        return answer(policy, baseline, scorers, prompts, tokenizer, a, scorer, draw)
+        return answer(policy, baseline, scorers, prompts, tokenizer, a, run, draw)
 
     base = answers(baseline)
     found = {path: answers(policy) for path, policy in policies.items()}
@@ -608,11 +605,7 @@ def main(argv=None):
                                               "interval": [low, high]})
                 say(f"{one} less {other}, mean difference of the {name} on the same prompts: {mean:+.3f} ({low:+.3f} "
                     f"to {high:+.3f})")
-    if output:
-        with output:
-            output.truncate(0)
-            json.dump(runtime.finite(result), output, ensure_ascii=False, indent=1)
-        say(f"\nwritten: {a.output}")
+    return result
 
 
 if __name__ == "__main__":

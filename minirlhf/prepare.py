@@ -60,9 +60,17 @@ class Sentence(NamedTuple):
 def sentiment(data_dir="data/sentiment", seed=0, source=None, overwrite=False):
     """Writes the folder `data_dir`: eight files of records and a README.md. `source`: the archive, if it is at hand."""
     data_dir = Path(data_dir).resolve()
-    held = sorted(path.name for path in data_dir.iterdir()) if data_dir.is_dir() else []
-    if data_dir.exists() and not data_dir.is_dir():
+    try:
+        held = sorted(path.name for path in data_dir.iterdir()) if data_dir.exists() else []
+    except NotADirectoryError:
         fail(f"--data_dir {data_dir}: is a file; name a folder")
+    except OSError as error:
+        fail(f"--data_dir {data_dir}: cannot be read ({error.strerror})")
+    if data_dir.name == ARCHIVE:
+        fail(f"--data_dir {data_dir}: has the name of the archive that the data are made from; name another folder")
+    if source and held and any(os.path.samefile(source, data_dir / name) for name in held if os.path.exists(source)
+                               and (data_dir / name).exists()):
+        fail(f"--source {source}: lies in --data_dir {data_dir}, which is replaced; move it elsewhere")
     if held and not overwrite:
         fail(f"--data_dir {data_dir}: the folder is not empty; pass --overwrite to replace it")
     if foreign := [name for name in held if name not in FILES + ["README.md"]]:

@@ -21,6 +21,7 @@ from dataclasses import asdict, fields, replace
 import torch
 
 from minirlhf.config import fail, say
+from minirlhf.data import clean
 from minirlhf.kernels import AdamW, Muon, keep_freed_memory
 
 LOGS = ("metrics.jsonl", "samples.jsonl", "rollouts.jsonl")
@@ -308,6 +309,66 @@ class Run:
         used = time.perf_counter() - self.started
         left = used / max(done - since, 1) * (total - done)
         return f"{done:>{len(str(total))}}/{total} {100 * done // total:>3}% {clock(used)}<{clock(left)}"
+
+
+class Output:
+    """The file of a command's --output; a context that says what was written, and leaves no file that is empty.
+
+    It is opened where the input has been checked, and emptied by the first `write`. What stands in it is whole writes,
+    also after a kill or on a full disk. Exits 2 where it would destroy what is no such file, or what the command reads:
+    `reads`, under whatever name. ending: of its files, as ".json". path None: no file.
+    """
+
+    def __init__(self, path, ending, reads):
+        self.path, self.size, self.writes, self.file = path, 0, 0, None
+        if path is None:
+            return
+        for read in filter(os.path.exists, reads):
+            if os.path.exists(path) and os.path.samefile(path, read):
+                fail(f"--output {path}: is {read}, which this command reads; name another file")
+        if os.path.isfile(path) and not path.endswith(ending):
+            fail(f"--output {path}: exists and is no {ending} file; name another")
+        if os.path.basename(os.path.realpath(path)) in (*KEPT, "config.json", "lock"):
+            fail(f"--output {path}: has the name of a file that belongs to the run of that folder; name another")
+        if os.path.isfile(path) and os.path.realpath(path).endswith((".train.jsonl", ".val.jsonl")):
+            fail(f"--output {path}: exists and has the name of a file of data; name another")
+        self.made = not os.path.exists(path)
+        try:
+            self.file = open(path, "ab", buffering=0)
+        except OSError as error:
+            fail(f"--output {path}: cannot be written ({error.strerror})")
+
+    def write(self, text):
+        """All of the text or, where the disk is full, none of it, and exit 1."""
+        if self.file:
+            data = clean(text).encode()
+            try:
+                if not self.size:
+                    self.cut()
+                done = 0
+                while done < len(data):  # one call may take only a part
+                    done += self.file.write(data[done:])
+                self.size, self.writes = self.size + done, self.writes + 1
+            except OSError as error:
+                self.cut()
+                raise SystemExit(f"error: --output {self.path}: could not be written ({error.strerror}) at "
+                                 f"{self.size:,} bytes")
+
+    def cut(self):
+        with contextlib.suppress(OSError):  # a pipe or device has no length
+            self.file.truncate(self.size)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if self.file:
+            self.file.close()
+            if self.made and not self.size:
+                os.remove(self.path)
+            elif self.size and not isinstance(error, SystemExit):
+                say(f"{'' if kind is None else 'stopped; '}written: {self.path}"
+                    + f", {self.writes:,} line{'s' * (self.writes != 1)}" * self.path.endswith(".jsonl"))
 
 
 def finite(value):

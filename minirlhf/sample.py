@@ -1,105 +1,358 @@
-"""Completions of one or more checkpoints side by side: `python -m minirlhf.sample CKPT [CKPT ...]`.
+"""Completions and scores of checkpoints side by side: `python -m minirlhf.sample CKPT [CKPT ...]`.
 
-Each prompt's n-th completion draws the same random numbers in every checkpoint, so that differences are the models'.
+Policies complete prompts; reward models beside them score each completion as stage 3 does, on ids as they were sampled.
+Reward models alone score the texts of a file as stage 2 does. Each prompt's n-th completion draws the same random
+numbers in every checkpoint, so that differences are the models'.
 """
 import argparse
+import contextlib
 import json
 import sys
+import time
+from typing import NamedTuple
 
-from minirlhf import checkpoint, kernels, runtime
-from minirlhf.config import fail, launch, positive_int, say, temperature_number
-from minirlhf.data import clean, load_prompts, trim_left
+import torch
+
+from minirlhf import checkpoint, evaluate, kernels, runtime
+from minirlhf.config import all_printed, fail, launch, positive_int, say, temperature_number, unprinted
+from minirlhf.data import (Preference, blank_ends, clean, encode_row, load_demonstrations, load_preferences,
+                           load_prompts, present, read_records, refuse, too_long, trim_left)
 from minirlhf.generate import generate
+from minirlhf.model import GPT
+from minirlhf.rewards import RewardModel
+from minirlhf.tokenizer import Tokenizer
+
+LONGEST_LINE = 1 << 20  # bytes of a prompt on standard input
+SAMPLING = {"n": 1, "temperature": 1.0, "seed": 1337, "response_length": None}  # options of policies, and what is usual
+DESCRIPTION = """\
+Completions of policies side by side, with the scores that reward models among the checkpoints give them. Without
+--prompt and --prompts it asks for prompts until end of input.
+
+Reward models alone score the records of --prompts: {"prompt", "completion"} gets "score"; {"prompt", "chosen",
+"rejected"} gets "score_chosen" and "score_rejected", and a ranking "score_completions", with the share of pairs that
+are ordered rightly at the end (ties half, 95 % interval). All other forms of demonstrations and preferences that the
+scripts read will do. Of several reward models the columns end in the model's path: "score out/rm"."""
+
+
+class Loaded(NamedTuple):
+    """A checkpoint. path: as it was named; options: those of its training."""
+    path: str
+    model: GPT
+    tokenizer: Tokenizer
+    stage: str
+    options: dict
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(
-        prog="python -m minirlhf.sample", allow_abbrev=False, description="Completions of checkpoints, side by side. "
-        "Without --prompt and --prompts it asks for prompts until end of input.")
-    parser.add_argument("checkpoints", nargs="+", metavar="CKPT",
-                        help="ckpt.pt of train_sft.py or train_ppo.py, or its folder")
+    parser = argparse.ArgumentParser(prog="python -m minirlhf.sample", allow_abbrev=False, description=DESCRIPTION,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoints", nargs="+", metavar="CKPT", help="ckpt.pt of any stage, or its folder")
     parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; may be given again")
-    parser.add_argument("--prompts", metavar="FILE.jsonl", help='prompts from a file of {"prompt": ...} records')
-    parser.add_argument("--n", type=positive_int, default=1, help="completions a prompt (default: 1)")
-    parser.add_argument("--temperature", type=temperature_number, default=1.0,
-                        help="0 takes the likeliest token (default: "
-                        "%(default)s)")
-    parser.add_argument("--seed", type=int, default=1337, help="the same seed gives the same completions (default: "
-                        "%(default)s)")
-    parser.add_argument("--response_length", type=positive_int,
-                        help="longest completion in tokens (default: 48, or half "
-                        "the context of a model where that is less)")
+    parser.add_argument("--prompts", metavar="FILE.jsonl", help='prompts from a file of {"prompt": ...} records; for '
+                        "reward models alone, the records to score")
+    parser.add_argument("--n", type=positive_int, help="completions a prompt (default: 1)")
+    parser.add_argument("--temperature", type=temperature_number, help="0 takes the likeliest token (default: 1.0)")
+    parser.add_argument("--seed", type=int, help="the same seed gives the same completions (default: 1337)")
+    parser.add_argument("--response_length", type=positive_int, help="longest completion in tokens (default: 48, or "
+                        "half the context of a model where that is less)")
+    parser.add_argument("--long_prompts", choices=("drop", "trim"), help="records that are longer than the context of "
+                        "a reward model get no score (null), or their prompt is trimmed at its left (default: as that "
+                        "model was trained); a policy's prompts are always trimmed")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
-    parser.add_argument("--output", metavar="FILE.jsonl",
-                        help="also write one object a completion: checkpoint, prompt, completion, finished (ended with "
-                        "eos)")
-    return parser.parse_args(argv)
+    parser.add_argument("--output", metavar="FILE.jsonl", help="also write one object a completion: checkpoint, "
+                        "prompt, completion, finished (ended with eos) and scores; for reward models alone, the "
+                        "records with all their columns and the scores, which then are not printed")
+    a = parser.parse_args(argv)
+    a.given = [name for name in SAMPLING if getattr(a, name) is not None]
+    for name, usual in SAMPLING.items():
+        setattr(a, name, usual if getattr(a, name) is None else getattr(a, name))
+    if a.n > 1_000_000:
+        fail(f"--n {a.n}: at most 1000000")
+    if len(set(a.checkpoints)) < len(a.checkpoints):
+        fail(f"{next(path for path in a.checkpoints if a.checkpoints.count(path) > 1)}: named twice")
+    return a
 
 
-def limits(model, a, path):
+def load(path, device):
+    model, tokenizer, payload = checkpoint.load(path, [*checkpoint.STAGES], device)
+    kernels.pick_matmul(model)
+    return Loaded(path, model, tokenizer, payload["stage"], payload["options"])
+
+
+def warn(line):
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
+
+
+class Progress:
+    """A line on standard error every 5 seconds: how many are done, the time used and the time left."""
+
+    def __init__(self, total, what):
+        self.total, self.what, self.began = total, what, time.monotonic()
+        self.told = self.began
+
+    def __call__(self, done):
+        now = time.monotonic()
+        if now > self.told + 5 and done < self.total:
+            self.told, used = now, now - self.began
+            warn(f"{done:,} of {self.total:,} {self.what}  {runtime.clock(used)}<"
+                 f"{runtime.clock(used / done * (self.total - done))}")
+
+
+def summary(scores):
+    """"mean score 0.12, standard deviation 0.98"."""
+    x = torch.tensor(scores, dtype=torch.double)
+    return f"mean score {float(x.mean()):.3f}, standard deviation {float(x.std(correction=0)):.3f}"
+
+
+def suffixes(judges, one_is_plain=True):
+    """What the names of a reward model's columns end in, a model."""
+    return [""] if len(judges) == 1 and one_is_plain else [f" {judge.path}" for judge in judges]
+
+
+def opened(a, also=()):
+    """The file of --output, as lines; `also`: what the command reads besides checkpoints and --prompts."""
+    prompts = [a.prompts] if a.prompts else []
+    return runtime.Output(a.output, ".jsonl", [*map(checkpoint.file_of, a.checkpoints), *prompts, *also])
+
+
+# ---- policies complete prompts
+
+def limits(policy, a):
     """Most tokens of a completion and of a prompt."""
-    limit = a.response_length or min(48, model.config.block_size // 2)
-    if limit >= model.config.block_size:
-        fail(f"--response_length {limit}: the context of {path} is {model.config.block_size} tokens")
-    return limit, model.config.block_size - limit
+    context = policy.model.config.block_size
+    limit = a.response_length or min(48, context // 2)
+    if limit < 1 or context - limit < 2:
+        fail(f"--response_length {limit}: leaves no room for a prompt in the context of {policy.path}, {context} "
+             f"tokens; at most {context - 2}")
+    return limit, context - limit
 
 
-def complete(model, tokenizer, prompts, a, path, batch_size=64):
-    """Yields (prompt, completion, finished), n for each prompt in order; long prompts are trimmed at the left."""
-    limit, room = limits(model, a, path)
-    rows = [(prompt, tokenizer.encode_prompt(prompt)) for prompt in prompts for _ in range(a.n)]
+def complete(policy, judges, prompts, a, batch_size=64):
+    """Yields (prompt, completion, finished, a score of each judge), n for each prompt in order; long prompts are
+    trimmed at the left. judges: RewardModels."""
+    limit, room = limits(policy, a)
+    rows = [(prompt, policy.tokenizer.encode_prompt(prompt)) for prompt in prompts for _ in range(a.n)]
     long = sum(len(ids) > room for _, ids in rows) // a.n
     if long:
-        print(f"warning: {path}: {long} prompts longer than {room} tokens are trimmed at the left", file=sys.stderr)
+        warn(f"warning: {policy.path}: {long} prompts longer than {room} tokens are trimmed at the left")
     for at in range(0, len(rows), batch_size):
         part = rows[at:at + batch_size]
-        rollout = generate(model, [trim_left(ids, room) for _, ids in part], limit, tokenizer.eos,
+        rollout = generate(policy.model, [trim_left(ids, room) for _, ids in part], limit, policy.tokenizer.eos,
                            a.temperature, runtime.generator(a.seed, at, 0, "sample"))
-        for (prompt, _), ids, finished in zip(part, rollout.responses(), rollout.finished.tolist()):
-            yield prompt, tokenizer.decode(ids), finished
+        scores = zip(*(judge(rollout).tolist() for judge in judges)) if judges else [()] * len(part)
+        for (prompt, _), ids, finished, marks in zip(part, rollout.responses(), rollout.finished.tolist(), scores):
+            yield prompt, policy.tokenizer.decode(ids), finished, marks
 
+
+def show(policies, judges, prompts, a, output):
+    """Print, and write, all completions of some prompts as they are made -> {policy: [scores of a completion]}."""
+    width, found = max(len(policy.path) for policy in policies), {policy.path: [] for policy in policies}
+    scorers = [RewardModel(j.model, j.tokenizer, runtime.Precision(a.device, "float32"), j.path) for j in judges]
+    names = [f"score{suffix}" for suffix in suffixes(judges)]
+    progress = Progress(len(prompts) * a.n, "completions of each policy")
+    for k, answers in enumerate(zip(*(complete(policy, scorers, prompts, a) for policy in policies))):
+        if k % a.n == 0:
+            say(f"\n{answers[0][0]} ...")
+        for path, (prompt, completion, finished, scores) in zip(found, answers):
+            marks = "".join(f" {score:+.2f}" for score in scores)
+            say(f"  {path:<{width}}{marks} |{completion}{'' if finished else ' [cut]'}")
+            row = {"checkpoint": path, "prompt": prompt, "completion": completion, "finished": finished}
+            output.write(json.dumps(row | dict(zip(names, scores)), ensure_ascii=False) + "\n")
+            found[path].append(scores)
+        if a.output is None:
+            all_printed()
+        progress(k + 1)
+    return found
+
+
+def prompts_from_standard_input():
+    """Yields prompts, a line each, until end of input; asks for them on a terminal."""
+    if sys.stdin is None:
+        fail("standard input is closed: name prompts with --prompt or --prompts")
+    try:
+        while sys.stdin.isatty() and sys.stdout:
+            yield clean(input("prompt> "))
+        while line := sys.stdin.buffer.readline(LONGEST_LINE):
+            if len(line) == LONGEST_LINE and not line.endswith(b"\n"):
+                fail(f"standard input: a line of {LONGEST_LINE:,} bytes or more; each line is a prompt")
+            yield line.decode().rstrip("\r\n")
+    except (EOFError, KeyboardInterrupt):
+        say()
+    except UnicodeDecodeError as error:
+        fail(f"standard input: not UTF-8 ({error.reason})")
+    except OSError as error:
+        fail(f"standard input: cannot be read ({error.strerror or error})")
+
+
+def sample(policies, judges, a):
+    """Completions of --prompt and --prompts, or of what a person types."""
+    for policy in policies:
+        limits(policy, a)
+        for judge in judges:
+            checkpoint.compatible(policy[1:3], policy.path, judge[1:3], judge.path)
+    prompts = [clean(p) for p in a.prompt] + (load_prompts(a.prompts) if a.prompts else [])
+    for line in blank_ends(prompts, "prompts"):
+        warn(line)
+    with opened(a, () if prompts else ["/dev/stdin"]) as output:
+        if judges:
+            say("scores by " + ", ".join(judge.path for judge in judges))
+        if prompts:
+            found = show(policies, judges, prompts, a, output)
+            if judges:
+                say()
+            for k, judge in enumerate(judges):
+                say(f"{judge.path}: " + "; ".join(
+                    f"{path} {summary([scores[k] for scores in rows])}" for path, rows in found.items()))
+        else:
+            for prompt in prompts_from_standard_input():
+                show(policies, judges, [prompt], a, output)
+                if unprinted:  # whoever asked has gone
+                    break
+
+
+# ---- reward models score records
+
+def read_texts(path):
+    """-> [("file:line", record)], and what each record holds: a prompt and its completions, best first."""
+    records = [*read_records(path)]
+    where, first = records[0]
+    if present(first, "chosen", "rejected", "completions"):
+        return records, load_preferences(path)
+    if not present(first, "completion", "messages", "text"):
+        refuse(where, first, "a reward model scores answers, and here are none: give 'completion', or 'chosen' and "
+                             "'rejected', or name a policy too, which writes them")
+    return records, [Preference(d.prompt, [d.completion]) for d in load_demonstrations(path, trained=False)]
+
+
+def score_columns(record, scores, suffix):
+    """The scores of a record's texts, as columns to be added to it."""
+    if present(record, "completions"):
+        return {f"score_completions{suffix}": scores}
+    names = ("score_chosen", "score_rejected") if len(scores) == 2 else ("score",)
+    return {f"{name}{suffix}": score for name, score in zip(names, scores)}
+
+
+def pick_suffixes(records, texts, judges):
+    """Ends of the columns' names, with which no column of the records would be lost."""
+    def taken(ends):
+        return next(((where, record, name) for (where, record), p in zip(records, texts) for end in ends
+                     for name in score_columns(record, p.completions, end) if name in record), None)
+
+    plain = suffixes(judges)
+    if len(judges) == 1 and (found := taken(plain)):
+        ends = suffixes(judges, one_is_plain=False)
+        say(f"the records have a column {found[2]!r} of their own: the new one is {found[2] + ends[0]!r}")
+    else:
+        ends = plain
+    if found := taken(ends):
+        refuse(*found[:2], f"the column {found[2]!r} is there already; leave it out")
+    return ends
+
+
+def encode(judge, texts, a):
+    """-> Rows of each record's texts, None for one that is too long. Exits 2 where all are."""
+    context = judge.model.config.block_size
+    way = a.long_prompts or ("trim" if judge.options.get("long_prompts") == "trim" else "drop")
+    progress, rows = Progress(len(texts), f"records encoded for {judge.path}"), []
+    for k, p in enumerate(texts):
+        rows.append([encode_row(judge.tokenizer, p.prompt, c, context, way) for c in p.completions])
+        progress(k + 1)
+    flat = [row for record in rows for row in record]
+    if not any(flat):
+        fail(f"{a.prompts}: no text fits the context of {judge.path}, {context} tokens; use --long_prompts trim")
+    if long := too_long(flat, context, way):
+        say(f"{judge.path}: {long}" + (", their score is null" if way == "drop" else ""))
+    return rows
+
+
+@torch.no_grad()
+def score(judge, rows, run):
+    """Rows of some records' texts, some of them None -> their scores, in the same order and lists."""
+    kept = [row for record in rows for row in record if row]
+    scores = evaluate.score_all(judge.model, run, kept, judge.tokenizer.eos).tolist() if kept else []
+    for row, number in zip(kept, scores):
+        if not abs(number) < 1e300:
+            fail(f"{judge.path}: gives the score {number} to {judge.tokenizer.decode(row.ids)[:60]!r}")
+    left = iter(scores)
+    return [[next(left) if row else None for row in record] for record in rows]
+
+
+def accuracy(texts, rows, scores):
+    """Over all pairs that stage 2 would learn from: "ordered rightly 0.756 (95% 0.731-0.780) of 1,234 pairs"."""
+    pairs = [(rows[k][i], rows[k][j], scores[k][i], scores[k][j]) for k, p in enumerate(texts) for i, j in p.pairs()
+             if rows[k][i] and rows[k][j] and rows[k][i].ids != rows[k][j].ids]
+    if not pairs:
+        return "no pair of texts that differ and are not tied"
+    share, low, high = evaluate.accuracy_with_interval(
+        *(torch.tensor([pair[k] for pair in pairs]) for k in (2, 3)),
+        [(tuple(better.ids), tuple(worse.ids)) for better, worse, *_ in pairs])
+    return f"right on {share:.3f} of {len(pairs):,} pairs (95% {low:.3f}-{high:.3f})"
+
+
+def one_line(text):
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def score_records(judges, a, batch_size=256):
+    """Scores of all records of --prompts, printed or, in their order, written as they are made."""
+    if not a.prompts:
+        fail(f"{judges[0].path}: holds a reward model, expected an SFT model or a PPO policy that writes answers; or "
+             "name a file of answers to score with --prompts")
+    for name in [*a.given, *(["prompt"] if a.prompt else [])]:
+        fail(f"--{name}: has no effect on reward models; name a policy too, or leave it out")
+    records, texts = read_texts(a.prompts)
+    ends, run = pick_suffixes(records, texts, judges), runtime.Precision(a.device, "float32")
+    rows = [encode(judge, texts, a) for judge in judges]
+    found, progress = [[] for _ in judges], Progress(len(texts), "records scored")
+    with opened(a) as output:
+        if a.output is None:
+            say("scores by " + ", ".join(judge.path for judge in judges))
+        for at in range(0, len(texts), batch_size):
+            stop = min(at + batch_size, len(texts))
+            for judge, all_rows, scores in zip(judges, rows, found):
+                scores += score(judge, all_rows[at:stop], run)
+            for k in range(at, stop):
+                marks = [scores[k] for scores in found]
+                if a.output is None:
+                    show_scores(texts[k], marks)
+                row = records[k][1]
+                for end, mark in zip(ends, marks):
+                    row = row | score_columns(row, mark, end)
+                output.write(json.dumps(runtime.finite(row), ensure_ascii=False) + "\n")
+            progress(stop)
+        if a.output is None:
+            say()
+        for judge, all_rows, scores in zip(judges, rows, found):
+            flat = [mark for record in scores for mark in record if mark is not None]
+            say(f"{judge.path}: {len(flat):,} texts, {summary(flat)}" + (
+                f"; {accuracy(texts, all_rows, scores)}" if any(len(p.completions) > 1 for p in texts) else ""))
+
+
+def show_scores(p, marks):
+    """A record's prompt, and each of its texts behind its scores. marks: a list a reward model."""
+    say(f"\n{one_line(p.prompt)} ...")
+    for k, text in enumerate(p.completions):
+        scores = (mark[k] for mark in marks)
+        say("  " + " ".join(f"{'null' if s is None else f'{s:+.2f}':>6}" for s in scores) + f" |{one_line(text)}")
+    all_printed()
+
+
+# ---- the command
 
 def main(argv=None):
     a = parse(argv)
-    device = runtime.pick_device(a.device)
-    prompts = [clean(p) for p in a.prompt] + (load_prompts(a.prompts) if a.prompts else [])
-    models = []
-    for path in a.checkpoints:
-        models.append((path, *checkpoint.load(path, ["sft", "ppo"], device)[:2]))
-        limits(models[-1][1], a, path)
-        kernels.pick_matmul(models[-1][1])
-    try:
-        output = open(a.output, "wb", buffering=0) if a.output else None
-    except OSError as error:
-        fail(f"--output {a.output}: cannot be written ({error.strerror})")
-
-    def show(prompts):
-        answers = [list(complete(model, tokenizer, prompts, a, path)) for path, model, tokenizer in models]
-        width = max(len(path) for path, _, _ in models)
-        for k in range(len(prompts) * a.n):
-            if k % a.n == 0:
-                say(f"\n{answers[0][k][0]} ...")
-            for (path, _, _), rows in zip(models, answers):
-                prompt, completion, finished = rows[k]
-                say(f"  {path:<{width}} |{completion}{'' if finished else ' [cut]'}")
-                if output:
-                    row = {"checkpoint": path, "prompt": prompt, "completion": completion, "finished": finished}
-                    try:
-                        output.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
-                    except OSError as error:
-                        raise SystemExit(f"error: --output {a.output}: could not be written ({error.strerror})")
-
-    if prompts:
-        show(prompts)
-    while not prompts:
-        try:
-            line = input("prompt> ")
-        except (EOFError, KeyboardInterrupt):
-            say()
-            break
-        show([clean(line)])
-    if output:
-        output.close()
+    if a.output is None:
+        all_printed()
+    a.device = runtime.pick_device(a.device)
+    models = [load(path, a.device) for path in a.checkpoints]
+    policies, judges = ([m for m in models if (m.stage == "rm") == rm] for rm in (False, True))
+    if policies:
+        sample(policies, judges, a)
+    else:
+        score_records(judges, a)
+    if a.output is None:
+        all_printed()
 
 
 if __name__ == "__main__":

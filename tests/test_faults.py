@@ -768,7 +768,7 @@ def test_a_terminal_without_unicode(folder, command):
 def test_sample_on_a_full_disk(folder, command):
     """Row 33 for python -m minirlhf.sample --output."""
     _, error = command("minirlhf.sample", "out/sft", "--prompt", "a", "--output", "/dev/full", cwd=folder, code=1)
-    assert error == "error: --output /dev/full: could not be written (No space left on device)\n"
+    assert error == "error: --output /dev/full: could not be written (No space left on device) at 0 bytes\n"
 
 
 @EVERY

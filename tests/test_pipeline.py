@@ -157,7 +157,7 @@ def test_evaluate_says_what_the_run_said(folder, stages):
     (["out/ppo", "--reward_model", "nothing.py:f"], "--reward_model nothing.py:f: expected FILE.py:FUNCTION"),
     (["out/ppo", "--best_of", "0"], "--best_of 0: each n must be"), (["out/ppo", "--best_of", "x"], "--best_of x"),
     (["out/ppo", "--response_length", "47"], "--response_length 47: leaves no room"),
-    (["out/ppo", "--output", "out/ppo/ckpt.pt"], "--output out/ppo/ckpt.pt: exists and is no .json file"),
+    (["out/ppo", "--output", "out/ppo/ckpt.pt"], "--output out/ppo/ckpt.pt: is out/ppo/ckpt.pt, which"),
     (["out/ppo", "--output", "out/ppo/config.json"], "--output out/ppo/config.json"),
     (["out/ppo", "--temperature", "0"], "--temperature 0"),
 ])
