@@ -31,14 +31,14 @@ RM = ("--data_dir data --device cpu --dtype float32 --batch_size 3 --micro_batch
       "--response_length 6 --eval_interval 2 --log_interval 2 --num_train_epochs 1.6 --warmup_ratio 0.4 "
       "--max_grad_norm 0.01").split()
 PPO = ("--data_dir data --device cpu --batch_size 6 --micro_batch_size 4 --total_episodes 21 --response_length 6 "
-       "--temperature 0.7 --eval_interval 3 --num_eval_prompts 13 --value_warmup 1 --learning_rate 2e-2 --reward_clip "
+       "--temperature 0.7 --eval_interval 3 --num_eval_prompts 13 --value_warmup 1 --learning_rate 8e-3 --reward_clip "
        "0.8 --missing_eos_penalty 0.5 --kl_coef 0.1 --kl_baseline 0.3 --adaptive_kl_target 0.5 --ent_coef 0 "
        "--judge judge.py:length").split()
 
 
 def numbers(line):
     """The numbers of a line, as they stand there."""
-    return re.findall(r"(?<![\w.])[-+]?\d+(?:,\d{3})*(?:\.\d+)?(?:e[-+]?\d+)?%?", line)
+    return re.findall(r"(?<![\w.%])[-+]?\d+(?:,\d{3})*(?:\.\d+)?(?:e[-+]?\d+)?%?", line)
 
 
 def close(expected, tolerance=1e-4):
@@ -163,33 +163,36 @@ def world(tmp_path_factory):
         world.watch(train_ppo, "update", lambda n: 4.0, lambda batch, policy, value, *_: (
             copy.deepcopy(batch), copy.deepcopy(policy), copy.deepcopy(value)))
         world.watch(evaluate.AgainstSFT, "evaluation", lambda n: 60.0)
-        before = len(world.calls["answer"])
         world.ppo = world.train(train_ppo.main, PPO, 2, "update")
-        world.answers = world.calls["answer"][before:]
+        world.answers = [*world.calls["answer"]]
+        patch.setattr(runtime.Run, "should_stop", lambda run: False)
         yield world
     for number, handler in handlers:
         signal.signal(number, handler)
 
 
 def nudge_towards_eos(path):
-    """So little training leaves eos as likely as a byte: its logit is raised by 4."""
+    """So little training leaves eos as likely as a byte: its logit is raised by 2."""
     payload = torch.load(path, weights_only=True)
     weights = payload["model"]
     eos = weights["wte.weight"][-1]
-    weights["ln_f.bias"] += 4 * eos / eos.dot(eos)
+    weights["ln_f.bias"] += 2 * eos / eos.dot(eos)
     torch.save(payload, path)
 
 
 @torch.no_grad()
-def surprises(model, ids, start, temperature=1.0):
-    """-log p of each of ids[start:] given those before it, the row alone, logits divided by a temperature."""
-    out = []
+def log_shares(model, ids, start, temperature):
+    """Before each of ids[start:], log p of all tokens given those before it; the row alone."""
     logits = (model.hidden(torch.tensor([ids]))[0] @ model.wte.weight.T).double().tolist()
     for t in range(start, len(ids)):
         z = [x / temperature for x in logits[t - 1]]
-        top = max(z)
-        out.append(top + math.log(sum(math.exp(x - top) for x in z)) - z[ids[t]])
-    return out
+        total = math.log(sum(map(math.exp, z)))
+        yield [x - total for x in z]
+
+
+def surprises(model, ids, start, temperature=1.0):
+    """-log p of each of ids[start:]."""
+    return [-p[token] for p, token in zip(log_shares(model, ids, start, temperature), ids[start:])]
 
 
 @torch.no_grad()
@@ -560,3 +563,288 @@ def test_equal_scores_are_half_right(make_model):
     assert (loss, right, pairs) == (close(math.log(2)), 2.0, 4)
     evaluate.show_pairs(model, run, types.SimpleNamespace(eos=0, decode=str), records, 1)
     assert [line.split(":")[0].strip() for line in said] == ["tied", "tied"]
+
+
+# ---- stage 3
+
+def models():
+    """The SFT model, its tokenizer, the reward model."""
+    return (*checkpoint.load("out/sft", ["sft"], torch.device("cpu"))[:2],
+            checkpoint.load("out/rm", ["rm"], torch.device("cpu"))[0])
+
+
+def naive_returns(scores, kls, values, penalty):
+    """What is still to come at each decision: the lambda-return of rewards -penalty KL, and the score at the end."""
+    rewards = [-penalty * kl for kl in kls]
+    rewards[-1] += scores
+    following, out = values[1:] + [0.0], []
+    for t in reversed(range(len(values))):
+        delta = rewards[t] + following[t] - values[t]
+        out.insert(0, delta + 0.95 * (out[0] if out else 0.0))
+    return [a + v for a, v in zip(out, values)]
+
+
+def naive_rollout(batch, policy, value, ref, reward, kl_coef):
+    """A batch's figures from its ids alone, by their names."""
+    rows, n = [], len(batch.lengths)
+    for ids, start, end in zip(batch.tokens.tolist(), batch.prompt_lengths.tolist(), batch.lengths.tolist()):
+        ids = ids[:end]
+        p, q = (surprises(m, ids, start, 0.7) for m in (policy, ref))
+        H = [-sum(x * math.exp(x) for x in shares) for shares in log_shares(policy, ids, start, 0.7)]
+        rows.append((ids, p, [b - a for a, b in zip(p, q)], H, scalar(reward, ids),
+                     [scalar(value, ids[:t]) for t in range(start, end)]))
+    decisions = sum(len(p) for _, p, *_ in rows)
+    kls = [kl for row in rows for kl in row[2]]
+    free = 0.3 * sum(kls) / decisions
+    final = [min(max(score, -0.8), 0.8) - 0.5 * (ids[-1] != 269) for ids, *_, score, _ in rows]
+    values = [v for row in rows for v in row[5]]
+    returns = [R for row, score in zip(rows, final)
+               for R in naive_returns(score, [kl - free for kl in row[2]], row[5], kl_coef)]
+    charged = kl_coef * (sum(kls) - free * decisions) / n
+    return {"objective/kl": sum(kls) / n, "objective/kl_k3": sum(math.exp(-kl) - 1 + kl for kl in kls) / n,
+            "objective/entropy": sum(sum(p) for _, p, *_ in rows) / n,
+            "objective/scores": sum(row[4] for row in rows) / n, "objective/non_score_reward": -charged,
+            "objective/rlhf_reward": sum(final) / n - charged, "objective/kl_coef": kl_coef,
+            "policy/entropy_avg": sum(sum(row[3]) for row in rows) / decisions,
+            "val/explained_variance": 1 - statistics.pvariance([R - V for R, V in zip(returns, values)])
+            / statistics.pvariance(returns), "completions/mean_length": decisions / n,
+            "completions/eos_rate": sum(ids[-1] == 269 for ids, *_ in rows) / n}
+
+
+def test_the_steps_of_ppo(world):
+    """Each record, from the ids of its batch and the networks as they were: KL and the like in nats a response, all at
+    the run's temperature, scores before they are clipped, the coefficient before it adapts, answers and their tokens a
+    second, episodes, a rate that falls to a share of 1/steps; and the line of each step."""
+    ref, _, reward = models()
+    found = [r for r in world.metrics("ppo") if "final" not in r]
+    lines = [step_lines(part) for part in world.ppo]
+    assert len(found) == 4 and [len(part) for part in lines] == [2, 2]  # 21 episodes, 6 a batch, rounded up
+    kl_coef, used = 0.1, 3.0
+    for step, (record, line, ((batch, policy, value), _, _)) in enumerate(zip(
+            found, lines[0] + lines[1], world.calls["update"], strict=True)):
+        expected = naive_rollout(batch, policy, value, ref, reward, kl_coef)
+        seconds = 1.5 + step + 4.0 + (1.0 if step else 0.5)  # 4 optimizer steps of each network, 1 network in warm-up
+        length = expected["completions/mean_length"]
+        expected |= {"step": step + 1, "episode": 6 * (step + 1), "lr": 8e-3 * (4 - step) / 4, "seconds": seconds,
+                     "rollout_seconds": 1.5 + step, "eps": 6 / seconds, "tokens_per_second": 6 * length / seconds,
+                     "policy/updates": 4 if step else 0}
+        assert {k: record[k] for k in expected} == close(expected, 1e-3), step
+        assert 0 <= record["val/sampler_gap"] < 1e-5 and record["objective/kl_coef"] == pytest.approx(kl_coef, rel=1e-6)
+        used = (3.0 if step == 2 else used) + seconds
+        shown = [f"{record['objective/scores']:+.3f}", f"{record['objective/kl']:.2f}",
+                 f"{record['objective/kl_k3']:.2f}", f"{record['policy/entropy_avg']:.2f}",
+                 f"{record['policy/clipfrac_avg']:.3f}", f"{record['val/explained_variance']:+.2f}",
+                 f"{record['completions/mean_length']:.1f}", f"{record['completions/eos_rate']:.2f}",
+                 f"{record['tokens_per_second']:,.0f}"]
+        assert numbers(line) == [*expected_progress(step + 1, 4, used, 2 if step >= 2 else 0), *shown]
+        kl_coef *= 1 + min(max(expected["objective/kl"] / 0.5 - 1, -0.2), 0.2) * 6 / 10_000
+        used += 60 if step == 2 else 0
+    rates = [r["completions/eos_rate"] for r in found]
+    assert 0 < sum(rates) < 4 and found[-1]["objective/kl_k3"] > 0.01
+
+
+def test_what_ppo_begins_and_ends_with(world):
+    """Prompts, steps, epochs and minibatches; megabytes of the checkpoint, and the time of this process."""
+    lines, model = world.ppo[0], models()[0]
+    assert after(lines, "prompts for training") == ["5", "9"]
+    assert after(lines, "answers of up to") == ["1", "4", "6", "6", "2", "2"]
+    assert after(lines, "policy: ")[0] == f"{sum(len(p.flatten()) for p in model.parameters()):,}"
+    assert after(world.ppo[1], "goes on from step")[-1] == "2"
+    size = (world.folder / "out" / "ppo" / "ckpt.pt").stat().st_size
+    assert after(world.ppo[1][::-1], " MB in ")[0] == f"{size / 1e6:.1f}"
+    used = 3.0 + sum(r["seconds"] for r in world.metrics("ppo")[2:4]) + 2 * 60
+    assert after(world.ppo[1], "ckpt.pt after")[:2] == [*clock_text(used)]
+
+
+def eos_of(row):
+    return [269] * row["finished"]
+
+
+def test_held_out_answers(world):
+    """Each row of an evaluation, from its prompt and ids: KL from the SFT model by k1 and k3, the log-probability under
+    it, all at the run's temperature, at which it was drawn too; its length with eos; its score and the judge's. The
+    SFT model's answers are the same in each process; others for each draw."""
+    ref, tokenizer, reward = models()
+    assert [len(rows) for _, rows, _ in world.answers] == [9, 9, 3, 3, 9, 3, 3, 3]
+    for (policy, _, _, prompts, *_), rows, _ in world.answers:
+        for ids, row in zip(prompts, rows, strict=True):
+            answer = [*row["ids"], *eos_of(row)]
+            p, q = (surprises(m, ids + answer, len(ids), 0.7) for m in (policy, ref))
+            kls = [b - a for a, b in zip(p, q)]
+            assert {k: v for k, v in row.items() if k not in ("ids", "prompt", "completion")} == close({
+                "k1": sum(kls), "k3": sum(math.exp(-kl) - 1 + kl for kl in kls), "ref_logprob": -sum(q),
+                "length": len(answer), "score": scalar(reward, ids + answer), "judge": len(row["completion"]), "finished": row["finished"]}, 1e-3)
+            assert row["completion"] == tokenizer.decode(row["ids"]) and row["prompt"] == tokenizer.decode(ids)
+            assert row["finished"] or len(row["ids"]) == 6
+    for (policy, prompts, *_), rollout, _ in world.calls["generate"]:
+        for ids, answer, told in zip(prompts, rollout.responses(), rollout.sampler_logprobs):
+            assert -float(told.sum()) == close(sum(surprises(policy, ids + answer, len(ids), 0.7)), 1e-3)
+    texts = [[r["completion"] for r in rows] for _, rows, _ in world.answers]
+    assert texts[0] == texts[1]
+    assert len({*map(tuple, [texts[0][:3], *texts[5:]])}) == 4
+
+
+def naive_share(points):
+    """A share with the two shares q that it is 1.96 standard deviations of q away from: (p - q)^2 = z^2 q (1 - q) / n."""
+    n, p = len(points), sum(points) / len(points)
+    a, b = 1 + 1.96 ** 2 / n, 2 * p + 1.96 ** 2 / n
+    root = math.sqrt(max(b * b - 4 * a * p * p, 0))
+    return p, (b - root) / (2 * a), (b + root) / (2 * a)
+
+
+def naive_mean(values):
+    return statistics.fmean(values), 1.96 * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def preferred(rows, base, name):
+    return [1.0 if a[name] > b[name] else 0.5 if a[name] == b[name] else 0.0 for a, b in zip(rows, base, strict=True)]
+
+
+def naive_summary(rows, base):
+    n, seen, pairs = len(rows), set(), 0
+    for row in rows:
+        for k in range(1, len(row["ids"])):
+            seen.add((row["ids"][k - 1], row["ids"][k]))
+            pairs += 1
+    lengths = [len(row["ids"]) + row["finished"] for row in rows]
+    return {"prompts": n, "score": naive_mean([r["score"] for r in rows]), "kl": naive_mean([r["k1"] for r in rows]),
+            "kl_k3": naive_mean([r["k3"] for r in rows]), "win_rate": naive_share(preferred(rows, base, "score")),
+            "judge_score": naive_mean([r["judge"] for r in rows]),
+            "judge_win_rate": naive_share(preferred(rows, base, "judge")),
+            "eos_rate": sum(1 for r in rows if r["finished"]) / n, "mean_length": sum(lengths) / n,
+            "distinct_2": len(seen) / max(pairs, 1), "repeated": sum(
+                any(rows[j]["completion"] == rows[i]["completion"] for j in range(i)) for i in range(n)) / n,
+            "ref_logprob_per_token": sum(r["ref_logprob"] for r in rows) / sum(lengths)}
+
+
+def same_summary(found, rows, base):
+    expected = naive_summary(rows, base)
+    assert found.keys() - {"kl_bound"} == expected.keys()
+    for name, value in expected.items():
+        assert (tuple(found[name]) if isinstance(value, tuple) else found[name]) == pytest.approx(
+            value, rel=1e-6, abs=1e-9), name
+
+
+def test_evaluations_of_ppo(world):
+    """A quarter of --num_eval_prompts, against the SFT model's answers to the same prompts."""
+    base = world.answers[0][1][:3]
+    looks = [r for r in world.metrics("ppo") if "eval" in r]
+    said = [numbers(line) for line in world.ppo[1] if line.startswith("  held out: ")]
+    shown = [numbers(line[line.rindex("("):]) for line in world.ppo[1] if line.startswith("    ") and " -> " in line]
+    kept = [r for r in world.samples("ppo") if "final" not in r]
+    assert [r["step"] for r in looks] == [3, 4]
+    for k, (look, (_, rows, _), line) in enumerate(zip(looks, world.answers[2:4], said, strict=True)):
+        f = look["eval"]
+        same_summary(f, rows, base)
+        assert line == [f"{f['score'][0]:+.3f}", f"{f['kl'][0]:.2f}", f"{f['win_rate'][0]:.1%}", f"{f['eos_rate']:.2f}",
+                        f"{f['judge_score'][0]:+.3f}", f"{f['judge_win_rate'][0]:.1%}"]
+        assert shown[3 * k:3 * k + 3] == [[f"{a['score']:+.2f}", f"{b['score']:+.2f}"] for a, b in zip(base, rows)]
+        assert kept[3 * k:3 * k + 3] == [{"step": look["step"], "prompt": row["prompt"], "completion": row["completion"],
+                                          "score": close(row["score"])} for row in rows]
+
+
+FORMS = {"score": "{:.3f} {:.3f}", "win_rate": "{:.1%} {:.1%} {:.1%}", "judge_score": "{:.3f} {:.3f}",
+         "judge_win_rate": "{:.1%} {:.1%} {:.1%}", "kl": "{:.2f} {:.2f}", "kl_k3": "{:.2f} {:.2f}", "eos_rate": "{:.1%}",
+         "mean_length": "{:.1f}", "distinct_2": "{:.3f}", "repeated": "{:.1%}", "ref_logprob_per_token": "{:.3f}"}
+
+
+def cells(columns):
+    """The rows of numbers that a table of summaries has."""
+    return [[number for f in columns for number in form.format(
+        *(f[key] if isinstance(f[key], (tuple, list)) else [f[key]])).split()] for key, form in FORMS.items()]
+
+
+def table_in(lines, title, count):
+    at = next(i for i, line in enumerate(lines) if line.startswith(title))
+    return numbers(lines[at]), [numbers(line[38:]) for line in lines[at + 1:at + 1 + count]]
+
+
+def test_the_closing_report_of_ppo(world):
+    """Before and after, in this order, on all held-out prompts, in the file and in the table; and for comparison the
+    best by score of four SFT answers to a quarter of them."""
+    (base, *_, rows), draws = [rows for _, rows, _ in world.answers[1:5]], [rows for _, rows, _ in world.answers[5:]]
+    final = world.metrics("ppo")[-1]
+    assert final["step"] == 4
+    same_summary(final["final"]["before"], base, base)
+    same_summary(final["final"]["after"], rows, base)
+    assert table_in(world.ppo[1], "held-out prompts", 11) == (
+        ["95%", "9"], cells([final["final"]["before"], final["final"]["after"]]))
+    best = [max([base[i], *(d[i] for d in draws)], key=lambda row: row["score"])["score"] for i in range(3)]
+    assert after(world.ppo[1], "for comparison") == ["4", "3", f"{sum(best) / 3:.3f}", f"{math.log(4) - 3 / 4:.2f}"]
+    kept = [r for r in world.samples("ppo") if "final" in r]
+    assert kept == [{"step": 4, "final": True, "prompt": b["prompt"], "completion": a["completion"],
+                     "score": close(a["score"]), "sft_completion": b["completion"], "sft_score": close(b["score"])}
+                    for a, b in zip(rows, base, strict=True)]
+    scores = [line.split("|")[0] for line in world.ppo[1][-20:]]
+    for k in range(4):
+        assert any(f"{base[k]['score']:+.2f} " in line for line in scores)
+
+
+# ---- commands
+
+def test_the_figures_of_evaluate(world):
+    """At the run's own temperature: a column a policy, wins by thirds of length, paired differences with their 95 %
+    interval, the best of n, perplexity."""
+    world.calls["answer"].clear(), world.said.clear()
+    evaluate.main("out/ppo out/sft --judge judge.py:length --prompts data/prompts.val.jsonl --num_prompts 8 --best_of "
+                  "1,3 --output found.json".split())
+    found = json.loads((world.folder / "found.json").read_text())
+    base, ppo, sft, one, two = (rows for _, rows, _ in world.calls["answer"])
+    assert found["temperature"] == 0.7 and found["response_length"] == 6 and found["num_prompts"] == 8
+    assert all(given[5].temperature == 0.7 for given, _, _ in world.calls["answer"])
+    same_summary(found["policies"]["out/ppo"], ppo, base)
+    same_summary(found["policies"]["out/sft"], sft, base)
+    columns = [*found["policies"].values()]
+    title, rows = table_in(world.said, "held-out prompts", 12)
+    assert title == ["95%", "8"] and rows[:11] == cells([found["policies"]["out/sft"], found["policies"]["out/ppo"]])
+    tokens = [-sum(r["ref_logprob"] for r in rows) / sum(r["length"] for r in rows) for rows in (base, ppo)]
+    assert rows[11] == [f"{math.exp(nats):.1f}" for nats in tokens] and len(columns) == 2
+    for n, draws in ((1, [base]), (3, [base, one, two])):
+        best = [max((d[i] for d in draws), key=lambda row: row["score"]) for i in range(8)]
+        same_summary(found["best_of"][f"{n}"], best, base)
+        bound = found["best_of"][f"{n}"]["kl_bound"]
+        assert bound == close(math.log(n) - (n - 1) / n)
+        f = naive_summary(best, base)
+        assert after(world.said, f"best of {n} ") == [
+            f"{n}", f"{f['score'][0]:.3f}", f"{f['win_rate'][0]:.1%}", f"{f['judge_win_rate'][0]:.1%}", f"{bound:.2f}"]
+    longer = sorted(range(8), key=lambda i: ppo[i]["length"] - base[i]["length"])
+    thirds = []
+    for part in (longer[:2], longer[2:5], longer[5:]):
+        gaps = [ppo[i]["length"] - base[i]["length"] for i in part]
+        thirds.append([min(gaps), max(gaps), *naive_share(preferred([ppo[i] for i in part], [base[i] for i in part],
+                                                                    "score"))])
+    for ours, theirs in zip(found["by_length"]["out/ppo"], thirds, strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-9)
+    line = next(line for line in world.said if line.startswith("\nout/ppo: "))
+    assert numbers(line) == sum(([f"{a:+d}", f"{b:+d}", *(f"{x:.1%}" for x in s)] for a, b, *s in
+                                 found["by_length"]["out/ppo"]), [])
+    assert [d["by"] for d in found["differences"]] == ["score", "judge"]
+    for d in found["differences"]:
+        gaps = [a[d["by"]] - b[d["by"]] for a, b in zip(ppo, sft)]
+        drawn = torch.randint(8, (2000, 8), generator=torch.Generator().manual_seed(0)).tolist()
+        means = [sum(gaps[i] for i in row) / 8 for row in drawn]
+        assert (d["of"], d["from"], d["mean"]) == ("out/ppo", "out/sft", close(sum(gaps) / 8))
+        assert d["interval"] == close([quantile(means, 0.025), quantile(means, 0.975)])
+        assert after(world.said, f"mean difference of the {d['by']}") == [
+            f"{x:+.3f}" for x in (d["mean"], *d["interval"])]
+
+
+def test_completions_of_sample(world, monkeypatch, capsys):
+    """--n completions a prompt of each checkpoint, other draws each; finished where eos was drawn; long prompts are
+    counted once, however many completions they have."""
+    rollouts, inner = [], sample.generate
+    monkeypatch.setattr(sample, "generate", lambda *a, **k: rollouts.append(inner(*a, **k)) or rollouts[-1])
+    sample.main("out/sft out/ppo --prompts data/prompts.val.jsonl --n 3 --response_length 40 --temperature 2 "
+                "--output s.jsonl".split())
+    tokenizer, error = models()[1], capsys.readouterr().err
+    prompts = [r["prompt"] for r in world.records["prompts", "val"]]
+    rows = [json.loads(line) for line in (world.folder / "s.jsonl").read_text().splitlines()]
+    drawn = [rollout.responses() for rollout in rollouts]
+    expected = [{"checkpoint": path, "prompt": prompts[k // 3], "completion": tokenizer.decode(ids[k]),
+                 "finished": ids[k][-1] == 269}
+                for k in range(27) for path, ids in zip(("out/sft", "out/ppo"), drawn, strict=True)]
+    assert [{k: r[k] for k in expected[0]} for r in rows] == expected and len({r["finished"] for r in rows}) == 2
+    assert all(len({r["completion"] for r in rows if r["checkpoint"] == "out/sft" and r["prompt"] == p}) > 1
+               for p in prompts)
+    long = sum(len(tokenizer.encode_prompt(p)) > 8 for p in prompts)
+    assert 0 < long < 9 and [numbers(line) for line in error.splitlines()] == [[f"{long}", "8"]] * 2
