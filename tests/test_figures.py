@@ -146,25 +146,25 @@ def world(tmp_path_factory):
         for name in ("generate", "answer"):
             world.watch(evaluate, name, before=lambda policy, *a: (copy.deepcopy(policy), *a))
         world.watch(train_sft, "batch_gradients", lambda n: 2.25 + n, copied, lambda out, model, *_: (
-            out, gradient_norm(model)))
+            out, gradient_norm(model)), "sft steps")
         world.watch(evaluate, "held_out_loss", lambda n: 40.0, lambda model, *_: copy.deepcopy(model))
         world.watch(train_sft, "show_samples", lambda n: 7.0)
-        world.sft = world.train(train_sft.main, SFT, 4, "batch_gradients")
-        world.sft_steps, world.calls["batch_gradients"] = world.calls["batch_gradients"], []
+        world.sft = world.train(train_sft.main, SFT, 4, "sft steps")
         nudge_towards_eos(world.folder / "out" / "sft" / "ckpt.pt")
         world.watch(train_rm, "batch_gradients", lambda n: 1.75 + n, copied, lambda out, model, *_: (
-            out, gradient_norm(model)))
+            out, gradient_norm(model)), "rm steps")
         world.watch(train_rm, "set_scale", lambda n: 11.0, lambda model, *more: (copy.deepcopy(model), *more))
         world.watch(train_rm, "generate", label="scale samples")
         world.watch(evaluate, "reward_model_figures", lambda n: 50.0, lambda model, run, records, eos, longer: (
             copy.deepcopy(model), records, longer))
-        world.rm = world.train(train_rm.main, RM, 2, "batch_gradients")
+        world.rm = world.train(train_rm.main, RM, 2, "rm steps")
         world.watch(train_ppo, "roll_out", lambda n: 1.5 + n)
         world.watch(train_ppo, "update", lambda n: 4.0, lambda batch, policy, value, *_: (
             copy.deepcopy(batch), copy.deepcopy(policy), copy.deepcopy(value)))
         world.watch(evaluate.AgainstSFT, "evaluation", lambda n: 60.0)
         world.ppo = world.train(train_ppo.main, PPO, 2, "update")
-        world.answers = [*world.calls["answer"]]
+        world.first = {name: [*calls] for name, calls in world.calls.items()}  # of these runs alone
+        world.answers = world.first["answer"]
         patch.setattr(runtime.Run, "should_stop", lambda run: False)
         yield world
     for number, handler in handlers:
@@ -225,7 +225,7 @@ def expected_sft_steps(world):
     """The record of each step but its evaluation, and after each second step the numbers of its line."""
     rows, steps = 13, 8  # 14 less one that is too long, 4 a batch: 4 batches an epoch, the last of one row
     records, lines, seen, seconds, used = [], [], 0, 0.0, 3.0
-    for step, ((model, batch), ((loss, norm)), _) in enumerate(world.sft_steps):
+    for step, ((model, batch), (_, norm), _) in enumerate(world.first["sft steps"]):
         if step == 4:  # resumed
             seen, seconds, used = 0, 0.0, 3.0
         nats = [x for row in batch for x in surprises(model, row.ids, row.prompt_length)]
@@ -281,7 +281,7 @@ def test_held_out_losses_of_sft(world):
     """Nats a token, eos counted; bits a byte of UTF-8, eos not; of all rows and of each domain. The stored figures are
     those of the lowest loss."""
     evaluations = [r["eval"] for r in world.metrics("sft") if "eval" in r]
-    expected = [naive_held_out(world, model) for model, *_ in world.calls["held_out_loss"]]
+    expected = [naive_held_out(world, model) for model, *_ in world.first["held_out_loss"]]
     assert len(evaluations) == len(expected) == 3 and evaluations[0].keys() == {"all", "a", "b"}
     for ours, theirs in zip(evaluations, expected):
         assert ours == {kind: close(figures) for kind, figures in theirs.items()}
@@ -296,7 +296,7 @@ def test_held_out_losses_of_sft(world):
 def test_the_counts_that_sft_begins_with(world):
     """Rows kept and dropped, tokens an epoch and trained ones, parameters, steps, tokens a step."""
     tokenizer = checkpoint.load("out/sft", ["sft"], torch.device("cpu"))[1]
-    model = world.sft_steps[0][0][0]
+    model = world.first["sft steps"][0][0][0]
     coded = [(len(tokenizer.encode(r["prompt"])), len(tokenizer.encode(r["completion"])))
              for r in world.records["sft", "train"]]
     kept = [(p, c) for p, c in coded if p + c + 2 <= 48]
@@ -344,7 +344,7 @@ def expected_rm_steps(world):
     """The record of each step but its evaluation, and the numbers of each line, from the pairs of each batch."""
     records, lines, used, steps = [], [], 3.0, 5  # 8 records, 3 a batch: 3 batches an epoch; 1.6 epochs are 5 steps
     seen = seconds = right = pairs = 0
-    for step, ((model, batch), (_, norm), _) in enumerate(world.calls["batch_gradients"][:5]):
+    for step, ((model, batch), (_, norm), _) in enumerate(world.first["rm steps"]):
         if step == 2:
             used, seen, seconds, right, pairs = 3.0, 0, 0, 0, 0
         losses, won = [], 0
@@ -444,7 +444,7 @@ def test_held_out_figures_of_a_reward_model(world):
     looks.append(world.metrics("rm")[-1]["final"]["figures"])
     said = [numbers(line) for line in world.rm[0] + world.rm[1] if line.startswith("  held out: ")]
     assert len(looks) == 3 and len(said) == 2
-    for look, ((model, _, longer), _, _) in zip(looks, world.calls["reward_model_figures"]):
+    for look, ((model, _, longer), _, _) in zip(looks, world.first["reward_model_figures"]):
         assert longer
         score = {t: scalar(model, ids(t)) for r in records for t in (r["chosen"], r["rejected"])}
         groups = naive_groups(records)
@@ -522,9 +522,9 @@ def test_the_closing_report_of_a_reward_model(world):
 
 def test_the_scale_of_the_reward(world):
     """Mean and standard deviation of the scores of SFT samples, two batches of them, as they were before; then 0 and 1."""
-    ((before, _, _, _, prompts, _), (mean, std), _), = world.calls["set_scale"]
+    ((before, _, _, _, prompts, _), (mean, std), _), = world.first["set_scale"]
     model = checkpoint.load("out/rm", ["rm"], torch.device("cpu"))[0]
-    drawn = [(p, r) for (_, part, *_), rollout, _ in world.calls["scale samples"]
+    drawn = [(p, r) for (_, part, *_), rollout, _ in world.first["scale samples"]
              for p, r in zip(part, rollout.responses())]
     assert len(drawn) == 131 and [p for p, _ in drawn] == prompts
     scores = [scalar(before, p + r) for p, r in drawn]
@@ -621,7 +621,7 @@ def test_the_steps_of_ppo(world):
     assert len(found) == 4 and [len(part) for part in lines] == [2, 2]  # 21 episodes, 6 a batch, rounded up
     kl_coef, used = 0.1, 3.0
     for step, (record, line, ((batch, policy, value), _, _)) in enumerate(zip(
-            found, lines[0] + lines[1], world.calls["update"], strict=True)):
+            found, lines[0] + lines[1], world.first["update"], strict=True)):
         expected = naive_rollout(batch, policy, value, ref, reward, kl_coef)
         seconds = 1.5 + step + 4.0 + (1.0 if step else 0.5)  # 4 optimizer steps of each network, 1 network in warm-up
         length = expected["completions/mean_length"]
@@ -676,7 +676,7 @@ def test_held_out_answers(world):
                 "length": len(answer), "score": scalar(reward, ids + answer), "judge": len(row["completion"]), "finished": row["finished"]}, 1e-3)
             assert row["completion"] == tokenizer.decode(row["ids"]) and row["prompt"] == tokenizer.decode(ids)
             assert row["finished"] or len(row["ids"]) == 6
-    for (policy, prompts, *_), rollout, _ in world.calls["generate"]:
+    for (policy, prompts, *_), rollout, _ in world.first["generate"]:
         for ids, answer, told in zip(prompts, rollout.responses(), rollout.sampler_logprobs):
             assert -float(told.sum()) == close(sum(surprises(policy, ids + answer, len(ids), 0.7)), 1e-3)
     texts = [[r["completion"] for r in rows] for _, rows, _ in world.answers]
@@ -848,3 +848,205 @@ def test_completions_of_sample(world, monkeypatch, capsys):
                for p in prompts)
     long = sum(len(tokenizer.encode_prompt(p)) > 8 for p in prompts)
     assert 0 < long < 9 and [numbers(line) for line in error.splitlines()] == [[f"{long}", "8"]] * 2
+
+
+# ---- ranks
+
+@pytest.mark.parametrize("stage", ["sft", "rm", "ppo"])
+def test_figures_over_two_ranks(world, tmp_path, monkeypatch, stage):
+    """Two ranks with every second row of each batch, the other one's sums as large as this one's: tokens, answers and
+    pairs are those of the whole batch, losses and shares sums over both."""
+    main, arguments = {"sft": (train_sft.main, SFT), "rm": (train_rm.main, RM), "ppo": (train_ppo.main, PPO)}[stage]
+    monkeypatch.setattr(runtime.Run, "share", lambda run, rows: rows[::2])
+    monkeypatch.setattr(runtime.Run, "total", lambda run, t: 2 * t)
+    calls = world.calls["update" if stage == "ppo" else f"{stage} steps"]
+    before = len(calls)
+    main([*arguments, "--eval_interval", "99", "--out_dir", str(tmp_path / "out")])
+    records = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    seen = seconds = 0
+    assert len(calls) - before == {"sft": 8, "rm": 5, "ppo": 4}[stage]
+    for k, (record, (given, _, _)) in enumerate(zip(records, calls[before:])):
+        if stage == "ppo":
+            lengths = (given[0].lengths - given[0].prompt_lengths).tolist()
+            assert len(lengths) == 3 and record["completions/mean_length"] == close(sum(lengths) / 3)
+            assert record["tokens_per_second"] == close(6 * sum(lengths) / 3 / record["seconds"])
+            assert record["eps"] == close(6 / record["seconds"]) and record["episode"] == 6 * (k + 1)
+            continue
+        model, batch = given
+        if stage == "sft":
+            nats = sum(sum(surprises(model, row.ids, row.prompt_length)) for row in batch[::2])
+            assert record["loss"] == close(2 * nats / sum(len(row.ids) - row.prompt_length for row in batch))
+            read = sum(len(row.ids) - 1 for row in batch)
+        else:
+            won = sum(scalar(model, rows[i].ids) > scalar(model, rows[j].ids) for rows, index, _ in batch[::2]
+                      for i, j in index)
+            assert record["accuracy"] == close(2 * won / sum(len(index) for _, index, _ in batch))
+            read = sum(len(row.ids) for rows, _, _ in batch for row in rows)
+        seen, seconds = seen + read, seconds + {"sft": 2.25, "rm": 1.75}[stage] + before + k + 0.125
+        assert record["tokens_per_second"] == close(seen / seconds)
+        seen, seconds = (0, 0) if k % 2 else (seen, seconds)  # a line was printed
+
+
+# ---- what is printed of figures that are stored
+
+def test_the_line_of_a_step():
+    """Each figure has its own place and as many digits as it is given."""
+    record = {"objective/scores": -1.23456, "objective/kl": 12.3456, "objective/kl_k3": 7.8912, "policy/entropy_avg": 2.3456,
+              "policy/clipfrac_avg": 0.12345, "val/explained_variance": -0.4567, "completions/mean_length": 33.456,
+              "completions/eos_rate": 0.8765, "tokens_per_second": 12345.6}
+    assert numbers(evaluate.describe_step(record)) == [
+        "-1.235", "12.35", "7.89", "2.35", "0.123", "-0.46", "33.5", "0.88", "12,346"]
+
+
+def test_the_line_of_held_out_losses():
+    figures = {"all": {"nats_per_token": 4.56789, "bits_per_byte": 2.34567},
+               "a": {"nats_per_token": 1.0, "bits_per_byte": 1.98765}}
+    assert numbers(evaluate.describe(figures)) == ["4.5679", "2.346", "1.988"]
+
+
+def test_verdicts_name_their_figures():
+    """Accuracy and its interval, then what length alone has; calibration where the model is good enough."""
+    f = {"pairs": 1234, "accuracy": 0.7654, "low": 0.7321, "high": 0.7987, "length_only": 0.5432}
+    calibrated = {"ece": 0.9, "ece_with_temperature": 0.0345, "temperature": 1.2345}
+    span = ["0.765", "95%", "0.732", "0.799"]
+    for changes, told in (({}, [*span, "0.543", "0.035", "1.23"]), ({"low": 0.5}, ["0.765", "95%", "0.500", "0.799"]),
+                          ({"length_only": 0.7321}, [*span, "0.732"]), ({"pairs": 49}, ["49"]),
+                          ({"accuracy": 0.6499, "low": 0.6}, ["0.650", "95%", "0.600", "0.799"]),
+                          ({"accuracy": 0.65}, ["0.650", *span[1:], "0.543", "0.035", "1.23"])):
+        sentence = evaluate.verdict({"all": f | changes, "mean": {}}, calibrated)
+        assert numbers(sentence) == told and sentence.startswith("Good") == (told[-1] == "1.23")
+    assert evaluate.verdict({"all": f | {"pairs": 50}}, calibrated).startswith("Good")
+
+
+@pytest.mark.parametrize("seconds, text", [(0.49, "0:00"), (0.5, "0:01"), (59.5, "1:00"), (3599.4, "59:59"),
+                                           (3599.5, "1:00:00"), (36061, "10:01:01")])
+def test_clock(seconds, text):
+    """To the nearest second, carried over."""
+    assert runtime.clock(seconds) == text
+
+
+def test_gradient_norms_are_those_before_clipping(make_model):
+    """Over all weights at once, whatever the limit; afterwards the gradient has the limit's norm, where it was more."""
+    for limit, after_clipping in ((0.5, 0.5), (0.0, None), (1e9, None)):
+        model = make_model()
+        for p in model.parameters():
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
+        norm = gradient_norm(model)
+        assert runtime.clip_gradients(model, 1.0, "here", types.SimpleNamespace(max_grad_norm=limit)) == close(norm)
+        assert gradient_norm(model) == close(after_clipping or norm)
+
+
+def test_the_first_and_last_rates_of_a_schedule():
+    """Of 7 steps, 3 of them warm-up: 1/3, 2/3, 1, then the cosine from its top; the last one is not 0. The warm-up is at
+    least one step, at most all of them."""
+    assert [runtime.warmup_cosine(step, 7, 0.4) for step in range(7)] == close([
+        1 / 3, 2 / 3, 1, 1, (1 + math.cos(math.pi / 4)) / 2, 0.5, (1 + math.cos(3 * math.pi / 4)) / 2])
+    assert [runtime.warmup_cosine(step, 2, 0.0) for step in range(2)] == [1, 1]
+    assert [runtime.warmup_cosine(step, 2, 1.0) for step in range(2)] == [0.5, 1]
+    model = torch.nn.Linear(2, 2)
+    optimizers = [torch.optim.SGD([{"params": [model.weight], "lr": 4.0}, {"params": [model.bias], "lr": 2.0}])]
+    for group in optimizers[0].param_groups:
+        group["peak"] = group["lr"]
+    for _ in range(2):  # of the peak, not of what it was
+        runtime.set_rate(optimizers, 0.25)
+    assert [group["lr"] for group in optimizers[0].param_groups] == [1.0, 0.5]
+
+
+def test_tables_keep_each_figure_in_its_column():
+    """One column a policy, in the order given; one without a figure has an empty place."""
+    one = {"score": (1.5, 0.25), "win_rate": (0.5, 0.4, 0.6), "eos_rate": 0.875, "mean_length": 12.34}
+    two = {"score": (-2.5, 0.75), "win_rate": (0.25, 0.125, 0.5), "judge_score": (3.0, 0.5), "eos_rate": 0.5,
+           "mean_length": 5.0}
+    lines = [*evaluate.table({"one": one, "two": two}, "title")]
+    assert lines[0].split() == ["title", "one", "two"]
+    assert [numbers(line[38:62]) for line in lines[1:]] == [["1.500", "0.250"], ["50.0%", "40.0%", "60.0%"], [],
+                                                            ["87.5%"], ["12.3"]]
+    assert [numbers(line[62:]) for line in lines[1:]] == [["-2.500", "0.750"], ["25.0%", "12.5%", "50.0%"],
+                                                          ["3.000", "0.500"], ["50.0%"], ["5.0"]]
+
+
+def test_ties_in_held_out_accuracy():
+    """Of pairs won, lost, tied and tied: a half, and the interval is that of their points."""
+    better, worse = torch.tensor([2.0, 0, 1, 1]), torch.tensor([1.0, 1, 1, 1])
+    names = [("a", "b"), ("b", "c"), ("c", "d"), ("a", "d")]
+    low, high = naive_interval([1, 0, 0.5, 0.5], names)
+    assert evaluate.accuracy_with_interval(better, worse, names) == close((0.5, low, high))
+
+
+# ---- --check
+
+def checks(dtype):
+    said = []
+    return check.Checks(types.SimpleNamespace(say=said.append, dtype=dtype, hardware="cpu")), said
+
+
+def test_differences_that_check_gives():
+    """In standard deviations of what is compared; of a gradient, in its norm: 1e-4 at most, 0.03 in bfloat16. Three
+    numbers of deviation sqrt(2/3) differ by 0, 0 and .003."""
+    a, b = torch.tensor([1.0, 2, 3]), torch.tensor([1.0, 2, 3.003])
+    for make, gap in ((lambda c: c.close("x", a, b, "y"), 0.003 / math.sqrt(3) / math.sqrt(2 / 3)),
+                      (lambda c: check.microbatches(c, a, b), 0.003 / math.sqrt(14))):
+        for dtype, limit in ((torch.float32, 1e-4), (torch.bfloat16, 0.03)):
+            checking, said = checks(dtype)
+            make(checking)
+            assert numbers(said[-1])[:2] == [f"{gap:.1e}", f"{limit:.0e}"] and checking.failed == (gap > limit)
+            assert said[-1].startswith("FAIL" if gap > limit else "ok  ")
+
+
+def test_rows_that_check_takes():
+    """Of eight rows of 16 tokens the first 2, 4, ... 16."""
+    rows = check.ragged([Row([*range(16)], 3)] * 9)
+    assert [row.ids for row in rows] == [[*range(2 * k)] for k in range(1, 9)]
+
+
+def test_a_check_counts_its_failures():
+    checking, said = checks(torch.float32)
+    for holds in (True, False, True, False, False):
+        checking("claim", holds, "found", "cause")
+    with pytest.raises(SystemExit) as stop:
+        checking.end()
+    assert stop.value.code == 1 and numbers(said[-1]) == ["3"]
+
+
+# ---- the benchmark
+
+def test_the_derived_figures_of_the_benchmark(monkeypatch):
+    """Medians over iterations, of all and of each phase; rates from them; the least, the most and the first iteration
+    besides. Shares of a peak of 100 GFLOP/s, and of the floor under it and 20 GB/s."""
+    work = benchmark.Work(3, 16, 2, 29, batch=4, prompt=3, response=5, epochs=2, minibatches=2)
+    monkeypatch.setitem(benchmark.SIZES, "S", work)
+    monkeypatch.setattr(benchmark, "matmul_peak", lambda device, dtype: (100.0, {"mkl": 100.0}))
+    monkeypatch.setattr(benchmark, "read_bandwidth", lambda device: 20.0)
+    run = types.SimpleNamespace(dtype=torch.float32, device=torch.device("cpu"))
+    monkeypatch.setattr(benchmark, "time_ppo", lambda o, w, iters: (run, [[1, 2, 10], [3, 8, 20], [2, 5, 60]], 99.0))
+    monkeypatch.setattr(benchmark, "time_step", lambda o, w, iters, batch: (run, [4.0, 1.0, 2.0, 16.0], 50.0))
+    said = []
+    monkeypatch.setattr(benchmark, "say", said.append)
+    monkeypatch.setattr(benchmark.Load, "others", lambda load: 0.25)
+    r = benchmark.measure(benchmark.Options(what="ppo"))
+    assert {k: r[k] for k in ("rollout_s", "scoring_s", "update_s", "total_s", "min_total_s", "max_total_s", "first_s")
+            } == {"rollout_s": 2, "scoring_s": 5, "update_s": 20, "total_s": 31, "min_total_s": 13, "max_total_s": 67,
+                  "first_s": 99}
+    assert r["iters"] == 3 and r["samples_s"] == close(4 / 31) and r["tok_s"] == close(20 / 31)
+    assert r["rollout_tok_s"] == 10
+    seconds = {"rollout": 2, "scoring": 5, "update": 20, "total": 31}
+    cost = benchmark.ppo_cost(work, 4)
+    floors = {k: max(flops / 100e9, moved / 20e9) for k, (flops, moved) in cost.items()}
+    floors["total"], flops = sum(floors.values()), {k: c[0] for k, c in cost.items()}
+    flops["total"] = sum(flops.values())
+    for k, s in seconds.items():
+        assert r["floor_s"][k] == close(floors[k]) and r["floor_ratio"][k] == close(s / floors[k])
+        assert r["gflop"][k] == close(flops[k] / 1e9) and r["mfu"][k] == close(flops[k] / s / 100e9)
+    benchmark.show(r)
+    rows = {line[:16].strip(): numbers(line[16:]) for line in said[2:]}
+    assert {k: v[:3] for k, v in rows.items()} == {
+        "PPO rollout": ["2.0000", "2.0", "10"], "PPO scoring": ["5.0000", "0.8", "6"],
+        "PPO update": ["20.0000", "0.4", "3"], "PPO iteration": ["31.0000", "0.1", "1"]}
+    for what, texts in (("sft", 1), ("reward", 2)):
+        said.clear()
+        r = benchmark.measure(benchmark.Options(what=what, batch=6))
+        assert (r["step_s"], r["min_step_s"], r["first_s"], r["iters"]) == (3, 1, 50, 4)
+        assert (r["steps_s"], r["samples_s"], r["tok_s"]) == close((1 / 3, 2, 2 * 64 * texts))
+        assert r["mfu"]["step"] == close(benchmark.step_cost(work, what, 6)["step"][0] / 3 / 100e9)
+        benchmark.show(r)
+        assert numbers(said[-1][16:])[:3] == ["3.0000", "2.0", f"{128 * texts}"]
