@@ -24,8 +24,8 @@ from minirlhf import benchmark, check, checkpoint, evaluate, kernels, runtime, s
 from minirlhf.data import Row
 
 WORDS = "good bad fine sad the cat dog sun ran sat né".split()
-SFT = ("--data_dir data --device cpu --dtype float32 --n_layer 1 --n_head 1 --n_embd 8 --vocab_size 270 --block_size 48 "
-       "--num_train_epochs 2 --batch_size 4 --micro_batch_size 3 --eval_interval 3 --log_interval 2 --warmup_ratio 0.3 "
+SFT = ("--data_dir data --device cpu --dtype float32 --n_layer 1 --n_head 1 --n_embd 8 --vocab_size 270 --block_size "
+       "48 --num_train_epochs 2 --batch_size 4 --micro_batch_size 3 --eval_interval 3 --log_interval 2 --warmup_ratio 0.3 "
        "--learning_rate 0.02 --max_grad_norm 0.01 --response_length 6").split()
 RM = ("--data_dir data --device cpu --dtype float32 --batch_size 3 --micro_batch_size 2 --num_scale_samples 131 "
       "--response_length 6 --eval_interval 2 --log_interval 2 --num_train_epochs 1.6 --warmup_ratio 0.4 "
@@ -86,7 +86,7 @@ class World:
             for name, records in rows_of(rng, part).items():
                 self.records[name, part] = records
                 (folder / "data" / f"{name}.{part}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-        (folder / "judge.py").write_text("def length(prompts, completions):\n    return [len(c) for c in completions]\n")
+        (folder / "judge.py").write_text("def length(prompts, completions):\n    return [*map(len, completions)]\n")
         patch.chdir(folder)
         patch.setattr(time, "perf_counter", lambda: self.now)
         patch.setattr(runtime, "say", self.said.append)
@@ -337,7 +337,7 @@ def pairs_of(record):
     if "chosen" in record:
         return [(record["chosen"], record["rejected"])]
     texts, scores = record["completions"], record["scores"]
-    return [(a, b) for i, (a, s) in enumerate(zip(texts, scores)) for b, t in zip(texts[i + 1:], scores[i + 1:]) if s > t]
+    return [(a, b) for i, (a, s) in enumerate(zip(texts, scores)) for b, t in zip(texts[i:], scores[i:]) if s > t]
 
 
 def expected_rm_steps(world):
@@ -431,8 +431,8 @@ def naive_groups(records):
 
 
 def test_held_out_figures_of_a_reward_model(world):
-    """Accuracy with ties half, its 95 % interval, the one length that training pairs prefer, and how often others agree,
-    of all pairs, each kind and each bin of margins: from the texts of the file and scores of texts alone. Training
+    """Accuracy with ties half, its 95 % interval, the one length that training pairs prefer, how often others agree, of
+    all pairs, each kind and each bin of margins: from the texts of the file and scores of texts alone. Training
     prefers the longer text in 9 of its 14 pairs, though in 3 of its 8 records; held-out pairs do not count."""
     tokenizer = checkpoint.load("out/sft", ["sft"], torch.device("cpu"))[1]
     records, memo = world.records["preferences", "val"], {}
@@ -490,8 +490,8 @@ def naive_ece(differences, temperature):
 
 
 def test_calibration_by_halves():
-    """The temperature that is judged is fitted on the even pairs, and the judged ones are odd; the one that is told is of
-    all. Halves of different scales, some wrong, tell which was which."""
+    """The temperature that is judged is fitted on the even pairs, and the judged ones are odd; the one that is told is
+    of all. Halves of different scales, some wrong, tell which was which."""
     rng = random.Random(0)
     d = [rng.gauss(1, 1) * (3 if k % 2 else 1) for k in range(200)]
     found = evaluate.calibration(torch.tensor(d, dtype=torch.double))
@@ -521,7 +521,7 @@ def test_the_closing_report_of_a_reward_model(world):
 
 
 def test_the_scale_of_the_reward(world):
-    """Mean and standard deviation of the scores of SFT samples, two batches of them, as they were before; then 0 and 1."""
+    """Mean and deviation of the scores of SFT samples, two batches of them, as they were before; then 0 and 1."""
     ((before, _, _, _, prompts, _), (mean, std), _), = world.first["set_scale"]
     model = checkpoint.load("out/rm", ["rm"], torch.device("cpu"))[0]
     drawn = [(p, r) for (_, part, *_), rollout, _ in world.first["scale samples"]
@@ -673,7 +673,8 @@ def test_held_out_answers(world):
             kls = [b - a for a, b in zip(p, q)]
             assert {k: v for k, v in row.items() if k not in ("ids", "prompt", "completion")} == close({
                 "k1": sum(kls), "k3": sum(math.exp(-kl) - 1 + kl for kl in kls), "ref_logprob": -sum(q),
-                "length": len(answer), "score": scalar(reward, ids + answer), "judge": len(row["completion"]), "finished": row["finished"]}, 1e-3)
+                "length": len(answer), "score": scalar(reward, ids + answer),
+                "judge": len(row["completion"]), "finished": row["finished"]}, 1e-3)
             assert row["completion"] == tokenizer.decode(row["ids"]) and row["prompt"] == tokenizer.decode(ids)
             assert row["finished"] or len(row["ids"]) == 6
     for (policy, prompts, *_), rollout, _ in world.first["generate"]:
@@ -685,7 +686,7 @@ def test_held_out_answers(world):
 
 
 def naive_share(points):
-    """A share with the two shares q that it is 1.96 standard deviations of q away from: (p - q)^2 = z^2 q (1 - q) / n."""
+    """A share with the two shares q that it is 1.96 of q's deviations from: (p - q)^2 = z^2 q (1 - q) / n."""
     n, p = len(points), sum(points) / len(points)
     a, b = 1 + 1.96 ** 2 / n, 2 * p + 1.96 ** 2 / n
     root = math.sqrt(max(b * b - 4 * a * p * p, 0))
@@ -739,13 +740,14 @@ def test_evaluations_of_ppo(world):
         assert line == [f"{f['score'][0]:+.3f}", f"{f['kl'][0]:.2f}", f"{f['win_rate'][0]:.1%}", f"{f['eos_rate']:.2f}",
                         f"{f['judge_score'][0]:+.3f}", f"{f['judge_win_rate'][0]:.1%}"]
         assert shown[3 * k:3 * k + 3] == [[f"{a['score']:+.2f}", f"{b['score']:+.2f}"] for a, b in zip(base, rows)]
-        assert kept[3 * k:3 * k + 3] == [{"step": look["step"], "prompt": row["prompt"], "completion": row["completion"],
-                                          "score": close(row["score"])} for row in rows]
+        assert kept[3 * k:3 * k + 3] == [
+            {"step": look["step"], "prompt": r["prompt"], "completion": r["completion"], "score": close(r["score"])}
+            for r in rows]
 
 
 FORMS = {"score": "{:.3f} {:.3f}", "win_rate": "{:.1%} {:.1%} {:.1%}", "judge_score": "{:.3f} {:.3f}",
-         "judge_win_rate": "{:.1%} {:.1%} {:.1%}", "kl": "{:.2f} {:.2f}", "kl_k3": "{:.2f} {:.2f}", "eos_rate": "{:.1%}",
-         "mean_length": "{:.1f}", "distinct_2": "{:.3f}", "repeated": "{:.1%}", "ref_logprob_per_token": "{:.3f}"}
+         "judge_win_rate": "{:.1%} {:.1%} {:.1%}", "kl": "{:.2f} {:.2f}", "kl_k3": "{:.2f} {:.2f}",
+         "eos_rate": "{:.1%}", "mean_length": "{:.1f}", "distinct_2": "{:.3f}", "repeated": "{:.1%}", "ref_logprob_per_token": "{:.3f}"}
 
 
 def cells(columns):
@@ -891,8 +893,8 @@ def test_figures_over_two_ranks(world, tmp_path, monkeypatch, stage):
 
 def test_the_line_of_a_step():
     """Each figure has its own place and as many digits as it is given."""
-    record = {"objective/scores": -1.23456, "objective/kl": 12.3456, "objective/kl_k3": 7.8912, "policy/entropy_avg": 2.3456,
-              "policy/clipfrac_avg": 0.12345, "val/explained_variance": -0.4567, "completions/mean_length": 33.456,
+    record = {"objective/scores": -1.23456, "objective/kl": 12.3456, "objective/kl_k3": 7.8912,
+              "policy/entropy_avg": 2.3456, "policy/clipfrac_avg": 0.12345, "val/explained_variance": -0.4567, "completions/mean_length": 33.456,
               "completions/eos_rate": 0.8765, "tokens_per_second": 12345.6}
     assert numbers(evaluate.describe_step(record)) == [
         "-1.235", "12.35", "7.89", "2.35", "0.123", "-0.46", "33.5", "0.88", "12,346"]
@@ -937,8 +939,8 @@ def test_gradient_norms_are_those_before_clipping(make_model):
 
 
 def test_the_first_and_last_rates_of_a_schedule():
-    """Of 7 steps, 3 of them warm-up: 1/3, 2/3, 1, then the cosine from its top; the last one is not 0. The warm-up is at
-    least one step, at most all of them."""
+    """Of 7 steps, 3 of them warm-up: 1/3, 2/3, 1, then the cosine from its top; the last one is not 0. The warm-up is
+    at least one step, at most all of them."""
     assert [runtime.warmup_cosine(step, 7, 0.4) for step in range(7)] == close([
         1 / 3, 2 / 3, 1, 1, (1 + math.cos(math.pi / 4)) / 2, 0.5, (1 + math.cos(3 * math.pi / 4)) / 2])
     assert [runtime.warmup_cosine(step, 2, 0.0) for step in range(2)] == [1, 1]
