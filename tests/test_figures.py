@@ -25,8 +25,8 @@ from minirlhf.data import Row
 
 WORDS = "good bad fine sad the cat dog sun ran sat né".split()
 SFT = ("--data_dir data --device cpu --dtype float32 --n_layer 1 --n_head 1 --n_embd 8 --vocab_size 270 --block_size "
-       "48 --num_train_epochs 2 --batch_size 4 --micro_batch_size 3 --eval_interval 3 --log_interval 2 --warmup_ratio 0.3 "
-       "--learning_rate 0.02 --max_grad_norm 0.01 --response_length 6").split()
+       "48 --num_train_epochs 2 --batch_size 4 --micro_batch_size 3 --eval_interval 3 --log_interval 2 --warmup_ratio "
+       "0.3 --learning_rate 0.02 --max_grad_norm 0.01 --response_length 6").split()
 RM = ("--data_dir data --device cpu --dtype float32 --batch_size 3 --micro_batch_size 2 --num_scale_samples 131 "
       "--response_length 6 --eval_interval 2 --log_interval 2 --num_train_epochs 1.6 --warmup_ratio 0.4 "
       "--max_grad_norm 0.01").split()
@@ -92,6 +92,7 @@ class World:
         patch.setattr(runtime, "say", self.said.append)
         patch.setattr(evaluate, "say", lambda text="": self.said.append(text))
         self.watch(kernels, "pick_matmul", lambda n: 3.0)
+        self.watch(runtime, "optimizer_step", lambda n: 0.125)
 
     def watch(self, owner, name, seconds=lambda n: 0.0, before=lambda *a: a, after=lambda out, *a: out, label=""):
         """Keep what a function was given and what it returned; it takes `seconds` of its n-th call."""
@@ -108,12 +109,15 @@ class World:
     def train(self, main, arguments, stop_at, stepping):
         """Run, stopped after step `stop_at`, and again with --resume -> the lines of both."""
         self.patch.setattr(runtime.Run, "should_stop", lambda run: len(self.calls[stepping]) == stop_at)
+        self.said.clear()
         with pytest.raises(SystemExit) as stop:
             main(arguments)
         assert stop.value.code == 128 + signal.SIGTERM
         first, self.said[:] = [*self.said], []
         main([*arguments, "--resume"])
         second, self.said[:] = [*self.said], []
+        self.patch.setattr(runtime.Run, "should_stop", lambda run: False)
+        self.first = {name: [*calls] for name, calls in self.calls.items()}  # of these runs alone
         return first, second
 
     def metrics(self, stage):
@@ -140,35 +144,56 @@ def gradient_norm(model):
 def world(tmp_path_factory):
     handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
     with pytest.MonkeyPatch.context() as patch:
-        world = World(tmp_path_factory.mktemp("figures"), patch)
-        copied = lambda model, batch, *_: (copy.deepcopy(model), batch)  # noqa: E731
-        world.watch(runtime, "optimizer_step", lambda n: 0.125)
-        for name in ("generate", "answer"):
-            world.watch(evaluate, name, before=lambda policy, *a: (copy.deepcopy(policy), *a))
-        world.watch(train_sft, "batch_gradients", lambda n: 2.25 + n, copied, lambda out, model, *_: (
-            out, gradient_norm(model)), "sft steps")
-        world.watch(evaluate, "held_out_loss", lambda n: 40.0, lambda model, *_: copy.deepcopy(model))
-        world.watch(train_sft, "show_samples", lambda n: 7.0)
-        world.sft = world.train(train_sft.main, SFT, 4, "sft steps")
-        nudge_towards_eos(world.folder / "out" / "sft" / "ckpt.pt")
-        world.watch(train_rm, "batch_gradients", lambda n: 1.75 + n, copied, lambda out, model, *_: (
-            out, gradient_norm(model)), "rm steps")
-        world.watch(train_rm, "set_scale", lambda n: 11.0, lambda model, *more: (copy.deepcopy(model), *more))
-        world.watch(train_rm, "generate", label="scale samples")
-        world.watch(evaluate, "reward_model_figures", lambda n: 50.0, lambda model, run, records, eos, longer: (
-            copy.deepcopy(model), records, longer))
-        world.rm = world.train(train_rm.main, RM, 2, "rm steps")
-        world.watch(train_ppo, "roll_out", lambda n: 1.5 + n)
-        world.watch(train_ppo, "update", lambda n: 4.0, lambda batch, policy, value, *_: (
-            copy.deepcopy(batch), copy.deepcopy(policy), copy.deepcopy(value)))
-        world.watch(evaluate.AgainstSFT, "evaluation", lambda n: 60.0)
-        world.ppo = world.train(train_ppo.main, PPO, 2, "update")
-        world.first = {name: [*calls] for name, calls in world.calls.items()}  # of these runs alone
-        world.answers = world.first["answer"]
-        patch.setattr(runtime.Run, "should_stop", lambda run: False)
-        yield world
+        yield World(tmp_path_factory.mktemp("figures"), patch)
     for number, handler in handlers:
         signal.signal(number, handler)
+
+
+def batch_and_model(model, batch, *_):
+    return copy.deepcopy(model), batch
+
+
+def with_norm(out, model, *_):
+    return out, gradient_norm(model)
+
+
+@pytest.fixture(scope="module")
+def sft(world):
+    """The world after stage 1."""
+    world.watch(train_sft, "batch_gradients", lambda n: 2.25 + n, batch_and_model, with_norm, "sft steps")
+    world.watch(evaluate, "held_out_loss", lambda n: 40.0, lambda model, *_: copy.deepcopy(model))
+    world.watch(train_sft, "show_samples", lambda n: 7.0)
+    world.sft = world.train(train_sft.main, SFT, 4, "sft steps")
+    return world
+
+
+@pytest.fixture(scope="module")
+def rm(sft):
+    """The world after stage 2."""
+    world = sft
+    nudge_towards_eos(world.folder / "out" / "sft" / "ckpt.pt")
+    world.watch(train_rm, "batch_gradients", lambda n: 1.75 + n, batch_and_model, with_norm, "rm steps")
+    world.watch(train_rm, "set_scale", lambda n: 11.0, lambda model, *more: (copy.deepcopy(model), *more))
+    world.watch(train_rm, "generate", label="scale samples")
+    world.watch(evaluate, "reward_model_figures", lambda n: 50.0, lambda model, run, records, eos, longer: (
+        copy.deepcopy(model), records, longer))
+    world.rm = world.train(train_rm.main, RM, 2, "rm steps")
+    return world
+
+
+@pytest.fixture(scope="module")
+def ppo(rm):
+    """The world after stage 3."""
+    world = rm
+    for name in ("generate", "answer"):
+        world.watch(evaluate, name, before=lambda policy, *a: (copy.deepcopy(policy), *a))
+    world.watch(train_ppo, "roll_out", lambda n: 1.5 + n)
+    world.watch(train_ppo, "update", lambda n: 4.0, lambda batch, policy, value, *_: (
+        copy.deepcopy(batch), copy.deepcopy(policy), copy.deepcopy(value)))
+    world.watch(evaluate.AgainstSFT, "evaluation", lambda n: 60.0)
+    world.ppo = world.train(train_ppo.main, PPO, 2, "update")
+    world.answers = world.first["answer"]
+    return world
 
 
 def nudge_towards_eos(path):
@@ -242,25 +267,25 @@ def expected_sft_steps(world):
     return records, lines
 
 
-def test_the_steps_of_sft(world):
+def test_the_steps_of_sft(sft):
     """Each record, from the rows of its batch: nats a trained token, the norm before clipping, tokens read a second
     since the last line, evaluations not counted, the rate of this step, epochs of whole batches; and the lines."""
-    records, lines = expected_sft_steps(world)
-    found = world.metrics("sft")
+    records, lines = expected_sft_steps(sft)
+    found = sft.metrics("sft")
     assert len(found) == 8
     for record, expected in zip(found, records):
         assert {k: v for k, v in record.items() if k != "eval"} == close(expected)
         assert record["grad_norm"] > 0.05
-    said = [step_lines(part) for part in world.sft]
+    said = [step_lines(part) for part in sft.sft]
     assert [len(part) for part in said] == [2, 2]
     assert [numbers(line) for part in said for line in part] == lines
 
 
-def naive_held_out(world, model):
+def naive_held_out(sft, model):
     """{kind: {nats a token, bits a byte}} from the texts in the file."""
     tokenizer = checkpoint.load("out/sft", ["sft"], torch.device("cpu"))[1]
     sums = {}
-    for r in world.records["sft", "val"]:
+    for r in sft.records["sft", "val"]:
         p, c = tokenizer.encode_prompt(r["prompt"]), tokenizer.encode_completion(r["completion"])
         if len(p) + len(c) > 48:
             continue
@@ -277,15 +302,15 @@ def held_out_numbers(figures):
     return [f"{figures['all']['nats_per_token']:.4f}", f"{figures['all']['bits_per_byte']:.3f}", *kinds]
 
 
-def test_held_out_losses_of_sft(world):
+def test_held_out_losses_of_sft(sft):
     """Nats a token, eos counted; bits a byte of UTF-8, eos not; of all rows and of each domain. The stored figures are
     those of the lowest loss."""
-    evaluations = [r["eval"] for r in world.metrics("sft") if "eval" in r]
-    expected = [naive_held_out(world, model) for model, *_ in world.first["held_out_loss"]]
+    evaluations = [r["eval"] for r in sft.metrics("sft") if "eval" in r]
+    expected = [naive_held_out(sft, model) for model, *_ in sft.first["held_out_loss"]]
     assert len(evaluations) == len(expected) == 3 and evaluations[0].keys() == {"all", "a", "b"}
     for ours, theirs in zip(evaluations, expected):
         assert ours == {kind: close(figures) for kind, figures in theirs.items()}
-    said = [numbers(line) for line in world.sft[0] + world.sft[1] if "nats/token" in line and "lr" not in line]
+    said = [numbers(line) for line in sft.sft[0] + sft.sft[1] if "nats/token" in line and "lr" not in line]
     assert said == [*map(held_out_numbers, expected), held_out_numbers(min(
         expected, key=lambda f: f["all"]["nats_per_token"]))]
     info = checkpoint.load("out/sft", ["sft"], torch.device("cpu"))[2]["info"]
@@ -293,25 +318,25 @@ def test_held_out_losses_of_sft(world):
     assert info["held_out"] in evaluations
 
 
-def test_the_counts_that_sft_begins_with(world):
+def test_the_counts_that_sft_begins_with(sft):
     """Rows kept and dropped, tokens an epoch and trained ones, parameters, steps, tokens a step."""
     tokenizer = checkpoint.load("out/sft", ["sft"], torch.device("cpu"))[1]
-    model = world.first["sft steps"][0][0][0]
+    model = sft.first["sft steps"][0][0][0]
     coded = [(len(tokenizer.encode(r["prompt"])), len(tokenizer.encode(r["completion"])))
-             for r in world.records["sft", "train"]]
+             for r in sft.records["sft", "train"]]
     kept = [(p, c) for p, c in coded if p + c + 2 <= 48]
     read, trained = sum(p + c + 1 for p, c in kept), sum(c + 1 for _, c in kept)
-    lines = world.sft[0]
+    lines = sft.sft[0]
     assert after(lines, "held out, from") == ["13", "7"] and len(kept) == 13
     assert after(lines, "training rows") == ["1", "14", "48"] and after(lines, "held-out rows") == ["1", "8", "48"]
     assert after(lines, "tokens an epoch") == [f"{read:,}", f"{trained:,}", f"{tokenizer.vocab_size}"]
     parameters = sum(len(p.flatten()) for p in model.parameters())
     assert after(lines, "parameters") == ["1", "8", "1", f"{parameters:,}"]
     assert after(lines, "steps of") == ["1", "8", "4", f"{read // 4}"]
-    assert after(world.sft[1], "goes on from step")[-1] == "4"
+    assert after(sft.sft[1], "goes on from step")[-1] == "4"
 
 
-def test_what_is_best_so_far(tmp_path, world, monkeypatch):
+def test_what_is_best_so_far(tmp_path, sft, monkeypatch):
     """Held-out losses of 3, 2, 2 and 4: the second is the best, an equal one is none, and the stored weights are those
     that it was found with."""
     losses, states = [3.0, 2.0, 2.0, 4.0], []
@@ -320,12 +345,12 @@ def test_what_is_best_so_far(tmp_path, world, monkeypatch):
         states.append(copy.deepcopy(model.state_dict()))
         return {"all": {"nats_per_token": losses[len(states) - 1], "bits_per_byte": 1.0}}
     monkeypatch.setattr(evaluate, "held_out_loss", preset)
-    world.said.clear()
+    sft.said.clear()
     train_sft.main([*SFT, "--eval_interval", "2", "--out_dir", str(tmp_path / "out")])
-    said = [line for line in world.said if "held out: " in line]
+    said = [line for line in sft.said if "held out: " in line]
     assert ["best" in line for line in said] == [True, True, False, False]
     payload = torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)
-    assert payload["info"]["nats_per_token"] == 2.0 and after(world.said, "best held-out")[0] == "2.0000"
+    assert payload["info"]["nats_per_token"] == 2.0 and after(sft.said, "best held-out")[0] == "2.0000"
     assert all(torch.equal(payload["model"][name], states[1][name]) for name in states[1])
     assert all(torch.equal(payload["training"]["model"][name], states[3][name]) for name in states[3])
 
@@ -340,11 +365,11 @@ def pairs_of(record):
     return [(a, b) for i, (a, s) in enumerate(zip(texts, scores)) for b, t in zip(texts[i:], scores[i:]) if s > t]
 
 
-def expected_rm_steps(world):
+def expected_rm_steps(rm):
     """The record of each step but its evaluation, and the numbers of each line, from the pairs of each batch."""
     records, lines, used, steps = [], [], 3.0, 5  # 8 records, 3 a batch: 3 batches an epoch; 1.6 epochs are 5 steps
     seen = seconds = right = pairs = 0
-    for step, ((model, batch), (_, norm), _) in enumerate(world.first["rm steps"]):
+    for step, ((model, batch), (_, norm), _) in enumerate(rm.first["rm steps"]):
         if step == 2:
             used, seen, seconds, right, pairs = 3.0, 0, 0, 0, 0
         losses, won = [], 0
@@ -367,28 +392,28 @@ def expected_rm_steps(world):
     return records, lines
 
 
-def test_the_steps_of_a_reward_model(world):
+def test_the_steps_of_a_reward_model(rm):
     """Each record, from the pairs of its batch: nats a pair, pairs ordered rightly (those of all since the last line in
     the line), the norm before clipping, tokens of all texts a second, the rate of this step."""
-    records, lines = expected_rm_steps(world)
-    found = [r for r in world.metrics("rm") if "final" not in r]
+    records, lines = expected_rm_steps(rm)
+    found = [r for r in rm.metrics("rm") if "final" not in r]
     assert len(found) == 5
     for record, expected in zip(found, records):
         assert {k: v for k, v in record.items() if k != "eval"} == close(expected)
-    said = [step_lines(part) for part in world.rm]
+    said = [step_lines(part) for part in rm.rm]
     assert [numbers(line) for part in said for line in part] == lines and len(said[0]) == 1
 
 
-def test_the_counts_that_a_reward_model_begins_with(world):
+def test_the_counts_that_a_reward_model_begins_with(rm):
     """Records, texts and pairs that are kept; dropped ones by cause; tokens a step."""
     tokenizer = checkpoint.load("out/sft", ["sft"], torch.device("cpu"))[1]
-    train, lines = world.records["preferences", "train"], world.rm[0]
+    train, lines = rm.records["preferences", "train"], rm.rm[0]
     fits = [r for r in train if all(len(tokenizer.encode(t)) <= 46 for pair in pairs_of(r) for t in pair)]
     kept = [r for r in fits if pairs_of(r)]
     texts = [(r["prompt"], t) for r in kept for t in r.get("completions") or [r["chosen"], r["rejected"]]]
     read = sum(len(tokenizer.encode(p)) + len(tokenizer.encode(t)) + 2 for p, t in texts)
     assert after(lines, "records with") == ["8", "19", "14", "12"] == [
-        f"{len(x)}" for x in (kept, texts, sum(map(pairs_of, kept), []), world.records["preferences", "val"])]
+        f"{len(x)}" for x in (kept, texts, sum(map(pairs_of, kept), []), rm.records["preferences", "val"])]
     assert after(lines, "training texts") == ["1", "23", "48"]
     assert after(lines, "dropped, too long") == ["1"] and after(lines, "not tied") == ["1"]
     assert after(lines, "steps of") == ["1", "5", "3", f"{read // 3}"]
@@ -430,21 +455,21 @@ def naive_groups(records):
     return groups
 
 
-def test_held_out_figures_of_a_reward_model(world):
+def test_held_out_figures_of_a_reward_model(rm):
     """Accuracy with ties half, its 95 % interval, the one length that training pairs prefer, how often others agree, of
     all pairs, each kind and each bin of margins: from the texts of the file and scores of texts alone. Training
     prefers the longer text in 9 of its 14 pairs, though in 3 of its 8 records; held-out pairs do not count."""
     tokenizer = checkpoint.load("out/sft", ["sft"], torch.device("cpu"))[1]
-    records, memo = world.records["preferences", "val"], {}
+    records, memo = rm.records["preferences", "val"], {}
 
     def ids(text):
         return tuple(tokenizer.encode_prompt("") + tokenizer.encode_completion(text))
 
-    looks = [r["eval"] for r in world.metrics("rm") if "eval" in r]
-    looks.append(world.metrics("rm")[-1]["final"]["figures"])
-    said = [numbers(line) for line in world.rm[0] + world.rm[1] if line.startswith("  held out: ")]
+    looks = [r["eval"] for r in rm.metrics("rm") if "eval" in r]
+    looks.append(rm.metrics("rm")[-1]["final"]["figures"])
+    said = [numbers(line) for line in rm.rm[0] + rm.rm[1] if line.startswith("  held out: ")]
     assert len(looks) == 3 and len(said) == 2
-    for look, ((model, _, longer), _, _) in zip(looks, world.first["reward_model_figures"]):
+    for look, ((model, _, longer), _, _) in zip(looks, rm.first["reward_model_figures"]):
         assert longer
         score = {t: scalar(model, ids(t)) for r in records for t in (r["chosen"], r["rejected"])}
         groups = naive_groups(records)
@@ -461,7 +486,7 @@ def test_held_out_figures_of_a_reward_model(world):
             assert look[name] == close(expected, 1e-5), name
         memo[id(look)] = score
     assert said == [[f"{look[name]['accuracy']:.3f}" for name in ("all", "mean", "person")] for look in looks[:2]]
-    table = [line for line in world.rm[1] if re.match(r"(all|mean|person)\b", line)]
+    table = [line for line in rm.rm[1] if re.match(r"(all|mean|person)\b", line)]
     for line, (name, f) in zip(table, looks[-1].items(), strict=True):
         shown = [f"{f['pairs']}", *(f"{f[k]:.3f}" for k in ("accuracy", "low", "high", "length_only"))]
         assert numbers(line.removeprefix(name)) == shown + ([f"{f['ceiling']:.3f}"] if "ceiling" in f else [])
@@ -501,53 +526,53 @@ def test_calibration_by_halves():
     assert abs(halves[0] / halves[1] - 1) > 0.2 and abs(found["temperature"] / halves[0] - 1) > 0.1
 
 
-def test_the_closing_report_of_a_reward_model(world):
+def test_the_closing_report_of_a_reward_model(rm):
     """Calibration of the differences as they are after scaling; what is printed is what is stored."""
     tokenizer = checkpoint.load("out/sft", ["sft"], torch.device("cpu"))[1]
     model, _, payload = checkpoint.load("out/rm", ["rm"], torch.device("cpu"))
-    final = world.metrics("rm")[-1]
+    final = rm.metrics("rm")[-1]
     d = [scalar(model, tokenizer.encode_prompt("") + tokenizer.encode_completion(r["chosen"]))
          - scalar(model, tokenizer.encode_prompt("") + tokenizer.encode_completion(r["rejected"]))
-         for r in world.records["preferences", "val"]]
+         for r in rm.records["preferences", "val"]]
     told = final["final"]["calibration"]
     assert final["step"] == 5 and told == close({
         "temperature": naive_temperature(d), "ece": naive_ece(d, 1),
         "ece_with_temperature": naive_ece(d, naive_temperature(d[::2]))}, 1e-3)
-    lines = world.rm[1]
+    lines = rm.rm[1]
     assert after(lines, "calibration: ") == [f"{told[k]:.3f}" for k in ("ece", "ece_with_temperature")] + [
         f"{told['temperature']:.2f}"]
     assert payload["info"] == final["final"] and final["final"]["verdict"] in lines
     assert numbers(final["final"]["verdict"]) == ["12"]
 
 
-def test_the_scale_of_the_reward(world):
+def test_the_scale_of_the_reward(rm):
     """Mean and deviation of the scores of SFT samples, two batches of them, as they were before; then 0 and 1."""
-    ((before, _, _, _, prompts, _), (mean, std), _), = world.first["set_scale"]
+    ((before, _, _, _, prompts, _), (mean, std), _), = rm.first["set_scale"]
     model = checkpoint.load("out/rm", ["rm"], torch.device("cpu"))[0]
-    drawn = [(p, r) for (_, part, *_), rollout, _ in world.first["scale samples"]
+    drawn = [(p, r) for (_, part, *_), rollout, _ in rm.first["scale samples"]
              for p, r in zip(part, rollout.responses())]
     assert len(drawn) == 131 and [p for p, _ in drawn] == prompts
     scores = [scalar(before, p + r) for p, r in drawn]
     assert (mean, std) == close((statistics.fmean(scores), statistics.pstdev(scores)))
-    assert after(world.rm[1], "scale: ") == ["131", f"{mean:.3f}", f"{std:.3f}", "0", "1"]
+    assert after(rm.rm[1], "scale: ") == ["131", f"{mean:.3f}", f"{std:.3f}", "0", "1"]
     scores = [scalar(model, p + r) for p, r in drawn]
     assert (statistics.fmean(scores), statistics.pstdev(scores)) == close((0, 1), 1e-3)
     assert len({(*p, *r) for p, r in drawn}) > 100  # drawn anew for each prompt and batch
 
 
-def test_pairs_that_are_shown(world):
+def test_pairs_that_are_shown(rm):
     """Better and worse text with their scores, right where the better one's is higher; the file has the same."""
     model = checkpoint.load("out/rm", ["rm"], torch.device("cpu"))[0]
     tokenizer = checkpoint.load("out/sft", ["sft"], torch.device("cpu"))[1]
-    kept = [r for r in world.samples("rm") if r["step"] == 5]
-    lines = [line for line in world.rm[1] if re.match("    (right|wrong|tied)", line)][-4:]
-    for r, row, line in zip(world.records["preferences", "val"], kept, lines, strict=False):
+    kept = [r for r in rm.samples("rm") if r["step"] == 5]
+    lines = [line for line in rm.rm[1] if re.match("    (right|wrong|tied)", line)][-4:]
+    for r, row, line in zip(rm.records["preferences", "val"], kept, lines, strict=False):
         scores = [scalar(model, tokenizer.encode_prompt("") + tokenizer.encode_completion(r[k]))
                   for k in ("chosen", "rejected")]
         assert [row["chosen"], row["rejected"]] == [r["chosen"], r["rejected"]] and row["scores"] == close(scores)
         assert line.startswith("    right") == (scores[0] > scores[1])
         assert line == line and [f"{s:+.2f}" in line for s in scores] == [True, True]
-    assert len(kept) == len(lines) == 4 and {r["step"] for r in world.samples("rm")} == {2, 4, 5}
+    assert len(kept) == len(lines) == 4 and {r["step"] for r in rm.samples("rm")} == {2, 4, 5}
 
 
 def test_equal_scores_are_half_right(make_model):
@@ -611,17 +636,17 @@ def naive_rollout(batch, policy, value, ref, reward, kl_coef):
             "completions/eos_rate": sum(ids[-1] == 269 for ids, *_ in rows) / n}
 
 
-def test_the_steps_of_ppo(world):
+def test_the_steps_of_ppo(ppo):
     """Each record, from the ids of its batch and the networks as they were: KL and the like in nats a response, all at
     the run's temperature, scores before they are clipped, the coefficient before it adapts, answers and their tokens a
     second, episodes, a rate that falls to a share of 1/steps; and the line of each step."""
     ref, _, reward = models()
-    found = [r for r in world.metrics("ppo") if "final" not in r]
-    lines = [step_lines(part) for part in world.ppo]
+    found = [r for r in ppo.metrics("ppo") if "final" not in r]
+    lines = [step_lines(part) for part in ppo.ppo]
     assert len(found) == 4 and [len(part) for part in lines] == [2, 2]  # 21 episodes, 6 a batch, rounded up
     kl_coef, used = 0.1, 3.0
     for step, (record, line, ((batch, policy, value), _, _)) in enumerate(zip(
-            found, lines[0] + lines[1], world.first["update"], strict=True)):
+            found, lines[0] + lines[1], ppo.first["update"], strict=True)):
         expected = naive_rollout(batch, policy, value, ref, reward, kl_coef)
         seconds = 1.5 + step + 4.0 + (1.0 if step else 0.5)  # 4 optimizer steps of each network, 1 network in warm-up
         length = expected["completions/mean_length"]
@@ -643,30 +668,30 @@ def test_the_steps_of_ppo(world):
     assert 0 < sum(rates) < 4 and found[-1]["objective/kl_k3"] > 0.01
 
 
-def test_what_ppo_begins_and_ends_with(world):
+def test_what_ppo_begins_and_ends_with(ppo):
     """Prompts, steps, epochs and minibatches; megabytes of the checkpoint, and the time of this process."""
-    lines, model = world.ppo[0], models()[0]
+    lines, model = ppo.ppo[0], models()[0]
     assert after(lines, "prompts for training") == ["5", "9"]
     assert after(lines, "answers of up to") == ["1", "4", "6", "6", "2", "2"]
     assert after(lines, "policy: ")[0] == f"{sum(len(p.flatten()) for p in model.parameters()):,}"
-    assert after(world.ppo[1], "goes on from step")[-1] == "2"
-    size = (world.folder / "out" / "ppo" / "ckpt.pt").stat().st_size
-    assert after(world.ppo[1][::-1], " MB in ")[0] == f"{size / 1e6:.1f}"
-    used = 3.0 + sum(r["seconds"] for r in world.metrics("ppo")[2:4]) + 2 * 60
-    assert after(world.ppo[1], "ckpt.pt after")[:2] == [*clock_text(used)]
+    assert after(ppo.ppo[1], "goes on from step")[-1] == "2"
+    size = (ppo.folder / "out" / "ppo" / "ckpt.pt").stat().st_size
+    assert after(ppo.ppo[1][::-1], " MB in ")[0] == f"{size / 1e6:.1f}"
+    used = 3.0 + sum(r["seconds"] for r in ppo.metrics("ppo")[2:4]) + 2 * 60
+    assert after(ppo.ppo[1], "ckpt.pt after")[:2] == [*clock_text(used)]
 
 
 def eos_of(row):
     return [269] * row["finished"]
 
 
-def test_held_out_answers(world):
+def test_held_out_answers(ppo):
     """Each row of an evaluation, from its prompt and ids: KL from the SFT model by k1 and k3, the log-probability under
     it, all at the run's temperature, at which it was drawn too; its length with eos; its score and the judge's. The
     SFT model's answers are the same in each process; others for each draw."""
     ref, tokenizer, reward = models()
-    assert [len(rows) for _, rows, _ in world.answers] == [9, 9, 3, 3, 9, 3, 3, 3]
-    for (policy, _, _, prompts, *_), rows, _ in world.answers:
+    assert [len(rows) for _, rows, _ in ppo.answers] == [9, 9, 3, 3, 9, 3, 3, 3]
+    for (policy, _, _, prompts, *_), rows, _ in ppo.answers:
         for ids, row in zip(prompts, rows, strict=True):
             answer = [*row["ids"], *eos_of(row)]
             p, q = (surprises(m, ids + answer, len(ids), 0.7) for m in (policy, ref))
@@ -677,10 +702,10 @@ def test_held_out_answers(world):
                 "judge": len(row["completion"]), "finished": row["finished"]}, 1e-3)
             assert row["completion"] == tokenizer.decode(row["ids"]) and row["prompt"] == tokenizer.decode(ids)
             assert row["finished"] or len(row["ids"]) == 6
-    for (policy, prompts, *_), rollout, _ in world.first["generate"]:
+    for (policy, prompts, *_), rollout, _ in ppo.first["generate"]:
         for ids, answer, told in zip(prompts, rollout.responses(), rollout.sampler_logprobs):
             assert -float(told.sum()) == close(sum(surprises(policy, ids + answer, len(ids), 0.7)), 1e-3)
-    texts = [[r["completion"] for r in rows] for _, rows, _ in world.answers]
+    texts = [[r["completion"] for r in rows] for _, rows, _ in ppo.answers]
     assert texts[0] == texts[1]
     assert len({*map(tuple, [texts[0][:3], *texts[5:]])}) == 4
 
@@ -726,15 +751,15 @@ def same_summary(found, rows, base):
             value, rel=1e-6, abs=1e-9), name
 
 
-def test_evaluations_of_ppo(world):
+def test_evaluations_of_ppo(ppo):
     """A quarter of --num_eval_prompts, against the SFT model's answers to the same prompts."""
-    base = world.answers[0][1][:3]
-    looks = [r for r in world.metrics("ppo") if "eval" in r]
-    said = [numbers(line) for line in world.ppo[1] if line.startswith("  held out: ")]
-    shown = [numbers(line[line.rindex("("):]) for line in world.ppo[1] if line.startswith("    ") and " -> " in line]
-    kept = [r for r in world.samples("ppo") if "final" not in r]
+    base = ppo.answers[0][1][:3]
+    looks = [r for r in ppo.metrics("ppo") if "eval" in r]
+    said = [numbers(line) for line in ppo.ppo[1] if line.startswith("  held out: ")]
+    shown = [numbers(line[line.rindex("("):]) for line in ppo.ppo[1] if line.startswith("    ") and " -> " in line]
+    kept = [r for r in ppo.samples("ppo") if "final" not in r]
     assert [r["step"] for r in looks] == [3, 4]
-    for k, (look, (_, rows, _), line) in enumerate(zip(looks, world.answers[2:4], said, strict=True)):
+    for k, (look, (_, rows, _), line) in enumerate(zip(looks, ppo.answers[2:4], said, strict=True)):
         f = look["eval"]
         same_summary(f, rows, base)
         assert line == [f"{f['score'][0]:+.3f}", f"{f['kl'][0]:.2f}", f"{f['win_rate'][0]:.1%}", f"{f['eos_rate']:.2f}",
@@ -747,7 +772,8 @@ def test_evaluations_of_ppo(world):
 
 FORMS = {"score": "{:.3f} {:.3f}", "win_rate": "{:.1%} {:.1%} {:.1%}", "judge_score": "{:.3f} {:.3f}",
          "judge_win_rate": "{:.1%} {:.1%} {:.1%}", "kl": "{:.2f} {:.2f}", "kl_k3": "{:.2f} {:.2f}",
-         "eos_rate": "{:.1%}", "mean_length": "{:.1f}", "distinct_2": "{:.3f}", "repeated": "{:.1%}", "ref_logprob_per_token": "{:.3f}"}
+         "eos_rate": "{:.1%}", "mean_length": "{:.1f}", "distinct_2": "{:.3f}", "repeated": "{:.1%}",
+         "ref_logprob_per_token": "{:.3f}"}
 
 
 def cells(columns):
@@ -761,45 +787,45 @@ def table_in(lines, title, count):
     return numbers(lines[at]), [numbers(line[38:]) for line in lines[at + 1:at + 1 + count]]
 
 
-def test_the_closing_report_of_ppo(world):
+def test_the_closing_report_of_ppo(ppo):
     """Before and after, in this order, on all held-out prompts, in the file and in the table; and for comparison the
     best by score of four SFT answers to a quarter of them."""
-    (base, *_, rows), draws = [rows for _, rows, _ in world.answers[1:5]], [rows for _, rows, _ in world.answers[5:]]
-    final = world.metrics("ppo")[-1]
+    (base, *_, rows), draws = [rows for _, rows, _ in ppo.answers[1:5]], [rows for _, rows, _ in ppo.answers[5:]]
+    final = ppo.metrics("ppo")[-1]
     assert final["step"] == 4
     same_summary(final["final"]["before"], base, base)
     same_summary(final["final"]["after"], rows, base)
-    assert table_in(world.ppo[1], "held-out prompts", 11) == (
+    assert table_in(ppo.ppo[1], "held-out prompts", 11) == (
         ["95%", "9"], cells([final["final"]["before"], final["final"]["after"]]))
     best = [max([base[i], *(d[i] for d in draws)], key=lambda row: row["score"])["score"] for i in range(3)]
-    assert after(world.ppo[1], "for comparison") == ["4", "3", f"{sum(best) / 3:.3f}", f"{math.log(4) - 3 / 4:.2f}"]
-    kept = [r for r in world.samples("ppo") if "final" in r]
+    assert after(ppo.ppo[1], "for comparison") == ["4", "3", f"{sum(best) / 3:.3f}", f"{math.log(4) - 3 / 4:.2f}"]
+    kept = [r for r in ppo.samples("ppo") if "final" in r]
     assert kept == [{"step": 4, "final": True, "prompt": b["prompt"], "completion": a["completion"],
                      "score": close(a["score"]), "sft_completion": b["completion"], "sft_score": close(b["score"])}
                     for a, b in zip(rows, base, strict=True)]
-    scores = [line.split("|")[0] for line in world.ppo[1][-20:]]
+    scores = [line.split("|")[0] for line in ppo.ppo[1][-20:]]
     for k in range(4):
         assert any(f"{base[k]['score']:+.2f} " in line for line in scores)
 
 
 # ---- commands
 
-def test_the_figures_of_evaluate(world):
+def test_the_figures_of_evaluate(ppo):
     """At the run's own temperature: a column a policy, wins by thirds of length, paired differences with their 95 %
     interval, the best of n, perplexity."""
-    world.calls["answer"].clear(), world.said.clear()
+    ppo.calls["answer"].clear(), ppo.said.clear()
     evaluate.main("out/ppo out/sft --judge judge.py:length --prompts data/prompts.val.jsonl --num_prompts 8 --best_of "
                   "1,3 --output found.json".split())
-    found = json.loads((world.folder / "found.json").read_text())
-    base, ppo, sft, one, two = (rows for _, rows, _ in world.calls["answer"])
+    found = json.loads((ppo.folder / "found.json").read_text())
+    base, ours, theirs, one, two = (rows for _, rows, _ in ppo.calls["answer"])
     assert found["temperature"] == 0.7 and found["response_length"] == 6 and found["num_prompts"] == 8
-    assert all(given[5].temperature == 0.7 for given, _, _ in world.calls["answer"])
-    same_summary(found["policies"]["out/ppo"], ppo, base)
-    same_summary(found["policies"]["out/sft"], sft, base)
+    assert all(given[5].temperature == 0.7 for given, _, _ in ppo.calls["answer"])
+    same_summary(found["policies"]["out/ppo"], ours, base)
+    same_summary(found["policies"]["out/sft"], theirs, base)
     columns = [*found["policies"].values()]
-    title, rows = table_in(world.said, "held-out prompts", 12)
+    title, rows = table_in(ppo.said, "held-out prompts", 12)
     assert title == ["95%", "8"] and rows[:11] == cells([found["policies"]["out/sft"], found["policies"]["out/ppo"]])
-    tokens = [-sum(r["ref_logprob"] for r in rows) / sum(r["length"] for r in rows) for rows in (base, ppo)]
+    tokens = [-sum(r["ref_logprob"] for r in rows) / sum(r["length"] for r in rows) for rows in (base, ours)]
     assert rows[11] == [f"{math.exp(nats):.1f}" for nats in tokens] and len(columns) == 2
     for n, draws in ((1, [base]), (3, [base, one, two])):
         best = [max((d[i] for d in draws), key=lambda row: row["score"]) for i in range(8)]
@@ -807,31 +833,31 @@ def test_the_figures_of_evaluate(world):
         bound = found["best_of"][f"{n}"]["kl_bound"]
         assert bound == close(math.log(n) - (n - 1) / n)
         f = naive_summary(best, base)
-        assert after(world.said, f"best of {n} ") == [
+        assert after(ppo.said, f"best of {n} ") == [
             f"{n}", f"{f['score'][0]:.3f}", f"{f['win_rate'][0]:.1%}", f"{f['judge_win_rate'][0]:.1%}", f"{bound:.2f}"]
-    longer = sorted(range(8), key=lambda i: ppo[i]["length"] - base[i]["length"])
+    longer = sorted(range(8), key=lambda i: ours[i]["length"] - base[i]["length"])
     thirds = []
     for part in (longer[:2], longer[2:5], longer[5:]):
-        gaps = [ppo[i]["length"] - base[i]["length"] for i in part]
-        thirds.append([min(gaps), max(gaps), *naive_share(preferred([ppo[i] for i in part], [base[i] for i in part],
+        gaps = [ours[i]["length"] - base[i]["length"] for i in part]
+        thirds.append([min(gaps), max(gaps), *naive_share(preferred([ours[i] for i in part], [base[i] for i in part],
                                                                     "score"))])
-    for ours, theirs in zip(found["by_length"]["out/ppo"], thirds, strict=True):
-        assert ours == pytest.approx(theirs, abs=1e-9)
-    line = next(line for line in world.said if line.startswith("\nout/ppo: "))
+    for third, expected in zip(found["by_length"]["out/ppo"], thirds, strict=True):
+        assert third == pytest.approx(expected, abs=1e-9)
+    line = next(line for line in ppo.said if line.startswith("\nout/ppo: "))
     assert numbers(line) == sum(([f"{a:+d}", f"{b:+d}", *(f"{x:.1%}" for x in s)] for a, b, *s in
                                  found["by_length"]["out/ppo"]), [])
     assert [d["by"] for d in found["differences"]] == ["score", "judge"]
     for d in found["differences"]:
-        gaps = [a[d["by"]] - b[d["by"]] for a, b in zip(ppo, sft)]
+        gaps = [a[d["by"]] - b[d["by"]] for a, b in zip(ours, theirs)]
         drawn = torch.randint(8, (2000, 8), generator=torch.Generator().manual_seed(0)).tolist()
         means = [sum(gaps[i] for i in row) / 8 for row in drawn]
         assert (d["of"], d["from"], d["mean"]) == ("out/ppo", "out/sft", close(sum(gaps) / 8))
         assert d["interval"] == close([quantile(means, 0.025), quantile(means, 0.975)])
-        assert after(world.said, f"mean difference of the {d['by']}") == [
+        assert after(ppo.said, f"mean difference of the {d['by']}") == [
             f"{x:+.3f}" for x in (d["mean"], *d["interval"])]
 
 
-def test_completions_of_sample(world, monkeypatch, capsys):
+def test_completions_of_sample(ppo, monkeypatch, capsys):
     """--n completions a prompt of each checkpoint, other draws each; finished where eos was drawn; long prompts are
     counted once, however many completions they have."""
     rollouts, inner = [], sample.generate
@@ -839,8 +865,8 @@ def test_completions_of_sample(world, monkeypatch, capsys):
     sample.main("out/sft out/ppo --prompts data/prompts.val.jsonl --n 3 --response_length 40 --temperature 2 "
                 "--output s.jsonl".split())
     tokenizer, error = models()[1], capsys.readouterr().err
-    prompts = [r["prompt"] for r in world.records["prompts", "val"]]
-    rows = [json.loads(line) for line in (world.folder / "s.jsonl").read_text().splitlines()]
+    prompts = [r["prompt"] for r in ppo.records["prompts", "val"]]
+    rows = [json.loads(line) for line in (ppo.folder / "s.jsonl").read_text().splitlines()]
     drawn = [rollout.responses() for rollout in rollouts]
     expected = [{"checkpoint": path, "prompt": prompts[k // 3], "completion": tokenizer.decode(ids[k]),
                  "finished": ids[k][-1] == 269}
@@ -855,14 +881,14 @@ def test_completions_of_sample(world, monkeypatch, capsys):
 # ---- ranks
 
 @pytest.mark.parametrize("stage", ["sft", "rm", "ppo"])
-def test_figures_over_two_ranks(world, tmp_path, monkeypatch, stage):
+def test_figures_over_two_ranks(request, tmp_path, monkeypatch, stage):
     """Two ranks with every second row of each batch, the other one's sums as large as this one's: tokens, answers and
     pairs are those of the whole batch, losses and shares sums over both."""
     main, arguments = {"sft": (train_sft.main, SFT), "rm": (train_rm.main, RM), "ppo": (train_ppo.main, PPO)}[stage]
+    calls = request.getfixturevalue(stage).calls["update" if stage == "ppo" else f"{stage} steps"]
+    before = len(calls)
     monkeypatch.setattr(runtime.Run, "share", lambda run, rows: rows[::2])
     monkeypatch.setattr(runtime.Run, "total", lambda run, t: 2 * t)
-    calls = world.calls["update" if stage == "ppo" else f"{stage} steps"]
-    before = len(calls)
     main([*arguments, "--eval_interval", "99", "--out_dir", str(tmp_path / "out")])
     records = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     seen = seconds = 0
@@ -894,8 +920,8 @@ def test_figures_over_two_ranks(world, tmp_path, monkeypatch, stage):
 def test_the_line_of_a_step():
     """Each figure has its own place and as many digits as it is given."""
     record = {"objective/scores": -1.23456, "objective/kl": 12.3456, "objective/kl_k3": 7.8912,
-              "policy/entropy_avg": 2.3456, "policy/clipfrac_avg": 0.12345, "val/explained_variance": -0.4567, "completions/mean_length": 33.456,
-              "completions/eos_rate": 0.8765, "tokens_per_second": 12345.6}
+              "policy/entropy_avg": 2.3456, "policy/clipfrac_avg": 0.12345, "val/explained_variance": -0.4567,
+              "completions/mean_length": 33.456, "completions/eos_rate": 0.8765, "tokens_per_second": 12345.6}
     assert numbers(evaluate.describe_step(record)) == [
         "-1.235", "12.35", "7.89", "2.35", "0.123", "-0.46", "33.5", "0.88", "12,346"]
 

@@ -421,8 +421,8 @@ def test_ceilings_at_their_borders():
 
 
 def test_what_cleaning_counts():
-    """A mean has three places; a published one is outdated from more than 0.001 on; ratings are counted one by one, also
-    of what is dropped."""
+    """A mean has three places; a published one is outdated from more than 0.001 on; ratings are counted one by one,
+    also of what is dropped."""
     rows = [("tweets", "1", "One  thing", 0.333, [0, 0, 1]), ("tweets", "2", "two", 0.6665, [1, 1, 0]),
             ("tweets", "3", "three", 0.3315, [0, 0, 1]), ("tweets", "4", "THREE!", 1.0, [1, 1, 1, 1]),
             ("tweets", "5", "5", 9.0, [1, 1]), ("amazon", "1_1", "one-thing", 0.0, [0])]
