@@ -17,8 +17,7 @@ from minirlhf.data import (Order, Row, blank_ends, doubtful_columns, encode_prom
                            load_prompts, repeats, too_long)
 from minirlhf.evaluate import score_all
 from minirlhf.generate import compile_model, generate
-from minirlhf.objectives import bradley_terry_loss
-
+from minirlhf.objectives import bradley_terry_loss, wins
 
 
 @dataclass
@@ -71,7 +70,7 @@ def encode_preferences(tokenizer, preferences, block_size, long_prompts):
 
 def batch_gradients(model, batch, eos, o, run):
     """Add to each .grad the gradient of the mean loss over all pairs of some records, in microbatches and over all
-    ranks -> the loss in nats a pair, pairs ordered rightly, pairs."""
+    ranks -> the loss in nats a pair, pairs ordered rightly (ties half), pairs."""
     n_pairs = sum(len(pairs) for _, pairs, _ in batch)
     share, sums = run.share(batch), torch.zeros(2, device=run.device)
     for at in range(0, len(share), o.micro_batch_size):
@@ -83,7 +82,7 @@ def batch_gradients(model, batch, eos, o, run):
         scores = score_all(model, run, rows, eos, 32)  # (texts,), in however many pairs
         loss = bradley_terry_loss(scores[better], scores[worse]).sum() / n_pairs
         loss.backward()
-        sums += torch.stack([loss.detach(), (scores[better] > scores[worse]).sum()])
+        sums += torch.stack([loss.detach(), wins(scores[better].cpu(), scores[worse].cpu()).sum().to(loss)])
     run.sum_gradients(model.parameters())
     return *run.total(sums).tolist(), n_pairs
 

@@ -166,8 +166,8 @@ def show_pairs(model, run, tokenizer, records, step, count=SHOWN):
         i, j = index[0]
         scores = score_all(model, run, [rows[i], rows[j]], tokenizer.eos).tolist()
         texts = [tokenizer.decode(rows[k].ids) for k in (i, j)]
-        run.say(f"    {'right' if scores[0] > scores[1] else 'wrong'}: {scores[0]:+.2f} {texts[0]}  >  "
-                f"{scores[1]:+.2f} {texts[1]}")
+        word = "right" if scores[0] > scores[1] else "tied" if scores[0] == scores[1] else "wrong"
+        run.say(f"    {word}: {scores[0]:+.2f} {texts[0]}  >  {scores[1]:+.2f} {texts[1]}")
         run.write("samples.jsonl", {"step": step, "chosen": texts[0], "rejected": texts[1], "scores": scores})
     model.train()
 

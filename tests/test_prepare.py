@@ -3,6 +3,7 @@ import hashlib
 import io
 import json
 import random
+import re
 import subprocess
 import sys
 import tarfile
@@ -326,6 +327,119 @@ def test_held_out_pairs_of_means_are_as_many_as_asked():
     """With sentences enough, mean_pairs gives the number of pairs asked for."""
     sentences = [Sentence("nyt", f"nyt {i}", None, f"{i}", [i], float(i)) for i in range(100)]
     assert len(prepare.mean_pairs(sentences, 500, random.Random(0))) == 500
+
+
+# What is told of them
+
+
+def rows_of_tables(readme):
+    """[[cells of a row, ...] of each table] of README.md."""
+    tables, inside = [], False
+    for line in readme.splitlines():
+        if line.startswith("| ") and not inside:
+            tables.append([])
+        inside = line.startswith("| ")
+        if inside and "---" not in line:
+            tables[-1].append(line.strip("| ").split(" | "))
+    return tables
+
+
+def test_counts_of_sentences(made):
+    """Read, ratings, texts changed, outdated means, drops and what is kept, of each domain and of all, from the rows:
+    a published mean is outdated from more than 0.001 on; the first of near-duplicates stays."""
+    counts, seen = defaultdict(lambda: [0] * 7), set()
+    for domain in ("amazon", "movie", "nyt", "tweets"):
+        for _, published, text, numbers in make_rows()[domain]:
+            letters, n = key(clean_text(text, domain)), counts[domain]
+            kept = letters != "" and letters not in seen
+            seen.add(letters)
+            for k, amount in enumerate((1, len(numbers), clean_text(text, domain) != text,
+                                        abs(round(sum(numbers) / len(numbers), 3) - published) > 0.001, letters == "",
+                                        letters != "" and not kept, kept)):
+                n[k] += amount
+    (header, *table), *_ = rows_of_tables((made / "README.md").read_text("utf-8"))
+    assert header == ["sentences", "amazon", "movie", "nyt", "tweets", "all"]
+    for k, (_, *numbers) in enumerate(table):
+        of = [counts[domain][k] for domain in header[1:-1]]
+        assert [*map(int, numbers)] == [*of, sum(of)]
+    assert counts["tweets"][2] == 1 and counts["tweets"][3] == 1 and counts["nyt"][5] == 1
+
+
+def test_counts_of_pools_and_files(made, cleaned):
+    """Sentences of each domain in each pool; records and kinds of each file."""
+    _, pools, files = rows_of_tables((made / "README.md").read_text("utf-8"))
+    split = prepare.split(cleaned[0], 0)
+    assert [row[0] for row in pools[1:]] == [*split]
+    for name, *numbers in pools[1:]:
+        of = [len([s for s in split[name] if s.domain == domain]) for domain in pools[0][1:-1]]
+        assert [*map(int, numbers)] == [*of, len(split[name])]
+    held = load(made)
+    assert {row[0] for row in files[1:]} == held.keys()
+    for name, count, *kinds in files[1:]:
+        of = sorted(Counter(r["kind"] for r in held[name] if "kind" in r).items())
+        assert int(count) == len(held[name]) and "".join(kinds) == ", ".join(f"{kind} {n}" for kind, n in of)
+
+
+def naive_ceilings(blocks):
+    """{gap: how often the mean of the others agrees, ties half}, choice after choice."""
+    right, n = Counter(), Counter()
+    for block in blocks:
+        for i, x in enumerate(block):
+            for y in block[:i]:
+                differences = [a - b for a, b in zip(x, y)]
+                for own in filter(None, differences):
+                    mean = (sum(differences) - own) / (len(x) - 1)
+                    for gap in (0, 0.5, 1):
+                        if abs(mean) >= gap:
+                            n[gap] += 1
+                            right[gap] += 0.5 if mean == 0 else float((mean > 0) == (own > 0))
+    return {gap: right[gap] / n[gap] for gap in n}
+
+
+def test_ceilings_choice_after_choice(made, cleaned, capsys):
+    """Over all blocks whose people are known, as README.md and the screen give them."""
+    sentences, counts = cleaned
+    blocks = defaultdict(list)
+    for s in sentences:
+        if s.domain == "movie" and s.group != f"movie {UNEVEN}":
+            blocks[s.group].append(s.ratings)
+    expected = naive_ceilings(blocks.values())
+    found = prepare.ceilings(sentences)
+    assert found == pytest.approx(expected, abs=1e-12) and len({f"{x:.3f}" for x in found.values()}) == 3
+    told = (made / "README.md").read_text("utf-8").split("## Ceilings")[1]
+    assert re.findall(r"0\.\d{3}", told) == [f"{expected[gap]:.3f}" for gap in (0, 0.5, 1)]
+    prepare.describe(counts, {}, {}, found, 0)
+    assert re.findall(r"0\.\d{3}", capsys.readouterr().out) == [f"{expected[0]:.3f}"]
+
+
+def test_ceilings_at_their_borders():
+    """Four blocks of two texts. The others are tied: half right. Margins of 1, 2 and 2, all right. Two of one half, the
+    gap itself, right. Of 1.5 and 0.5, both wrong, and a tie: (0.5 + 3 + 2 + 0.5) / 9, 5 / 7, 3 / 4."""
+    sentences = [Sentence("movie", f"movie {b}", f"movie {b}", f"{b} {i}", numbers, 0.0) for b, first in enumerate(
+        ([1, 0, 0], [3, 1, 1], [1, 1, 0], [2, -2, -1])) for i, numbers in enumerate((first, [0, 0, 0]))]
+    assert prepare.ceilings(sentences) == pytest.approx({0: 6 / 9, 0.5: 5 / 7, 1: 3 / 4})
+
+
+def test_what_cleaning_counts():
+    """A mean has three places; a published one is outdated from more than 0.001 on; ratings are counted one by one,
+    also of what is dropped."""
+    rows = [("tweets", "1", "One  thing", 0.333, [0, 0, 1]), ("tweets", "2", "two", 0.6665, [1, 1, 0]),
+            ("tweets", "3", "three", 0.3315, [0, 0, 1]), ("tweets", "4", "THREE!", 1.0, [1, 1, 1, 1]),
+            ("tweets", "5", "5", 9.0, [1, 1]), ("amazon", "1_1", "one-thing", 0.0, [0])]
+    sentences, counts = prepare.clean(rows)
+    assert [(s.text, s.mean) for s in sentences] == [("One thing", 0.333), ("two", 0.667), ("three", 0.333)]
+    assert {what: n for (domain, what), n in counts.items() if domain == "tweets"} == {
+        "read": 5, "ratings": 15, "text cleaned": 1, "outdated means": 2, "dropped: near-duplicate": 1,
+        "dropped: no letter": 1, "kept": 3}
+    assert counts["amazon", "dropped: near-duplicate"] == 1 and counts["amazon", "kept"] == 0
+
+
+def test_margins_by_hand():
+    """Of pairs: the means' difference, to three places, the higher one chosen; equal means make no
+    pair."""
+    sentences = [Sentence("nyt", f"nyt {i}", None, f"{i}", [0], mean) for i, mean in enumerate((1.0004, -0.5, 1.0004))]
+    pairs = prepare.mean_pairs(sentences, 9, random.Random(0))
+    assert sorted((r["chosen"], r["rejected"], r["margin"]) for r in pairs) == [("0", "1", 1.5), ("2", "1", 1.5)]
 
 
 # The folder
