@@ -86,6 +86,7 @@ class Rollout:
     lengths: torch.Tensor  # (B,) real tokens: prompt and response, eos included
     finished: torch.Tensor  # (B,) bool: the response ended with eos within the limit
     sampler_logprobs: torch.Tensor  # (B, T-1) log-probabilities as the sampler saw them, 0 outside the response
+    prompt_texts: list = None  # of each prompt the whole text, or None where only its ids were given
 
     @property
     def response_mask(self):
@@ -111,8 +112,8 @@ class Rollout:
         T, padded = int(self.lengths[rows].max()), self.tokens.shape[1]
         columns = {f.name: getattr(self, f.name) for f in fields(self)}
         return type(self)(**{
-            name: x if x is None else x[rows] if x.dim() == 1 else x[rows, :T - padded + x.shape[1]]
-            for name, x in columns.items()})
+            name: x if x is None else [x[i] for i in rows.tolist()] if isinstance(x, list)
+            else x[rows] if x.dim() == 1 else x[rows, :T - padded + x.shape[1]] for name, x in columns.items()})
 
     def responses(self) -> list[list[int]]:
         return [row[p:n] for row, p, n in
@@ -193,4 +194,5 @@ def generate(model, prompts: list[list[int]], response_length: int, eos: int, te
     if not logprobs.isfinite().all():
         fail("the model's logits are not finite: its weights are not, or are too large; try a lower --learning_rate")
     T = int(lengths.max())
-    return Rollout(tokens[:, :T], prompt_lengths, lengths, finished, logprobs[:, :T - 1])
+    return Rollout(tokens[:, :T], prompt_lengths, lengths, finished, logprobs[:, :T - 1],
+                   [getattr(prompt, "text", None) for prompt in prompts])
