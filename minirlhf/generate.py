@@ -14,7 +14,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from minirlhf.config import fail
-from minirlhf.data import response_mask
+from minirlhf.data import Prompt, response_mask
 from minirlhf.kernels import matmul_dtype, packed
 from minirlhf.model import flat_indices
 
@@ -86,7 +86,7 @@ class Rollout:
     lengths: torch.Tensor  # (B,) real tokens: prompt and response, eos included
     finished: torch.Tensor  # (B,) bool: the response ended with eos within the limit
     sampler_logprobs: torch.Tensor  # (B, T-1) log-probabilities as the sampler saw them, 0 outside the response
-    prompt_texts: list = None  # of each prompt the whole text, or None where only its ids were given
+    prompt_texts: list = None  # (B,) each prompt's whole text, where `data.Prompt` knows it
 
     @property
     def response_mask(self):
@@ -194,5 +194,5 @@ def generate(model, prompts: list[list[int]], response_length: int, eos: int, te
     if not logprobs.isfinite().all():
         fail("the model's logits are not finite: its weights are not, or are too large; try a lower --learning_rate")
     T = int(lengths.max())
-    return Rollout(tokens[:, :T], prompt_lengths, lengths, finished, logprobs[:, :T - 1],
-                   [getattr(prompt, "text", None) for prompt in prompts])
+    texts = [prompt.text for prompt in prompts] if all(isinstance(prompt, Prompt) for prompt in prompts) else None
+    return Rollout(tokens[:, :T], prompt_lengths, lengths, finished, logprobs[:, :T - 1], texts)

@@ -66,11 +66,10 @@ class RewardFunction:
 
     def __call__(self, rollout, micro_batch_size=None):
         """Rollout -> scores (B,), float32, all answers at once. Exits 2 where the function does not give numbers."""
-        ids = [row[:n] for row, n in zip(rollout.tokens.tolist(), rollout.prompt_lengths.tolist())]
-        prompts = [self.tokenizer.decode(row) if text is None else text
-                   for row, text in zip(ids, rollout.prompt_texts or [None] * len(ids))]
+        prompts = rollout.prompt_texts or [self.tokenizer.decode(row[:n]) for row, n in zip(
+            rollout.tokens.tolist(), rollout.prompt_lengths.tolist())]
         completions = [self.tokenizer.decode(ids) for ids in rollout.responses()]
-        given = {"prompts": prompts, "completions": [*completions]}
+        given = {"prompts": [*prompts], "completions": [*completions]}
         with self.users_turn():
             returned = self.function(**given) if self.by_name else self.function(*given.values())
             values, problem = in_a_row(returned, len(completions))
@@ -111,8 +110,9 @@ class RewardFunction:
 
 def surroundings():
     """What a program may change of its process that ours depends on."""
-    return {"folder": working_folder(), "stdout": sys.stdout, "stderr": sys.stderr,
-            "dtype": torch.get_default_dtype(), "gradients": torch.is_grad_enabled()}
+    return {"folder": working_folder(), "stdout": getattr(sys, "stdout", None),
+            "stderr": getattr(sys, "stderr", None), "dtype": torch.get_default_dtype(),
+            "gradients": torch.is_grad_enabled()}
 
 
 def working_folder():
@@ -290,8 +290,8 @@ def name_of(path):
     if packages and folder in map(os.path.abspath, importlib.import_module(".".join(packages)).__path__):
         return ".".join([*packages, stem])
     stem = stem.replace(".", "_")
-    return next(name for name in (stem, *(f"{stem}_{n}" for n in count(2)))
-                if owner(name) in (None, os.path.realpath(path)))
+    names = (f"{stem}_{n}" if n > 1 else stem for n in count(1))
+    return next(name for name in names if owner(name) in (None, os.path.realpath(path)))
 
 
 def owner(name):
