@@ -58,7 +58,7 @@ class RewardFunction:
         with self.users_turn("importing it "):
             module = load_module(self.path)
             if self.path not in sys.path:
-                sys.path.append(self.path)  # for `repeat_loads`
+                sys.path.append(self.path)  # for `Again`
             self.function = getattr(module, name, None)
         if not callable(self.function):
             fail(f"{self.told}: {path} has no function {name}")
@@ -238,7 +238,7 @@ class Loaded(NamedTuple):
     imports: set  # paths of files beside it
 
 
-LOADED = {}  # {path: Loaded}
+LOADED, TRIED = {}, set()  # {path: Loaded}, and the paths of those that failed too
 
 
 def load_module(path):
@@ -251,10 +251,11 @@ def load_module(path):
         source = f.read()
     if path in LOADED and LOADED[path].source == source:
         return LOADED[path].module
+    TRIED.add(path)
     name = name_of(path)
     spec = importlib.util.spec_from_file_location(name, path)
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    LOADED[path] = Loaded(source, module, set())
+    LOADED[path], spec.loader = Loaded(source, module, set()), Again
     module.__builtins__ = {**vars(builtins), "__import__": partial(import_beside, path)}
     try:
         exec(compile(source, path, "exec"), vars(module))
@@ -302,14 +303,32 @@ def owner(name):
     return spec and spec.origin and os.path.realpath(spec.origin)
 
 
-def repeat_loads():
+class Again:
     """In a worker that multiprocessing has started anew: the files that its parent has loaded, under the same names.
 
     They stand in sys.path, which such a worker gets from its parent, and where a file that is no archive means nothing.
+    Stands in sys.meta_path; before the worker's next import it loads them.
     """
-    for path in [path for path in sys.path if path.endswith(".py") and os.path.isfile(path)]:
-        with contextlib.suppress(Exception):  # raised again where the worker needs it
-            load_module(path)
+
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        new = [path for path in sys.path if path.endswith(".py") and path not in TRIED and os.path.isfile(path)]
+        for path in new:
+            with contextlib.suppress(Exception):  # raised again where the worker needs it
+                load_module(path)
+        if new and name in sys.modules:
+            return sys.modules[name].__spec__
+
+    @staticmethod
+    def create_module(spec):
+        return sys.modules[spec.name]
+
+    @staticmethod
+    def exec_module(module):
+        """It is whole already."""
+
+
+sys.meta_path.insert(0, Again)
 
 
 # ---- one or the other
@@ -337,6 +356,3 @@ def files(spec):
         found.append(new.pop())
         new += sorted(LOADED[found[-1]].imports - {*found, *new}) if found[-1] in LOADED else []
     return found
-
-
-repeat_loads()

@@ -32,7 +32,7 @@ def nothing_stays():
     path, modules, streams = [*sys.path], {*sys.modules}, (sys.stdout, sys.stderr)
     handlers = {number: signal.getsignal(number) for number in runtime.STOPS}
     yield
-    rewards.LOADED.clear()
+    rewards.LOADED.clear(), rewards.TRIED.clear()
     sys.path[:], (sys.stdout, sys.stderr) = path, streams
     for name in {*sys.modules} - modules:
         if not name.startswith(("torch", "numpy")):
@@ -442,13 +442,13 @@ def test_its_pools_find_its_functions(function, tmp_path, method):
 
 def test_a_worker_repeats_what_its_parent_loaded(function, tmp_path, monkeypatch):
     """Under every start method names that are taken, as b/score.py and json.py, mean the same file as in the parent:
-    the worker's sys.path, which is the parent's, names the reward files, and importing minirlhf.rewards loads them."""
+    the worker's sys.path, which is the parent's, names the reward files, and they are loaded before another import."""
     for folder in "ab":
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "json.py").write_text(f"def bonus(): return {folder!r}\n")
     names = [function("from json import bonus\ndef f(prompts, completions): return bonus()",
                       f"{folder}/score.py").function.__module__ for folder in "ab"]
-    program = (f"import sys; sys.path[:] = {sys.path!r}\nfrom minirlhf import rewards\nimport json\n"
+    program = (f"import sys; sys.path[:] = {sys.path!r}\nfrom minirlhf import rewards\nimport {names[1]}, json\n"
                f"print(*[sys.modules[name].f(0, 0) for name in {names}], json.dumps(1))")
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "a b 1\n", done.stderr
