@@ -313,6 +313,7 @@ class Again:
     @staticmethod
     def find_spec(name, path=None, target=None):
         new = [path for path in sys.path if path.endswith(".py") and path not in TRIED and os.path.isfile(path)]
+        TRIED.update(new)  # loading them imports, too
         for path in new:
             with contextlib.suppress(Exception):  # raised again where the worker needs it
                 load_module(path)

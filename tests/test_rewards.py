@@ -1,10 +1,11 @@
 """Reward functions: what they are called with, what they may give, raise and change, how their files are imported, and
 that processes which they start are none of the run's. And `main` called from other programs."""
 import ctypes
+import importlib.util
+import json
 import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -14,7 +15,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from conftest import ROOT
 from minirlhf import evaluate, rewards, runtime
 from minirlhf.config import RunOptions
 from minirlhf.data import Prompt, encode_prompts
@@ -135,7 +135,8 @@ def test_prompts_reach_it_whole(function, make_model):
     long = ["x" * 30 + "abc", "y" * 20 + "abc", "ab"]
     prompts, trimmed = encode_prompts(TOKENIZER, long, 4, "trim")
     assert trimmed == 2 and prompts == [[0, *map(ord, "abc")], [0, *map(ord, "abc")], [0, *map(ord, "ab")]]
-    f = function("seen = []\ndef f(prompts, completions):\n    seen.append(prompts)\n    return [len(p) for p in prompts]")
+    f = function("seen = []\ndef f(prompts, completions):\n    seen.append(prompts)\n"
+                 "    return [len(p) for p in prompts]")
     batch = generate(model, prompts, 3, 0, 1.0, torch.Generator().manual_seed(0))
     assert f(batch).tolist() == [33, 23, 2]
     assert f(batch.take(torch.tensor([2, 0, 1])).take(torch.tensor([1, 2]))).tolist() == [33, 23]
@@ -210,17 +211,17 @@ def test_booleans_are_numbers(function):
     ("{1.0, 2.0}", "returned a set"), ("{0: 1.0, 1: 2.0}", "returned a dict"), ("{0: 1., 1: 2.}.keys()", "a dict_keys"),
     ("memoryview(b'12')", "returned a memoryview"), ("lambda: 0", "returned a function"),
     ("np.array(1.5)", "a ndarray of shape ()"), ("np.ones((2, 1))", "a ndarray of shape (2, 1)"),
-    ("torch.ones(1, 2)", "a Tensor of shape (1, 2); expected 2 numbers, of shape (2,)"), ("torch.tensor(1.)", "shape ()"),
+    ("torch.ones(1, 2)", "a Tensor of shape (1, 2); expected 2 numbers, of shape (2,)"), ("torch.ones(())", "shape ()"),
     ("np.float64(1)", "shape ()"), ("np.ones(3)", "returned 3 scores for 2 answers"), ("[]", "returned 0 scores for 2"),
     ("[1.0] * 9", "returned 9 scores for 2"), ("itertools.count()", "returned more than 2 scores for 2"),
     ("(x for x in [1.0])", "returned 1 scores for 2"), ("wait()", "returned a coroutine"),
-    ("[1.0, None]", "row 1: expected a number, found NoneType"), ("[1.0, '1.0']", "row 1: expected a number, found str"),
+    ("[1.0, None]", "row 1: expected a number, found NoneType"), ("[1.0, '1.0']", "row 1: expected a number, found s"),
     ("['1.0', 1.0]", "row 0: expected a number, found str"), ("[1.0, b'1']", "row 1: expected a number, found bytes"),
     ("[1.0, [1.0]]", "row 1: expected a number, found list"), ("[1.0, 1j]", "row 1: expected a number, found complex"),
     ("[1.0, np.complex64(1)]", "row 1: expected a number, found complex64"), ("np.array([1, 1j])", "found complex"),
     ("[1.0, np.ones(1)]", "row 1: expected a number, found ndarray"), ("[1.0, torch.ones(1)]", "row 1: expected a num"),
     ("[1.0, float('nan')]", "row 1: nan"), ("[1.0, float('inf')]", "row 1: inf"), ("[10 ** 400, 1.0]", "row 0: expect"),
-    ("torch.tensor([1., float('nan')])", "row 1: nan"), ("[1.0, -1e7]", "row 1: -10000000.0, no number below a million"),
+    ("torch.tensor([1., float('nan')])", "row 1: nan"), ("[1.0, -1e7]", "row 1: -10000000.0, no number below a mil"),
     ("np.array(['1', '2'])", "row 0: expected a number, found str"), ("prompts", "row 0: expected a number, found str"),
     ("(1 / 0 for p in prompts)", "raised ZeroDivisionError: division by zero ("),
     ("torch.ones(2, device='meta')", "raised "),
@@ -240,10 +241,10 @@ RAISES = [("raise ValueError('boom')", "raised ValueError: boom ("), ("raise Val
           ("assert prompts == 0", "raised AssertionError ("), ("raise SystemExit", "raised SystemExit ("),
           ("sys.exit(0)", "raised SystemExit: 0 ("), ("sys.exit('bye')", "raised SystemExit: bye ("),
           ("raise KeyboardInterrupt", "raised KeyboardInterrupt ("), ("raise GeneratorExit", "raised GeneratorExit ("),
-          ("raise StopIteration", "raised StopIteration ("), ("raise BaseException('a\\nb')", "raised BaseException: a b ("),
+          ("raise StopIteration", "raised StopIteration ("), ("raise BaseException('a\\nb')", "BaseException: a b ("),
           ("raise BaseExceptionGroup('two', [SystemExit(0)])", "raised BaseExceptionGroup: two (1 sub-exception) ("),
           ("raise Mute", "raised Mute ("), ("json.loads('{')", "raised JSONDecodeError: "),
-          ("eval('1 +')", "raised SyntaxError: invalid syntax ("), ("f(prompts, completions)", "raised RecursionError: ")]
+          ("eval('1 +')", "raised SyntaxError: invalid syntax ("), ("f(prompts, completions)", "raised RecursionError")]
 
 
 @pytest.mark.parametrize("doing, words", RAISES)
@@ -256,7 +257,7 @@ def test_what_it_raises_is_shown_with_its_place(function, refused, doing, words)
     f = function("import json, sys\nclass Mute(Exception):\n    def __str__(self): raise ValueError\n"
                  f"def f(prompts, completions):\n    {doing}\n")
     error = refused(f, TWO)
-    assert f"mine.py:f: {words}" in error and error.endswith("mine.py:5)\n")
+    assert "mine.py:f: raised " in error and words in error and error.endswith("mine.py:5)\n")
 
 
 def test_the_place_is_the_last_in_the_user_s_folder(function, refused, tmp_path):
@@ -340,8 +341,7 @@ def test_its_module_has_its_file_s_name(function):
 def test_helpers_of_any_name(function, tmp_path):
     """Files beside it are found first in its own imports, and in theirs, whatever other module has the name; what
     json.py lacks is the standard one's. Everybody else's json stays the standard one, also when imported later."""
-    import json as standard
-
+    standard = json
     (tmp_path / "json.py").write_text("import csv\nbonus = csv.bonus\ndef loads(text): return 'mine'\n")
     (tmp_path / "csv.py").write_text("bonus = 2\n")
     (tmp_path / "reward.py").write_text("from json import bonus\n")
@@ -358,8 +358,7 @@ def test_helpers_of_any_name(function, tmp_path):
 
 def test_a_reward_file_that_has_a_standard_name(function):
     """json.py:f scores, and is nobody's json but its own."""
-    import json as standard
-
+    standard = json
     f = function("import json\ndef f(prompts, completions): return [float(json.dumps(3))] * 2", "json.py")
     assert f(TWO).tolist() == [3, 3] and sys.modules["json"] is standard and f.function.__module__ == "json_2"
 
@@ -376,7 +375,7 @@ def test_a_reward_file_of_any_name(function, name):
 
 
 def test_two_files_of_one_name(function, tmp_path):
-    """--reward a/score.py:f --judge b/score.py:f, each with a helper of one name: each is right, as is one file twice."""
+    """--reward a/score.py:f --judge b/score.py:f, each with its own common.py: each is right, as is one file twice."""
     for folder, n in (("a", 1), ("b", 2)):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "common.py").write_text(f"number = {n}\n")
@@ -448,8 +447,268 @@ def test_a_worker_repeats_what_its_parent_loaded(function, tmp_path, monkeypatch
         (tmp_path / folder / "json.py").write_text(f"def bonus(): return {folder!r}\n")
     names = [function("from json import bonus\ndef f(prompts, completions): return bonus()",
                       f"{folder}/score.py").function.__module__ for folder in "ab"]
-    program = (f"import sys; sys.path[:] = {sys.path!r}\nfrom minirlhf import rewards\nimport {names[1]}, json\n"
-               f"print(*[sys.modules[name].f(0, 0) for name in {names}], json.dumps(1))")
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout == "a b 1\n", done.stderr
     assert names == ["score", "score_2"]
+    rewards.LOADED.clear(), rewards.TRIED.clear()
+    for name in ("score", "score_2", "json_2", "json_3"):
+        del sys.modules[name]
+    assert importlib.import_module("score_2").f(0, 0) == "b" and importlib.import_module("score").f(0, 0) == "a"
+    assert sys.modules["json"] is json and sys.modules["json_3"].bonus() == "b"
+
+
+# ---- its processes
+
+@dataclass
+class Options(RunOptions):
+    out_dir: str = ""
+    device: str = "cpu"
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run that has begun, in tmp_path/out, and its folder."""
+    with Run(Options(out_dir=str(tmp_path / "out")), "ppo") as run:
+        run.start_logs(0)
+        yield run
+
+
+def fork(child, behind=False):
+    """A process that has no more than this one, forked by Python or behind its back, runs child() -> its pid.
+
+    It prints nothing and ends with status 7 where it gets KeyboardInterrupt, else 0."""
+    sys.stdout.flush()
+    pid = ctypes.CDLL(None).fork() if behind else os.fork()
+    if not pid:
+        try:
+            os.close(2)
+            child()
+        except KeyboardInterrupt:
+            os._exit(7)
+        finally:
+            os._exit(0)
+    return pid
+
+
+def told_to_end(child, *numbers, behind=False):
+    """Status of a forked child that was sent the signals, one after the other, once it had begun child()."""
+    begun, begin = os.pipe()
+    pid = fork(lambda: (os.write(begin, b"."), child()), behind)
+    os.read(begun, 1)
+    for number in numbers:
+        os.kill(pid, number)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def names(folder):
+    return sorted(os.listdir(folder))
+
+
+@pytest.mark.parametrize("behind", [False, True], ids=["os.fork", "fork in C"])
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_forked_child_dies_when_told_to(run, capfd, stopped, behind):
+    """By SIGTERM at once, also where the run itself has been told to stop before; the run's folder stays as it is."""
+    if stopped:
+        os.kill(os.getpid(), signal.SIGINT)
+    held = names(run.out_dir)
+    assert told_to_end(lambda: time.sleep(60), signal.SIGTERM, behind=behind) == -signal.SIGTERM
+    assert names(run.out_dir) == held == ["config.json", "lock"]
+    assert capfd.readouterr().err.count("finishing this step") == stopped and bool(run.stop) == stopped
+    run.stop = 0
+
+
+def test_ctrl_c_in_a_forked_child(run):
+    """Raises KeyboardInterrupt there, as it did before the run; the run's own handler stands on."""
+    assert told_to_end(lambda: time.sleep(60), signal.SIGINT) == 7
+    assert signal.getsignal(signal.SIGINT) == run._on_signal and not run.stop
+
+
+def test_a_handler_of_the_user_s_own_stays(run):
+    """In its children too; what stood before the run stands after it."""
+    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(9))
+    assert told_to_end(lambda: time.sleep(60), signal.SIGTERM) == 9
+
+
+def test_a_signal_at_the_fork_is_not_lost(run, monkeypatch):
+    """It waits in the child until the child's handlers are right: Pool.terminate() ends workers that just began."""
+    pid = os.fork()
+    # what Python does in a child, with the signal there already
+    if not pid:
+        runtime.before_fork()
+        os.kill(os.getpid(), signal.SIGTERM)
+        runtime.after_fork_in_child()
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGTERM
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()
+
+
+def test_signals_are_held_while_it_forks(run):
+    """Both, in the parent and in the child, until the handlers of the child are back; then none."""
+    seen = []
+    os.register_at_fork(before=lambda: seen.append(0))  # called before those of runtime
+    pid = fork(lambda: os._exit(len(signal.pthread_sigmask(signal.SIG_BLOCK, ()))))
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0 and seen
+    runtime.before_fork()
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set(runtime.STOPS)
+    runtime.after_fork()
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()
+
+
+@pytest.mark.parametrize("behind", [False, True], ids=["os.fork", "fork in C"])
+@pytest.mark.parametrize("leave", [lambda run: run.release(), lambda run: run.__exit__(None, None, None)])
+def test_a_child_never_releases_the_run(run, leave, behind):
+    """Whatever of the run it calls on its way out."""
+    os.waitpid(fork(lambda: leave(run), behind), 0)
+    assert names(run.out_dir) == ["config.json", "lock"] and run.lock
+
+
+def test_a_child_that_outlives_a_killed_run_does_not_hold_its_lock(tmp_path):
+    """kill -9 of the run: its orphan goes on, and another run may have the folder."""
+    told, tell = os.pipe()
+
+    def begin():
+        run = Run(Options(out_dir=str(tmp_path / "out")), "ppo")
+        os.write(tell, b"%d\n" % fork(lambda: time.sleep(60)))
+        assert run.lock
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    os.waitpid(fork(begin), 0)
+    orphan = int(os.read(told, 20))
+    try:
+        os.kill(orphan, 0)  # it lives
+        with Run(Options(out_dir=str(tmp_path / "out")), "ppo") as run:
+            assert run.lock
+    finally:
+        os.kill(orphan, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("ending, status", [("return [0]", 0), ("sys.exit(5)", 5), ("sys.exit()", 0), ("1 / 0", 1),
+                                            ("sys.exit('no')", 1), ("raise KeyboardInterrupt", 1)])
+def test_a_child_that_comes_out_of_the_function_ends(function, run, ending, status):
+    """It does not train on: it exits as a program would, and the parent has its scores."""
+    f = function(f"""
+import os, sys
+def f(prompts, completions):
+    pid = os.fork()
+    if not pid:
+        os.close(2)
+        {ending}
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), 0]
+""")
+    pid = os.getpid()
+    scores = f(TWO)
+    if os.getpid() != pid:
+        os._exit(99)
+    assert scores[0] == status and names(run.out_dir) == ["config.json", "lock"]
+
+
+def test_a_child_that_comes_out_of_the_import_ends(function):
+    """The same where the file forks a server."""
+    pid = os.getpid()
+    f = function("import os\nchild = os.fork()\nif child:\n    status = os.waitpid(child, 0)[1]\n"
+                 "def f(prompts, completions): return [status, status]")
+    if os.getpid() != pid:
+        os._exit(99)
+    assert f(TWO).tolist() == [0, 0]
+
+
+def test_a_pool_around_a_busy_worker_ends(function, run):
+    """Leaving `with Pool(2)` tells its workers to end, and they do, within the run too."""
+    f = function("import multiprocessing, time\ndef busy(n):\n    time.sleep(60)\ndef f(prompts, completions):\n"
+                 "    with multiprocessing.get_context('fork').Pool(2) as pool:\n        pool.map_async(busy, [1, 2])\n"
+                 "        time.sleep(0.1)\n    return [1, 2]")
+    since = time.monotonic()
+    assert f(TWO).tolist() == [1, 2] and time.monotonic() < since + 30
+
+
+# ---- main from other programs
+
+def test_signals_are_given_back(tmp_path):
+    """To whatever stood there, also when the run fails; twice in one process; the lock is gone."""
+    def mine(number, frame):
+        pass
+    signal.signal(signal.SIGINT, mine)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for error in (None, KeyError, SystemExit):
+        try:
+            with Run(Options(out_dir=str(tmp_path / "out")), "ppo") as run:
+                assert signal.getsignal(signal.SIGINT) == signal.getsignal(signal.SIGTERM) == run._on_signal
+                if error:
+                    raise error
+        except (KeyError, SystemExit):
+            pass
+        assert signal.getsignal(signal.SIGINT) is mine and signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+        assert not (tmp_path / "out" / "lock").exists() and not len(runtime.RUNS)
+
+
+def test_a_run_in_a_thread(tmp_path):
+    """Only the main thread may handle signals: elsewhere the run leaves them, and all else is as ever."""
+    seen = []
+
+    def work():
+        with Run(Options(out_dir=str(tmp_path / "out")), "ppo") as run:
+            seen.append((signal.getsignal(signal.SIGINT), run.lock is not None))
+    before = signal.getsignal(signal.SIGINT)
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [(before, True)] and not (tmp_path / "out" / "lock").exists()
+
+
+def test_a_second_ctrl_c_leaves_a_notebook_alive(tmp_path, monkeypatch):
+    """Where a prompt outlives the run it raises KeyboardInterrupt, and the run leaves as it does by any error."""
+    monkeypatch.setattr(sys, "ps1", "In", raising=False)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), Run(Options(out_dir=str(tmp_path / "out")), "ppo") as run:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+            assert run.stop == signal.SIGINT
+    assert signal.getsignal(signal.SIGINT) is before and not (tmp_path / "out" / "lock").exists()
+
+
+def test_windows_is_told_in_a_sentence(monkeypatch, refused):
+    """There is no fcntl there."""
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    spec = importlib.util.spec_from_file_location("elsewhere", runtime.__file__)
+    assert "within WSL" in refused(spec.loader.exec_module, importlib.util.module_from_spec(spec))
+
+
+TINY = ("--data_dir data --device cpu --dtype float32 --batch_size 4 --response_length 6 --eval_interval 9 "
+        "--overwrite").split()
+SFT = ("--n_layer 1 --n_head 2 --n_embd 8 --vocab_size 257 --block_size 16 --num_train_epochs 1 --long_prompts trim "
+       "--out_dir out/sft").split()
+PPO = ("--init_from out/sft/ckpt.pt --total_episodes 4 --num_mini_batches 1 --num_ppo_epochs 1 --value_warmup 0 "
+       "--num_eval_prompts 3 --long_prompts trim --reward mine.py:f --judge mine.py:g --out_dir out/ppo").split()
+
+
+def test_main_from_a_notebook(tmp_path, monkeypatch, capsys):
+    """train_sft.main and train_ppo.main from a thread and then, twice, from the main one: all works, handlers and locks
+    are as before, the reward and the judge see every prompt whole, in training, evaluations and the closing report."""
+    import train_ppo
+    import train_sft
+
+    monkeypatch.chdir(tmp_path)
+    os.mkdir("data")
+    prompts = [f"the {word} of a long story" for word in ("beginning", "middle", "end")]
+    for name, records in (("sft", [{"prompt": "a", "completion": " b."}] * 8),
+                          ("prompts", [{"prompt": p} for p in prompts])):
+        for split in ("train", "val"):
+            with open(f"data/{name}.{split}.jsonl", "w") as f:
+                f.writelines(json.dumps(record) + "\n" for record in records)
+    with open("mine.py", "w") as f:
+        f.write("seen = []\ndef f(completions, prompts):\n    seen.extend(prompts)\n"
+                "    return [len(p) for p in prompts]\n"
+                "def g(prompts, completions): return [-x for x in f(completions, prompts)]\n")
+    before, threads = [signal.getsignal(number) for number in runtime.STOPS], torch.get_num_threads()
+    thread = threading.Thread(target=train_sft.main, args=([*TINY, *SFT],))
+    thread.start()
+    thread.join()
+    for _ in range(2):
+        train_ppo.main([*TINY, *PPO])
+    seen = sys.modules["mine"].seen
+    assert set(seen) == set(prompts) and len(seen) > 30 and threads == torch.get_num_threads()
+    rows = [json.loads(line) for line in open("out/ppo/metrics.jsonl")]
+    lengths = [len(p) for p in prompts]
+    assert rows[-1]["final"]["after"]["score"][0] == pytest.approx(sum(lengths) / 3)
+    assert rows[-1]["final"]["after"]["judge_score"][0] == pytest.approx(-sum(lengths) / 3)
+    assert [signal.getsignal(number) for number in runtime.STOPS] == before and not len(runtime.RUNS)
+    assert not os.path.exists("out/sft/lock") and not os.path.exists("out/ppo/lock")
+    assert "longer than 10 tokens: trimmed at the left" in capsys.readouterr().out
