@@ -455,6 +455,21 @@ def test_a_worker_repeats_what_its_parent_loaded(function, tmp_path, monkeypatch
     assert sys.modules["json"] is json and sys.modules["json_3"].bonus() == "b"
 
 
+def test_options_that_a_function_makes_idle_are_named(tmp_path, capsys, refused):
+    """--reward_model, --reward_clip and --value_init beside --reward: a line each; none where they are not given. A
+    function under the name of a reward model, whose options would half apply, is refused."""
+    import train_ppo
+
+    said = []
+    for more in ([], ["--reward_model", "x.pt", "--reward_clip", "1", "--value_init", "rm"]):
+        train_ppo.read_options(["--reward", "mine.py:f", *more])
+        said.append(capsys.readouterr().out)
+    assert said == ["", "".join(f"warning: --{name} has no effect with --reward\n"
+                                for name in ("reward_model", "reward_clip", "value_init"))]
+    error = refused(train_ppo.read_options, ["--reward_model", "mine.py:f"])
+    assert error == "error: --reward_model mine.py:f: a function is named by --reward\n"
+
+
 # ---- its processes
 
 @dataclass
