@@ -269,7 +269,8 @@ def import_beside(importer, name, *arguments, **options):
     """What `import` means in a user's file: a file beside it, whatever other module has its name; else as always."""
     path = os.path.join(os.path.dirname(importer), f"{name}.py")
     level = options.get("level", arguments[3] if len(arguments) > 3 else 0)
-    if level or path == importer or not os.path.isfile(path):
+    known = name in sys.modules and path not in LOADED and owner(name) == os.path.realpath(path)
+    if level or path == importer or known or not os.path.isfile(path):
         return builtins.__import__(name, *arguments, **options)
     LOADED[importer].imports.add(path)
     module = load_module(path)

@@ -387,6 +387,16 @@ def test_two_files_of_one_name(function, tmp_path):
         assert multiprocessing.reduction.ForkingPickler.dumps(f.function)
 
 
+def test_a_file_that_is_imported_already_stays_one_module(function, tmp_path, monkeypatch):
+    """As train_ppo for a reward file that stands beside it: its classes are not made a second time."""
+    (tmp_path / "near.py").write_text("class Thing: pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    near = importlib.import_module("near")
+    f = function("import near\ndef f(prompts, completions): return [near is first] * 2\nfirst = None")
+    sys.modules["mine"].first = near
+    assert f(TWO).tolist() == [1, 1] and sys.modules["near"] is near
+
+
 def test_a_changed_file_is_read_again(function):
     """In a notebook: the file is edited, main called again."""
     assert function("def f(prompts, completions): return [1, 1]")(TWO).tolist() == [1, 1]
