@@ -217,6 +217,8 @@ def read_options(argv):
     if o.value_warmup >= steps:
         fail(f"--value_warmup {o.value_warmup}: must be less than the run's {steps} steps (--total_episodes "
              f"{o.total_episodes} / --batch_size {o.batch_size}), or the policy never learns")
+    if rewards.is_function(o.reward_model) and not o.reward:
+        fail(f"--reward_model {o.reward_model}: a function is named by --reward")
     warn_idle(o, "reward", bool(o.reward), "reward_model", "reward_clip", "value_init")
     warn_idle(o, "kl_coef 0", not o.kl_coef, "kl_baseline")
     warn_idle(o, "vf_coef 0", not o.vf_coef, "cliprange_value", "value_learning_rate")

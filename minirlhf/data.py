@@ -479,13 +479,21 @@ def trim_left(prompt, room):
     return prompt if len(prompt) <= room else prompt[:1] + prompt[len(prompt) - room + 1:]
 
 
+class Prompt(list):
+    """Ids of a prompt that know its whole text, which a reward function gets also where they were trimmed."""
+
+    def __init__(self, ids, text):
+        super().__init__(ids)
+        self.text = text
+
+
 def encode_prompts(tokenizer, texts, room, long_prompts):
-    """-> ids of the prompts that fit `room` tokens, and how many did not and were dropped or trimmed."""
-    encoded = [tokenizer.encode_prompt(text) for text in texts]
+    """-> Prompts, those that fit `room` tokens, and how many did not and were dropped or trimmed."""
+    encoded = [Prompt(tokenizer.encode_prompt(text), text) for text in texts]
     long = sum(len(ids) > room for ids in encoded)
     if long_prompts == "drop":
         return [ids for ids in encoded if len(ids) <= room], long
-    return [trim_left(ids, room) for ids in encoded], long
+    return [Prompt(trim_left(ids, room), ids.text) for ids in encoded], long
 
 
 def response_mask(prompt_lengths, lengths, T):

@@ -14,7 +14,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from minirlhf.config import fail
-from minirlhf.data import response_mask
+from minirlhf.data import Prompt, response_mask
 from minirlhf.kernels import matmul_dtype, packed
 from minirlhf.model import flat_indices
 
@@ -86,6 +86,7 @@ class Rollout:
     lengths: torch.Tensor  # (B,) real tokens: prompt and response, eos included
     finished: torch.Tensor  # (B,) bool: the response ended with eos within the limit
     sampler_logprobs: torch.Tensor  # (B, T-1) log-probabilities as the sampler saw them, 0 outside the response
+    prompt_texts: list = None  # (B,) each prompt's whole text, where `data.Prompt` knows it
 
     @property
     def response_mask(self):
@@ -111,8 +112,8 @@ class Rollout:
         T, padded = int(self.lengths[rows].max()), self.tokens.shape[1]
         columns = {f.name: getattr(self, f.name) for f in fields(self)}
         return type(self)(**{
-            name: x if x is None else x[rows] if x.dim() == 1 else x[rows, :T - padded + x.shape[1]]
-            for name, x in columns.items()})
+            name: x if x is None else [x[i] for i in rows.tolist()] if isinstance(x, list)
+            else x[rows] if x.dim() == 1 else x[rows, :T - padded + x.shape[1]] for name, x in columns.items()})
 
     def responses(self) -> list[list[int]]:
         return [row[p:n] for row, p, n in
@@ -193,4 +194,5 @@ def generate(model, prompts: list[list[int]], response_length: int, eos: int, te
     if not logprobs.isfinite().all():
         fail("the model's logits are not finite: its weights are not, or are too large; try a lower --learning_rate")
     T = int(lengths.max())
-    return Rollout(tokens[:, :T], prompt_lengths, lengths, finished, logprobs[:, :T - 1])
+    texts = [prompt.text for prompt in prompts] if all(isinstance(prompt, Prompt) for prompt in prompts) else None
+    return Rollout(tokens[:, :T], prompt_lengths, lengths, finished, logprobs[:, :T - 1], texts)

@@ -1,11 +1,20 @@
 """What scores an answer: a reward model, or a user's function of texts.
 
-Both are called with a Rollout and give scores (B,), one an answer, each answer scored by itself.
+Both are called with a Rollout and give scores (B,), one an answer, each answer scored by itself. A user's function is a
+user's program: `RewardFunction.users_turn` keeps what it raises and changes from the run, `load_module` imports it.
 """
+import builtins
+import contextlib
 import importlib.util
+import inspect
 import os
+import signal
 import sys
 import traceback
+from collections.abc import Mapping, Set
+from functools import partial
+from itertools import count, islice
+from typing import Any, NamedTuple
 
 import torch
 
@@ -41,55 +50,290 @@ class RewardFunction:
     model = None
 
     def __init__(self, spec, tokenizer, run, option="--reward"):
-        self.function, self.tokenizer, self.run, self.name = load_function(spec, option), tokenizer, run, spec
-        self.option = option
+        self.told, self.tokenizer, self.run, self.changes = f"{option} {spec}", tokenizer, run, {}
+        path, colon, name = spec.rpartition(":")
+        if not colon or not path.endswith(".py") or not os.path.isfile(path):
+            fail(f"{self.told}: expected FILE.py:FUNCTION, with a file that exists")
+        self.path = os.path.abspath(path)
+        with self.users_turn("importing it "):
+            module = load_module(self.path)
+            if self.path not in sys.path:
+                sys.path.append(self.path)  # for `Again`
+            self.function = getattr(module, name, None)
+        if not callable(self.function):
+            fail(f"{self.told}: {path} has no function {name}")
+        self.by_name = takes_names(self.function, self.told)
 
     def __call__(self, rollout, micro_batch_size=None):
         """Rollout -> scores (B,), float32, all answers at once. Exits 2 where the function does not give numbers."""
-        prompts = [self.tokenizer.decode(row[:n]) for row, n in
-                   zip(rollout.tokens.tolist(), rollout.prompt_lengths.tolist())]
+        prompts = rollout.prompt_texts or [self.tokenizer.decode(row[:n]) for row, n in zip(
+            rollout.tokens.tolist(), rollout.prompt_lengths.tolist())]
         completions = [self.tokenizer.decode(ids) for ids in rollout.responses()]
-        told = f"{self.option} {self.name}"
-        try:
-            scores = list(self.function(list(prompts), list(completions)))
-        except (Exception, SystemExit) as error:
-            fail(f"{told}: raised {described(error)}")
-        if len(scores) != len(prompts):
-            fail(f"{told}: returned {len(scores)} scores for {len(prompts)} answers")
-        for i, s in enumerate(scores):
-            try:
-                scores[i] = float(s)
-            except Exception:
-                fail(f"{told}: row {i}: expected a number, found {type(s).__name__}")
-            if not abs(scores[i]) < 1e6:
-                fail(f"{told}: row {i}: {scores[i]}, no number below a million, for the completion "
+        given = {"prompts": [*prompts], "completions": [*completions]}
+        with self.users_turn():
+            returned = self.function(**given) if self.by_name else self.function(*given.values())
+            values, problem = in_a_row(returned, len(completions))
+        if problem:
+            fail(f"{self.told}: {problem}")
+        scores = [number_of(value, f"{self.told}: row {i}") for i, value in enumerate(values)]
+        for i, score in enumerate(scores):
+            if not abs(score) < 1e6:
+                fail(f"{self.told}: row {i}: {score}, no number below a million, for the completion "
                      f"{completions[i][:60]!r}")
-        return torch.tensor(scores, device=self.run.device)
+        return torch.tensor(scores, device=self.run.device, dtype=torch.float32)
+
+    @contextlib.contextmanager
+    def users_turn(self, doing=""):
+        """While it lasts the surroundings are the user's program's, afterwards again the run's.
+
+        Whatever it raises ends the run in one line with its place; a forked child that comes out of it ends there.
+        Ctrl-C is passed on where no run has a handler for it, or it has come twice.
+        """
+        pid, ours, raised = os.getpid(), surroundings(), None
+        surround(ours | self.changes)
+        try:
+            yield
+        except BaseException as error:
+            raised = error
+        if os.getpid() != pid:
+            end_child(raised)
+        self.changes = {name: value for name, value in surroundings().items() if value != ours[name]}
+        surround(ours)
+        if isinstance(raised, KeyboardInterrupt) and (
+                getattr(self.run, "stop", 0) or signal.getsignal(signal.SIGINT) is signal.default_int_handler):
+            raise raised
+        if raised is not None:
+            fail(f"{self.told}: {doing}raised {described(raised, os.path.dirname(self.path))}")
 
 
-def described(error):
-    """"ValueError: its message (file.py:12)", the place being the last of the user's code."""
-    places = traceback.extract_tb(error.__traceback__)
-    where = f" ({places[-1].filename}:{places[-1].lineno})" if places else ""
-    return f"{type(error).__name__}: {error}{where}"
+# ---- a user's program within ours
+
+def surroundings():
+    """What a program may change of its process that ours depends on."""
+    return {"folder": working_folder(), "stdout": getattr(sys, "stdout", None),
+            "stderr": getattr(sys, "stderr", None), "dtype": torch.get_default_dtype(),
+            "gradients": torch.is_grad_enabled()}
 
 
-def load_function(spec, option="--reward"):
-    """"path/module.py:function" -> the function. Exits 2 where there is none."""
-    path, colon, name = spec.rpartition(":")
-    if not colon or not path.endswith(".py") or not os.path.isfile(path):
-        fail(f"{option} {spec}: expected FILE.py:FUNCTION, with a file that exists")
-    module_spec = importlib.util.spec_from_file_location("reward", path)
-    module = sys.modules["reward"] = importlib.util.module_from_spec(module_spec)
-    sys.path.insert(0, os.path.dirname(os.path.abspath(path)))  # for what it imports from beside it
+def working_folder():
     try:
-        module_spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        fail(f"{option} {spec}: importing it raised {described(error)}")
-    if not callable(getattr(module, name, None)):
-        fail(f"{option} {spec}: {path} has no function {name}")
-    return getattr(module, name)
+        return os.getcwd()
+    except OSError:  # it is gone
+        return None
 
+
+def surround(s):
+    """Put `surroundings` in place."""
+    if s["folder"] not in (None, working_folder()):
+        with contextlib.suppress(OSError):
+            os.chdir(s["folder"])
+    sys.stdout, sys.stderr = usable(s["stdout"], 1), usable(s["stderr"], 2)
+    torch.set_default_dtype(s["dtype"])
+    torch.set_grad_enabled(s["gradients"])
+
+
+def usable(stream, descriptor):
+    """The stream or, where it was closed or detached, another on the same descriptor."""
+    try:
+        if not getattr(stream, "closed", False):
+            return stream
+    except ValueError:
+        pass
+    try:
+        return open(descriptor, "w", encoding="utf-8", errors="backslashreplace", closefd=False)
+    except OSError:
+        return open(os.devnull, "w")
+
+
+def end_child(error):
+    """A forked child ends as a program does that raises this, or nothing."""
+    status = int(error is not None)
+    try:
+        if isinstance(error, SystemExit) and (error.code is None or isinstance(error.code, int)):
+            status = error.code or 0
+        elif isinstance(error, SystemExit):
+            print(error.code, file=sys.stderr)
+        elif error is not None:
+            traceback.print_exception(error)
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(status & 255)
+
+
+def described(error, folder):
+    """"ValueError: its message (/path/file.py:12)": the last place in the files of that folder, the user's own."""
+    places = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
+    try:
+        text = str(error)
+    except Exception:
+        text = ""
+    if isinstance(error, SyntaxError) and error.filename:
+        places, text = [*places, (error.filename, error.lineno)], error.msg
+    own = [(file, line) for file, line in places if os.path.dirname(file + os.sep).startswith(folder + os.sep)
+           and "-packages" + os.sep not in file and file != __file__]
+    return type(error).__name__ + f": {text}" * bool(text) + " ({}:{})".format(*(own or places)[-1])
+
+
+# ---- what it gives
+
+def in_a_row(returned, n):
+    """What a function returned -> (n values, ""), or (None, what is wrong with it)."""
+    kind = type(returned).__name__
+    if inspect.isawaitable(returned) and hasattr(returned, "close"):
+        returned.close()  # or Python tells that it was never awaited
+    if len(getattr(returned, "shape", [n])) != 1:
+        return None, f"returned a {kind} of shape {tuple(returned.shape)}; expected {n} numbers, of shape ({n},)"
+    if isinstance(returned, (str, bytes, bytearray, memoryview, Mapping, Set)) or not hasattr(returned, "__iter__"):
+        return None, f"returned {'' if returned is None else 'a '}{kind}; expected a list of {n} numbers"
+    values = list(islice(returned.tolist() if hasattr(returned, "tolist") else returned, n + 1))  # it may be endless
+    if len(values) != n:
+        found = len(returned) if hasattr(returned, "__len__") else f"more than {n}" if len(values) > n else len(values)
+        return None, f"returned {found} scores for {n} answers"
+    return values, ""
+
+
+def number_of(value, where):
+    """float(value), but of no text and no array. where: names the row."""
+    try:
+        if isinstance(value, (str, bytes, bytearray)) or getattr(value, "shape", ()) != ():
+            raise TypeError
+        return float(value.item() if hasattr(value, "item") else value)
+    except Exception:
+        fail(f"{where}: expected a number, found {type(value).__name__}")
+
+
+def takes_names(function, told):
+    """True where it is called as function(prompts=, completions=), False for function(prompts, completions).
+
+    By name where a parameter is called so, or nothing else fits. Exits 2 where it takes other arguments, or names that
+    say that it takes them in another order.
+    """
+    if any(map(inspect.iscoroutinefunction, (function, getattr(function, "__call__", None)))):
+        fail(f"{told}: is an async function; expected a plain one, in which asyncio.run calls it")
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # written in C
+        return False
+    fits = {}
+    for by_name, arguments in ((True, ([], {"prompts": 0, "completions": 0})), (False, ([0, 0], {}))):
+        with contextlib.suppress(TypeError):
+            fits[by_name] = signature.bind(*arguments[0], **arguments[1]).arguments
+    if True in fits and fits[True].keys() & {"prompts", "completions"}:
+        return True
+    names = [name for name in fits.get(False, {}) if signature.parameters[name].kind.name != "VAR_POSITIONAL"]
+    exchanged = any(names[i:i + 1] and names[i].startswith(words) for i, words in enumerate((
+        ("completion", "response", "answer"), ("prompt", "question", "query"))))
+    if not fits or exchanged:
+        fail(f"{told}: takes {signature}; expected (prompts, completions), by these names in any order")
+    return False not in fits
+
+
+# ---- its modules
+
+class Loaded(NamedTuple):
+    """A file of a user's that was imported."""
+    source: bytes
+    module: Any
+    imports: set  # paths of files beside it
+
+
+LOADED, TRIED = {}, set()  # {path: Loaded}, and the paths of those that failed too
+
+
+def load_module(path):
+    """A user's file as a module, which pickle finds under the file's own name, in workers of any start method.
+
+    Its folder stands in sys.path behind the standard library: no other module may get a file of it for one of its own.
+    Where the name is another's, the standard library's or a second user's, it is NAME_2.
+    """
+    with open(path, "rb") as f:
+        source = f.read()
+    if path in LOADED and LOADED[path].source == source:
+        return LOADED[path].module
+    TRIED.add(path)
+    name = name_of(path)
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    LOADED[path], spec.loader = Loaded(source, module, set()), Again
+    module.__builtins__ = {**vars(builtins), "__import__": partial(import_beside, path)}
+    try:
+        exec(compile(source, path, "exec"), vars(module))
+    except BaseException:
+        del LOADED[path], sys.modules[name]
+        raise
+    return module
+
+
+def import_beside(importer, name, *arguments, **options):
+    """What `import` means in a user's file: a file beside it, whatever other module has its name; else as always."""
+    path = os.path.join(os.path.dirname(importer), f"{name}.py")
+    level = options.get("level", arguments[3] if len(arguments) > 3 else 0)
+    known = name in sys.modules and path not in LOADED and owner(name) == os.path.realpath(path)
+    if level or path == importer or known or not os.path.isfile(path):
+        return builtins.__import__(name, *arguments, **options)
+    LOADED[importer].imports.add(path)
+    module = load_module(path)
+    if name in sys.stdlib_module_names:  # json.py: what it lacks may be meant of the standard one
+        vars(module).setdefault("__getattr__", partial(getattr, builtins.__import__(name)))
+    return module
+
+
+def name_of(path):
+    """The name to import a file by: with its packages where it lies in some, else its own, or one that is free."""
+    folder, stem = os.path.split(path.removesuffix(".py"))
+    packages, root = [], folder
+    while os.path.isfile(os.path.join(root, "__init__.py")) and os.path.basename(root).isidentifier():
+        root, package = os.path.split(root)
+        packages.insert(0, package)
+    for place in (root, folder) if packages else (folder,):
+        if place not in map(os.path.abspath, sys.path):
+            sys.path.insert(next((i for i, p in enumerate(sys.path) if p.endswith("-packages")), len(sys.path)), place)
+    if packages and folder in map(os.path.abspath, importlib.import_module(".".join(packages)).__path__):
+        return ".".join([*packages, stem])
+    stem = stem.replace(".", "_")
+    names = (f"{stem}_{n}" if n > 1 else stem for n in count(1))
+    return next(name for name in names if owner(name) in (None, os.path.realpath(path)))
+
+
+def owner(name):
+    """The file that has, or on import would get, this module name: None where there is none."""
+    if name in sys.modules:
+        return os.path.realpath(getattr(sys.modules[name], "__file__", None) or "built in")
+    spec = importlib.util.find_spec(name)
+    return spec and spec.origin and os.path.realpath(spec.origin)
+
+
+class Again:
+    """In a worker that multiprocessing has started anew: the files that its parent has loaded, under the same names.
+
+    They stand in sys.path, which such a worker gets from its parent, and where a file that is no archive means nothing.
+    Stands in sys.meta_path; before the worker's next import it loads them.
+    """
+
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        new = [path for path in sys.path if path.endswith(".py") and path not in TRIED and os.path.isfile(path)]
+        TRIED.update(new)  # loading them imports, too
+        for path in new:
+            with contextlib.suppress(Exception):  # raised again where the worker needs it
+                load_module(path)
+        if new and name in sys.modules:
+            return sys.modules[name].__spec__
+
+    @staticmethod
+    def create_module(spec):
+        return sys.modules[spec.name]
+
+    @staticmethod
+    def exec_module(module):
+        """It is whole already."""
+
+
+sys.meta_path.insert(0, Again)
+
+
+# ---- one or the other
 
 def is_function(spec):
     """True for "FILE.py:FUNCTION", as against the path of a reward model."""
@@ -107,4 +351,10 @@ def load(spec, option, policy, tokenizer, policy_path, run):
 
 def files(spec):
     """The files that a reward is made of: what a resumed run must find unchanged."""
-    return [spec.rpartition(":")[0] if is_function(spec) else checkpoint.file_of(spec)]
+    if not is_function(spec):
+        return [checkpoint.file_of(spec)]
+    found, new = [], [os.path.abspath(spec.rpartition(":")[0])]
+    while new:
+        found.append(new.pop())
+        new += sorted(LOADED[found[-1]].imports - {*found, *new}) if found[-1] in LOADED else []
+    return found

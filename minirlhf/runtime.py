@@ -6,7 +6,6 @@ Ranks: under `torchrun` each process takes its share of every batch; `Run.total`
 rank 0 of 1.
 """
 import contextlib
-import fcntl
 import glob
 import hashlib
 import json
@@ -15,7 +14,10 @@ import os
 import re
 import shlex
 import signal
+import sys
+import threading
 import time
+import weakref
 from dataclasses import asdict, fields, replace
 
 import torch
@@ -24,6 +26,12 @@ from minirlhf.config import fail, say
 from minirlhf.data import clean
 from minirlhf.kernels import AdamW, Muon, keep_freed_memory
 
+try:
+    import fcntl
+except ModuleNotFoundError:
+    fail("minirlhf runs on Linux and macOS; on Windows use it within WSL")
+
+STOPS = (signal.SIGINT, signal.SIGTERM)
 LOGS = ("metrics.jsonl", "samples.jsonl", "rollouts.jsonl")
 KEPT = ("ckpt.previous.pt", "ckpt.pt", *LOGS)  # what makes a folder that of a run
 
@@ -48,6 +56,28 @@ class Precision:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
 
+# ---- forks: a reward function may start workers, and these are no part of the run
+
+RUNS, FORKING = weakref.WeakSet(), threading.local()
+
+
+def before_fork():
+    FORKING.mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # one that came now would be lost in the child
+
+
+def after_fork_in_child():
+    for run in [*RUNS]:
+        run.disown()
+    after_fork()
+
+
+def after_fork():
+    signal.pthread_sigmask(signal.SIG_SETMASK, FORKING.mask)
+
+
+os.register_at_fork(before=before_fork, after_in_parent=after_fork, after_in_child=after_fork_in_child)
+
+
 class Run:
     """The device, ranks and output folder of one run of a script.
 
@@ -57,6 +87,8 @@ class Run:
 
     def __init__(self, options, stage: str):
         self.options, self.stage, self.stop, self.lock, self.begun = options, stage, 0, None, False
+        self.pid, self.signals = os.getpid(), {}  # signals: what acted on them before
+        RUNS.add(self)
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.device = pick_device(options.device)
         if self.world > 1:
@@ -71,8 +103,8 @@ class Run:
         self.out_dir = options.out_dir
         if self.main and not options.check:
             self._claim_out_dir()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._on_signal)
+        if threading.current_thread() is threading.main_thread():  # no other may
+            self.signals = {number: signal.signal(number, self._on_signal) for number in STOPS}
         self.started = time.perf_counter()
 
     # ---- output folder
@@ -187,6 +219,8 @@ class Run:
                              f"checkpoint, if any, is whole: go on with --resume")
 
     def release(self):
+        if os.getpid() != self.pid:
+            self.disown()
         if self.lock is not None:
             with contextlib.suppress(OSError):
                 os.remove(self.path("lock"))
@@ -199,21 +233,41 @@ class Run:
                 for folder in self.made:
                     os.rmdir(folder)
 
+    def disown(self):
+        """In a forked child: it is a process like any other, to which signals do what they did before the run, and the
+        run's folder is not its own."""
+        for number, before in self.signals.items():
+            if signal.getsignal(number) == self._on_signal:
+                signal.signal(number, before or signal.SIG_DFL)
+        if self.lock is not None:
+            self.lock.close()  # it would keep the lock when the run is dead
+        self.signals, self.lock, self.main = {}, None, False
+
     def __enter__(self):
         return self
 
     def __exit__(self, kind, error, traceback):
-        self.release()
-        if self.world > 1 and kind is None:
-            torch.distributed.barrier()  # the first process may still be writing
-            torch.distributed.destroy_process_group()
+        try:
+            self.release()
+            if self.world > 1 and kind is None:
+                torch.distributed.barrier()  # the first process may still be writing
+                torch.distributed.destroy_process_group()
+        finally:
+            RUNS.discard(self)
+            for number, before in self.signals.items():
+                signal.signal(number, before or signal.SIG_DFL)
         if kind is None and self.stop:  # it came when all was done but the last lines
             raise SystemExit(128 + self.stop)
 
     # ---- signals
 
     def _on_signal(self, number, frame):
+        if os.getpid() != self.pid:  # in a child that was forked behind Python's back
+            self.disown()
+            return os.kill(os.getpid(), number)
         if self.stop:
+            if hasattr(sys, "ps1"):  # a notebook or a prompt outlives its run
+                raise KeyboardInterrupt
             self.release()
             os._exit(128 + number)
         self.stop = number
