@@ -23,6 +23,7 @@ import torch
 from minirlhf.config import check_ranges, fail, say
 from minirlhf.data import fingerprint
 from minirlhf.model import GPT, GPTConfig
+from minirlhf.runtime import sync_folder
 from minirlhf.tokenizer import Tokenizer
 
 FORMAT = 1
@@ -68,9 +69,7 @@ def save(path, *, stage, model, tokenizer, options, info, training, environment=
         unpack(temporary, mmap=True)  # whole, and readable
         keep_previous(path)
         os.replace(temporary, path)
-        folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+        sync_folder(os.path.dirname(path))
     except (OSError, RuntimeError, Damaged) as error:
         with contextlib.suppress(OSError):
             os.remove(temporary)

@@ -13,6 +13,7 @@ refused, abbreviations too.
 Left out: nesting, YAML and overriding by environment. A run's options fit one flat list.
 """
 import argparse
+import functools
 import inspect
 import math
 import os
@@ -135,6 +136,7 @@ def check_ranges(options):
         _check_range(field.name, value, comments[field.name])
 
 
+@functools.cache
 def _comments(cls):
     found = {}
     for owner in reversed(cls.__mro__[:-1]):
@@ -145,6 +147,7 @@ def _comments(cls):
     return found
 
 
+@functools.cache
 def _headings(cls):
     """{first option under it: heading}, of the lines "# ---- heading"."""
     found, heading = {}, None
