@@ -27,7 +27,7 @@ class Checks:
         run.say(f"checks on {run.hardware}:")
 
     def __call__(self, claim, holds, found, cause):
-        """claim: what must hold, on every rank; found: what was measured; cause: the likely cause if it does not hold."""
+        """claim: what must hold, on every rank; found: what was measured; cause: the likely one if it does not hold."""
         failing, world = int(self.run.total(torch.tensor(float(not holds)))), self.run.world
         where = f" on {failing} of {world} ranks" if failing and world > 1 else ""
         self.run.say(f"{'FAIL' if failing else 'ok  '}  {claim}: {found}{where}"

@@ -1,5 +1,5 @@
-"""What the test files share: the package on the path, small models whose leaks would show, the command line, and a world
-so small that a stage takes a tenth of a second."""
+"""What the test files share: the package on the path, small models whose leaks would show, the command line, and a
+world so small that a stage takes a tenth of a second."""
 import contextlib
 import importlib
 import io
@@ -149,8 +149,8 @@ class Ended(NamedTuple):
 class Tiny:
     """Data of a few letters, models of one narrow layer: each stage as `main([...])` in this process.
 
-    `sft`, `rm`, `other_sft`, `other_rm`: checkpoints to start from; the others have another seed. The SFT model was
-    trained with dropout, and longer than the stages are by default, so that answers end.
+    `sft`, `rm`: checkpoints that stages start from. The SFT model was trained with dropout, and for so long that about
+    half of its answers end. Of another seed: `folder`/other_sft and other_rm; other data: `folder`/other.
     """
     SHAPE = "--n_layer 1 --n_head 2 --n_embd 8 --vocab_size 260 --block_size 12".split()
     STAGES = {"sft": f"{' '.join(SHAPE)} --batch_size 4 --num_train_epochs 1 --response_length 4 --eval_interval 100",
@@ -164,8 +164,8 @@ class Tiny:
             (folder / name).mkdir()
             self.write_data(folder / name, name == "other")
         self.sft = self.rm = ""
-        long = "--dropout 0.1 --num_train_epochs 12 --batch_size 16 --learning_rate 0.05 --muon_learning_rate 0.1".split()
-        for name, options in (("", long), ("other_", ["--seed", "7"])):
+        longer = "--dropout 0.1 --num_train_epochs 12 --batch_size 16 --learning_rate 0.05 --muon_learning_rate 0.1"
+        for name, options in (("", longer.split()), ("other_", ["--seed", "7"])):
             sft, rm = folder / f"{name}sft", folder / f"{name}rm"
             assert not self.train("sft", *options, out=sft).code
             self.sft = str(sft / "ckpt.pt")
@@ -200,9 +200,11 @@ class Tiny:
         unpack = checkpoint.unpack
 
         def read_once(path, mmap=False):  # what every run starts from
-            if path not in (self.sft, self.rm) or mmap:
+            if mmap or path not in (self.sft, self.rm):
                 return unpack(path, mmap)
-            return {**self.read.setdefault(path, self.read.get(path) or unpack(path))}
+            if path not in self.read:
+                self.read[path] = unpack(path)
+            return {**self.read[path]}
         said, error, code, interval = io.StringIO(), io.StringIO(), 0, evaluate.accuracy_with_interval
         replicates, interval.__defaults__ = interval.__defaults__, (0, 8)  # the bootstrap takes longer than all else
         checkpoint.unpack = read_once

@@ -1,5 +1,5 @@
-"""--check finds what it says it looks for: each of its lines, in each stage where it stands, is made to fail by breaking
-the thing that it tests."""
+"""--check finds what it says it looks for: each of its lines, in each stage where it stands, is made to fail by
+breaking the thing that it tests."""
 import pkgutil
 from types import SimpleNamespace
 
@@ -55,8 +55,9 @@ def letters(tiny):
 
 @pytest.mark.parametrize("stage, options, without", [
     ("sft", [], ()), ("sft", ["--optimizer", "adamw", "--long_prompts", "trim"], ()),
-    ("sft", ["--init_from", "{sft}", "--dropout", "0.5"], ["a new model knows nothing"]), ("rm", ["--optimizer", "adamw"], ()),
-    ("rm", ["--long_prompts", "trim", "--dropout", "0.5"], ()), ("ppo", ["--temperature", "0.7", "--ent_coef", "0.1"], ()),
+    ("sft", ["--init_from", "{sft}", "--dropout", "0.5"], ["a new model knows nothing"]),
+    ("rm", ["--optimizer", "adamw"], ()), ("rm", ["--long_prompts", "trim", "--dropout", "0.5"], ()),
+    ("ppo", ["--temperature", "0.7", "--ent_coef", "0.1"], ()),
     ("ppo", ["--value_init", "sft", "--num_ppo_epochs", "1", "--num_mini_batches", "4"], ())])
 def test_what_is_right_passes(tiny, checked, stage, options, without):
     """Every line says ok and the exit status is 0."""
@@ -71,14 +72,16 @@ def test_a_reward_function_is_checked(checked, letters):
 # ---- sabotage: (what is broken, how: the function -> another)
 
 
-def leaking(of):
-    """Hidden states that depend on all tokens of a row, padding included, in the models that `of` picks."""
+def leaking(of, over=torch.mean):
+    """Hidden states that depend on all tokens of a row, padding included, in the models that `of` picks.
+
+    over=torch.sum: padding of id 0 would not show."""
     def broken(hidden):
         def leak(self, tokens, cache=None, positions=None, select=None):
             if not of(self):
                 return hidden(self, tokens, cache, positions, select)
             states = hidden(self, tokens, cache, positions)
-            states = states + 1e-2 * tokens.float().mean(1)[:, None, None]
+            states = states + 1e-2 * over(tokens.float(), 1)[:, None, None]
             return states if select is None else states.flatten(0, 1)[select]
         return leak
     return "minirlhf.model.GPT.hidden", broken
@@ -145,11 +148,13 @@ SHIFTED = ("minirlhf.generate.KVCache.extend", lambda f: lambda self, layer, at,
     self, layer, (at + 1).clamp_max(self.k.shape[2] - 1), k, v))
 UNSEEN = ("minirlhf.generate.KVCache.extend", lambda f: lambda self, layer, at, k, v: [
     x.index_fill(1, torch.tensor([0]), 0.0) for x in f(self, layer, at, k, v)])  # slot 0 reads as it was made
-NO_EOS = ("minirlhf.tokenizer.Tokenizer.encode_completion", lambda f: lambda self, text: self.encode(text))
+NO_EOS = ("minirlhf.tokenizer.Tokenizer.encode_completion", lambda f: lambda self, text: (
+    self.encode(text) if len(text) % 2 else f(self, text)))
 EVERYWHERE, SCALAR = leaking(lambda model: True), leaking(lambda model: model.head == "scalar")
 SABOTAGE = {
     "sft": [
-        (CLAIMS["sft"][0], *EVERYWHERE), (CLAIMS["sft"][1], *SHIFTED), (CLAIMS["sft"][1], *UNSEEN),
+        (CLAIMS["sft"][0], *EVERYWHERE), (CLAIMS["sft"][0], *leaking(lambda model: True, torch.sum)),
+        (CLAIMS["sft"][1], *SHIFTED), (CLAIMS["sft"][1], *UNSEEN),
         (CLAIMS["sft"][2], *per_microbatch("train_sft.sft_loss")),
         (CLAIMS["sft"][3], "minirlhf.model.GPT.logits", lambda f: lambda self, hidden: 400 * f(self, hidden)),
         (CLAIMS["sft"][4], *drifting("minirlhf.kernels.AdamW")), (CLAIMS["sft"][4], *drifting("minirlhf.kernels.Muon")),
@@ -196,7 +201,8 @@ def test_every_line_has_its_sabotage():
         stage: {*claims} for stage, claims in CLAIMS.items()}
 
 
-@pytest.mark.parametrize("stage, claim, place, how", [(stage, *row) for stage, rows in SABOTAGE.items() for row in rows])
+@pytest.mark.parametrize("stage, claim, place, how",
+                         [(stage, *row) for stage, rows in SABOTAGE.items() for row in rows])
 def test_a_sabotage_is_found(checked, broken, monkeypatch, stage, claim, place, how):
     """One thing is broken: its line says FAIL with a likely cause, the others stand as they stood, and the exit status
     is 1."""
@@ -210,7 +216,8 @@ def test_a_sabotage_is_found(checked, broken, monkeypatch, stage, claim, place, 
 
 @pytest.mark.parametrize("claim, place, how", [
     (CLAIMS["ppo"][0], *leaking(lambda model: model.head == "lm")), (CLAIMS["ppo"][1], *SCALAR),
-    (CLAIMS["ppo"][8], *drifting("minirlhf.kernels.AdamW")), (CLAIMS["ppo"][10], "minirlhf.generate.sample", without_eos)])
+    (CLAIMS["ppo"][8], *drifting("minirlhf.kernels.AdamW")),
+    (CLAIMS["ppo"][10], "minirlhf.generate.sample", without_eos)])
 def test_a_sabotage_is_found_with_a_reward_function(checked, broken, letters, claim, place, how):
     """Where there is no reward model the policy and the value network still are."""
     broken(place, how)
@@ -219,8 +226,8 @@ def test_a_sabotage_is_found_with_a_reward_function(checked, broken, letters, cl
 
 
 def test_a_run_that_goes_on_is_checked(tiny, checked, broken):
-    """--resume --check looks at the run's own policy, whose KL is no longer 0, and leaves the run as it was; a weight that
-    moves is found there too."""
+    """--resume --check looks at the run's own policy, whose KL is no longer 0, and leaves the run as it was; a
+    weight that moves is found there too."""
     folder = tiny.train("ppo", "--kl_coef", "0").folder
     before = {path: path.read_bytes() for path in folder.iterdir()}
     options = {"without": [CLAIMS["ppo"][7]], "out": folder}
@@ -251,7 +258,7 @@ def test_limits():
     """What rounding may do is 1e-4 of a standard deviation in float32, 0.03 in bfloat16; not a number is a failure."""
     found = []
     for dtype in (torch.float32, torch.bfloat16):
-        checks = check.Checks(SimpleNamespace(say=lambda text: None, total=lambda t: t, world=1, dtype=dtype, hardware=""))
+        checks = check.Checks(SimpleNamespace(say=print, total=lambda t: t, world=1, dtype=dtype, hardware=""))
         a = torch.linspace(-1, 1, 101)
         for gap in (2e-5, 2e-4, 1e-2, 0.1, float("nan")):
             checks.failed = 0
