@@ -27,9 +27,12 @@ class Checks:
         run.say(f"checks on {run.hardware}:")
 
     def __call__(self, claim, holds, found, cause):
-        """claim: what must hold; found: what was measured; cause: the likely cause if it does not hold."""
-        self.run.say(f"{'ok  ' if holds else 'FAIL'}  {claim}: {found}" + ("" if holds else f"; likely cause: {cause}"))
-        self.failed += not holds
+        """claim: what must hold, on every rank; found: what was measured; cause: the likely one if it does not hold."""
+        failing, world = int(self.run.total(torch.tensor(float(not holds)))), self.run.world
+        where = f" on {failing} of {world} ranks" if failing and world > 1 else ""
+        self.run.say(f"{'FAIL' if failing else 'ok  '}  {claim}: {found}{where}"
+                     + (f"; likely cause: {cause}" if failing else ""))
+        self.failed += failing > 0
 
     def close(self, claim, a, b, cause):
         """Tensors a and b differ by rounding only."""

@@ -25,6 +25,7 @@ from minirlhf import runtime
 from minirlhf.config import check_ranges, fail, say
 from minirlhf.data import fingerprint
 from minirlhf.model import GPT, GPTConfig
+from minirlhf.runtime import sync_folder
 from minirlhf.tokenizer import Tokenizer
 
 FORMAT = 1
@@ -78,9 +79,7 @@ def save(path, *, stage, model, tokenizer, options, info, training, environment=
             os.remove(old)
         keep_previous(path)
         os.replace(temporary, path)
-        folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+        sync_folder(os.path.dirname(path))
     except (OSError, RuntimeError, Damaged) as error:
         for unfinished in (temporary, f"{also}.tmp"):
             with contextlib.suppress(OSError):

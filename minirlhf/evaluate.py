@@ -333,8 +333,9 @@ class AgainstSFT:
 def save_rollouts(batch, step, tokenizer, run):
     """The answers that a step trains on, of all ranks, into rollouts.jsonl, one a line, KL by k1 in nats a response."""
     kl, tokens = k1(batch.logprobs, batch.ref_logprobs).sum(1).tolist(), batch.response_mask.sum(1).tolist()
-    prompts = [row[:n] for row, n in zip(batch.tokens.tolist(), batch.prompt_lengths.tolist())]
-    rows = [{"step": step, "prompt": tokenizer.decode(prompt), "completion": tokenizer.decode(response),
+    prompts = batch.prompt_texts or [tokenizer.decode(row[:n]) for row, n in zip(batch.tokens.tolist(),
+                                                                                batch.prompt_lengths.tolist())]
+    rows = [{"step": step, "prompt": prompt, "completion": tokenizer.decode(response),
              "score": score, "reward": reward, "kl": nats, "length": length, "finished": finished}
             for prompt, response, score, reward, nats, length, finished in zip(
                 prompts, batch.responses(), batch.scores.tolist(), batch.final_rewards.tolist(), kl, tokens,
@@ -559,14 +560,17 @@ def main(argv=None):
         if long:
             say(f"{long} of {len(texts)} prompts are longer than {room} tokens: "
                 + {"drop": "dropped", "trim": "trimmed at the left"}[a.long_prompts])
-        result = compare(policies, baseline, scorers, prompts[:a.num_prompts], tokenizer, scorer, a)
+        result = compare(policies, baseline, called, scorers, prompts[:a.num_prompts], tokenizer, scorer, a)
         output.write(json.dumps(runtime.finite(result), ensure_ascii=False, indent=1) + "\n")
     if a.output is None:
         all_printed()
 
 
-def compare(policies, baseline, scorers, prompts, tokenizer, run, a):
-    """Prints what the command has to say of policies {path: model} -> all of it, for JSON. a: its options."""
+def compare(policies, baseline, called, scorers, prompts, tokenizer, run, a):
+    """Prints what the command has to say of policies {path: model} -> all of it, for JSON. a: its options.
+
+    called: what the table calls the baseline.
+    """
     def answers(policy, draw=0):
         return answer(policy, baseline, scorers, prompts, tokenizer, a, run, draw)
 

@@ -6,6 +6,7 @@ Ranks: under `torchrun` each process takes its share of every batch; `Run.total`
 rank 0 of 1.
 """
 import contextlib
+import errno
 import glob
 import hashlib
 import json
@@ -174,6 +175,8 @@ class Run:
             self.replace(name, b"".join(kept))
         self.begun = not os.path.exists(self.path("config.json"))
         self.replace("config.json", json.dumps({"stage": self.stage, **asdict(self.options)}, indent=2).encode())
+        for folder in self.made:
+            sync_folder(os.path.dirname(folder))
 
     def replace(self, name, content):
         """Write out_dir/name whole: whenever the process dies, the old content or the new one is there."""
@@ -183,6 +186,7 @@ class Run:
                 f.flush()
                 os.fsync(f.fileno())
             os.replace(self.path(f"{name}.tmp"), self.path(name))
+            sync_folder(self.out_dir)
 
     def write(self, name, *records):
         """Append JSON objects to out_dir/name, one a line."""
@@ -195,6 +199,7 @@ class Run:
         for name in self.logs():
             with self.writing(name), open(self.path(name), "ab") as f:
                 os.fsync(f.fileno())
+        sync_folder(self.out_dir)
 
     def logs(self):
         return [name for name in LOGS if os.path.exists(self.path(name))]
@@ -423,6 +428,18 @@ class Output:
             elif self.size and not isinstance(error, SystemExit):
                 say(f"{'' if kind is None else 'stopped; '}written: {self.path}"
                     + f", {self.writes:,} line{'s' * (self.writes != 1)}" * self.path.endswith(".jsonl"))
+
+
+def sync_folder(path):
+    """The names in a folder on the disk: what was made or renamed in it is found there after a power cut."""
+    handle = os.open(path or ".", os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system that does not know how
+            raise
+    finally:
+        os.close(handle)
 
 
 def finite(value):

@@ -1,5 +1,9 @@
-"""What the test files share: the package on the path, small models whose leaks would show, and the command line."""
+"""What the test files share: the package on the path, small models whose leaks would show, the command line, and a
+world so small that a stage takes a tenth of a second."""
 import contextlib
+import importlib
+import io
+import json
 import multiprocessing
 import os
 import resource
@@ -7,6 +11,7 @@ import runpy
 import signal
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -14,6 +19,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from minirlhf import checkpoint, evaluate  # noqa: E402
 from minirlhf.model import GPT, GPTConfig  # noqa: E402
 
 torch.set_num_threads(1)  # the models are small, and a machine that does other things slows two threads down most
@@ -217,3 +223,97 @@ def command():
         assert "Traceback" not in error
         return out, error
     return call
+
+
+class Ended(NamedTuple):
+    """How a stage that ran in this process ended."""
+    code: int
+    said: str
+    error: str
+    folder: Path
+
+    def rows(self, name="metrics.jsonl"):
+        return [json.loads(line) for line in (self.folder / name).read_text("utf-8").splitlines()]
+
+    def payload(self):
+        return torch.load(self.folder / "ckpt.pt", weights_only=True)
+
+
+class Tiny:
+    """Data of a few letters, models of one narrow layer: each stage as `main([...])` in this process.
+
+    `sft`, `rm`: checkpoints that stages start from. The SFT model was trained with dropout, and for so long that about
+    half of its answers end. Of another seed: `folder`/other_sft and other_rm; other data: `folder`/other.
+    """
+    SHAPE = "--n_layer 1 --n_head 2 --n_embd 8 --vocab_size 260 --block_size 12".split()
+    STAGES = {"sft": f"{' '.join(SHAPE)} --batch_size 4 --num_train_epochs 1 --response_length 4 --eval_interval 100",
+              "rm": "--batch_size 4 --num_scale_samples 4 --response_length 4 --eval_interval 100",
+              "ppo": "--total_episodes 8 --batch_size 4 --response_length 3 --num_eval_prompts 4 --value_warmup 0 "
+                     "--micro_batch_size 4 --learning_rate 0.03 --eval_interval 100"}
+
+    def __init__(self, folder):
+        self.folder, self.count, self.read = folder, 0, {}
+        for name in ("data", "other"):
+            (folder / name).mkdir()
+            self.write_data(folder / name, name == "other")
+        self.sft = self.rm = ""
+        longer = "--dropout 0.1 --num_train_epochs 12 --batch_size 16 --learning_rate 0.05 --muon_learning_rate 0.1"
+        for name, options in (("", longer.split()), ("other_", ["--seed", "7"])):
+            sft, rm = folder / f"{name}sft", folder / f"{name}rm"
+            assert not self.train("sft", *options, out=sft).code
+            self.sft = str(sft / "ckpt.pt")
+            assert not self.train("rm", out=rm).code
+        self.sft, self.rm = str(folder / "sft" / "ckpt.pt"), str(folder / "rm" / "ckpt.pt")
+
+    @staticmethod
+    def write_data(folder, other):
+        """Rows of 4 to 7 tokens and a long one; other data hold the same letters, so that tokenizers are the same."""
+        words = [a + b + c for a in "abc" for b in "de" for c in "fgh"]
+        words = words[::-1] if other else words
+        for split, part in (("train", words[::2]), ("val", words[1::3])):
+            def write(name, rows):
+                (folder / f"{name}.{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            write("sft", [{"prompt": w[0], "completion": w[1:] + "." * (i % 3), "domain": w[1]}
+                          for i, w in enumerate(part)] + [{"prompt": "abcdefgh" * 2, "completion": "df"}])
+            pairs = [{"prompt": w[0], "chosen": w[1:] + ".", "rejected": w[:0:-1] + "." * (i % 2), "margin": 1 + i % 2}
+                     for i, w in enumerate(part)] + [{"prompt": "abcdefgh" * 2, "chosen": "df", "rejected": "fd"}]
+            write("preferences", pairs)
+            write("judge", [{**p, "chosen": p["rejected"], "rejected": p["chosen"]} for p in pairs])
+            write("prompts", [{"prompt": w[:2]} for w in part] + [{"prompt": "abcdefgh" * n} for n in (2, 3, 4)])
+
+    def train(self, stage, *options, out=None):
+        """Run a stage with more options in a folder, a new one unless given -> Ended."""
+        self.count += 1
+        folder = Path(out or self.folder / "out" / str(self.count))
+        argv = ["--device", "cpu", "--dtype", "float32", "--data_dir", self.folder / "data", "--out_dir", folder,
+                *self.STAGES[stage].split()]
+        argv += ["--init_from", self.sft] if stage != "sft" else []
+        argv += ["--reward_model", self.rm] if stage == "ppo" else []
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        unpack = checkpoint.unpack
+
+        def read_once(path, mmap=False):  # what every run starts from
+            if mmap or path not in (self.sft, self.rm):
+                return unpack(path, mmap)
+            if path not in self.read:
+                self.read[path] = unpack(path)
+            return {**self.read[path]}
+        said, error, code, interval = io.StringIO(), io.StringIO(), 0, evaluate.accuracy_with_interval
+        replicates, interval.__defaults__ = interval.__defaults__, (0, 8)  # the bootstrap takes longer than all else
+        checkpoint.unpack = read_once
+        try:
+            with contextlib.redirect_stdout(said), contextlib.redirect_stderr(error):
+                importlib.import_module(f"train_{stage}").main([*map(str, argv), *map(str, options)])
+        except SystemExit as stop:
+            code = stop.code if type(stop.code) is int else 1
+            error.write("" if type(stop.code) is int else f"{stop.code}\n")
+        finally:
+            interval.__defaults__, checkpoint.unpack = replicates, unpack
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        return Ended(code, said.getvalue(), error.getvalue(), folder)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    return Tiny(tmp_path_factory.mktemp("tiny"))

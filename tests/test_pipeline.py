@@ -3,7 +3,6 @@ import importlib
 import json
 import math
 import os
-import pkgutil
 import random
 import signal
 import subprocess
@@ -13,7 +12,6 @@ import time
 import pytest
 
 from conftest import Command
-from minirlhf.data import Row
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 GOOD, BAD = ["kind", "bright", "warm", "calm"], ["cruel", "dull", "cold", "rude"]
@@ -259,76 +257,6 @@ def test_check_of_a_trained_policy_and_a_custom_reward(folder, checked):
     assert status == 0 and len(lines) == 11 + 2 and not any("KL from the SFT" in line for line in lines)
     (folder / "one.py").write_text("def f(prompts, completions):\n    return [len(c) / 10 for c in completions]\n")
     assert checked("ppo", "--reward", "one.py:f")[0] == 0
-
-
-def leak(hidden):
-    def leaking(self, tokens, cache=None, positions=None, select=None):
-        states = hidden(self, tokens, cache, positions) + 1e-2 * tokens.float().mean(1)[:, None, None]
-        return states if select is None else states.flatten(0, 1)[select]
-    return leaking
-
-
-def shifted(extend):
-    return lambda self, layer, at, k, v: extend(self, layer, (at + 1).clamp_max(self.k.shape[2] - 1), k, v)
-
-
-def other_tokenizer(compatible):
-    def spoil(first, first_path, second, second_path):
-        second[1].encode = lambda text: [*text.encode()]  # bytes, unmerged
-    return spoil
-
-
-def spoiled(with_head):
-    def copy(self, *head):
-        other = with_head(self, *head)
-        other.wte.weight.data *= 1.5
-        return other
-    return copy
-
-
-SABOTAGE = {
-    "padding changes nothing in the model": ("sft", "minirlhf.model.GPT.hidden", leak),
-    "padding changes nothing in the reward model": ("rm", "minirlhf.model.GPT.hidden", leak),
-    "padding changes nothing in the policy": ("ppo", "minirlhf.model.GPT.hidden", leak),
-    "the KV cache changes nothing": ("sft", "minirlhf.generate.KVCache.extend", shifted),
-    "microbatch size changes no gradient": ("sft", "train_sft.sft_loss", lambda f: lambda *a: f(*a) / len(a[1])),
-    "a new model knows nothing": ("sft", "minirlhf.model.GPT.logits", lambda f: lambda self, h: 40 * f(self, h)),
-    "a score does not depend on what else is scored": (
-        "rm", "minirlhf.model.GPT.score", lambda f: lambda self, t, n: f(self, t, 0 * n + t.shape[1])),
-    "the sampler's log-probabilities are the trainer's": (
-        "ppo", "minirlhf.generate.sample", lambda f: lambda logits, T, u: f(logits, 1.1 * T, u)),
-    "the ratio is 1 before the first update": (
-        "ppo", "train_ppo.k2", lambda f: lambda new, old: f(new, 1.01 * old)),
-    "policy and reward model see the same ids for the same text": (
-        "ppo", "minirlhf.checkpoint.compatible", other_tokenizer),
-    "the KL from the SFT model is 0 at the start": (
-        "ppo", "minirlhf.model.GPT.with_head", spoiled),
-    "at learning rate 0 KL, approxkl and clipfrac stay 0": (
-        "ppo", "minirlhf.kernels.AdamW.step", lambda f: lambda self: [g["params"][0].data.mul_(1.01)
-                                                                  for g in self.param_groups]),
-    "at learning rate 0 no weight moves": (
-        "rm", "minirlhf.kernels.AdamW.step", lambda f: lambda self: self.param_groups[0]["params"][0].data.add_(1e-6)),
-    "prompts and completions have the same ids wherever they are encoded": (
-        "sft", "train_sft.encode_row", lambda f: lambda tokenizer, p, c, *more: Row(  # bytes, unmerged
-            [tokenizer.eos, *(p + c).encode(), tokenizer.eos], 1 + len(p.encode()))),
-    "saved and loaded is the same to the last bit": (
-        "rm", "minirlhf.checkpoint.load_weights", lambda f: lambda model, state, path: f(
-            model, {k: v.half() for k, v in state.items()}, path)),
-}
-
-
-@pytest.mark.parametrize("claim", SABOTAGE)
-def test_check_finds_what_is_wrong(checked, monkeypatch, claim):
-    """One thing broken: its line says FAIL with a likely cause, and the exit status is 1."""
-    stage, place, broken = SABOTAGE[claim]
-    owner, _, name = place.rpartition(".")
-    owner = pkgutil.resolve_name(owner)
-    options = ["--init_from", "scratch"] if claim == "a new model knows nothing" else []
-    monkeypatch.setattr(owner, name, broken(getattr(owner, name)))
-    status, lines = checked(stage, *options)
-    failed = [line for line in lines if line.startswith("FAIL")]
-    assert status == 1 and lines[-1] == f"{len(failed)} checks failed"
-    assert any(line.startswith(f"FAIL  {claim}: ") and "; likely cause: " in line for line in failed)
 
 
 def test_check_says_when_answers_cannot_end(checked):
