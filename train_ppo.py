@@ -12,8 +12,8 @@ from typing import Literal
 
 import torch
 
-from minirlhf import checkpoint, evaluate, kernels, prepare, rewards, runtime
-from minirlhf.config import RunOptions, fail, launch, parse, warn_idle
+from minirlhf import checkpoint, evaluate, kernels, prepare, rewards, runtime, sizes
+from minirlhf.config import RunOptions, fail, launch, parse, ranks, warn_idle
 from minirlhf.data import blank_ends, encode_prompts, endless_batch, load_prompts, repeats
 from minirlhf.generate import Rollout, compile_model, generate
 from minirlhf.objectives import (adaptive_kl_coef, entropy, gae, k1, k2, k3, kl_above_baseline, log_ratio, policy_loss,
@@ -63,7 +63,7 @@ class Options(RunOptions):
     max_ref_kl: float = 60.0  # nats a response from the SFT model; three batches above it end the run; 0 = off [0..]
     # ---- evaluations and checkpoints
     eval_interval: int = 20  # steps between evaluations and checkpoints; the last step always has both [1..]
-    num_eval_prompts: int = 512  # held-out prompts of the closing comparison; a quarter of them in evaluations [1..]
+    num_eval_prompts: int = 512  # held-out prompts of the closing comparison, a quarter of them earlier [1..1000000]
 
 
 @dataclass
@@ -203,7 +203,7 @@ def read_options(argv):
     o, saved = checkpoint.resume(parse(Options, argv), "ppo", (
         "seed", "reward", "value_init", "batch_size", "total_episodes", "temperature", "response_length",
         "long_prompts"))
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    _, world = ranks()
     if o.batch_size % (o.num_mini_batches * world):
         fail(f"--num_mini_batches {o.num_mini_batches}: must divide --batch_size {o.batch_size}"
              + (f" on each of {world} ranks" if world > 1 else ""))
@@ -255,6 +255,7 @@ def main(argv=None):
         from_rm = reward.model is not None and o.value_init == "rm"
         value = (reward.model if from_rm else ref).with_head("scalar")
         prompts, val_prompts, about_prompts, paths = read_prompts(o, tokenizer, policy.config.block_size)
+        sizes.check_rollout(f"--batch_size {o.batch_size}", policy, o.batch_size // run.world, o.response_length + 2)
         optimizers = make_optimizers(policy, value, o)
 
         # ---- a new run, or one that goes on

@@ -48,7 +48,7 @@ class Options(RunOptions):
     eval_interval: int = 250  # steps between evaluations and checkpoints; the last step always does [1..]
     log_interval: int = 10  # steps between log lines [1..]
     response_length: int = 48  # longest SFT sample in tokens, as in stage 3, when the scale is set [1..]
-    num_scale_samples: int = 1024  # SFT samples over whose scores the reward gets mean 0 and standard deviation 1 [2..]
+    num_scale_samples: int = 1024  # SFT samples whose scores shall have mean 0 and standard deviation 1 [2..1000000]
 
 
 def encode_preferences(tokenizer, preferences, block_size, long_prompts):
@@ -132,7 +132,7 @@ def read_preferences(o, tokenizer, block_size):
 def read_scale_prompts(o, tokenizer, block_size):
     """-> ids of num_scale_samples prompts, repeated where there are fewer, and the files they are from."""
     path = os.path.join(o.data_dir, "prompts.train.jsonl")
-    texts = load_prompts(path) if os.path.exists(path) else [
+    texts = load_prompts(path) if os.path.lexists(path) else [
         p.prompt for p in load_preferences(os.path.join(o.data_dir, f"{o.preferences}.train.jsonl"))]
     prompts, _ = encode_prompts(tokenizer, texts, block_size - o.response_length, o.long_prompts)
     if block_size - o.response_length < 2 or not prompts:

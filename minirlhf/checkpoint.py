@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import torch
 
-from minirlhf.config import check_ranges, fail, say
+from minirlhf.config import check_ranges, fail, one_line, ranks, say
 from minirlhf.data import fingerprint
 from minirlhf.model import GPT, GPTConfig
 from minirlhf.tokenizer import Tokenizer
@@ -74,8 +74,8 @@ def save(path, *, stage, model, tokenizer, options, info, training, environment=
     except (OSError, RuntimeError, Damaged) as error:
         with contextlib.suppress(OSError):
             os.remove(temporary)
-        raise SystemExit(f"error: {path}: could not be written ({error}) after {size:,} bytes; what was there before "
-                         "is untouched")
+        raise SystemExit(one_line(f"error: {path}: could not be written ({error}) after {size:,} bytes; what was there "
+                                  "before is untouched"))
     return f"  saved {path}: {size / 1e6:.1f} MB in {time.perf_counter() - began:.2f} s"
 
 
@@ -337,7 +337,7 @@ def resume(o, stage, structural):
     """
     if not o.resume:
         return o, None
-    tell = say if os.environ.get("RANK", "0") == "0" else lambda text: None
+    tell = say if ranks()[0] == 0 else lambda text: None
     if o.overwrite:
         fail("--resume and --overwrite exclude each other")
     path, payload = os.path.join(o.out_dir, "ckpt.pt"), None

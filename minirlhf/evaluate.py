@@ -12,7 +12,7 @@ from collections import Counter, defaultdict
 import torch
 
 from minirlhf import checkpoint, kernels, rewards, runtime
-from minirlhf.config import RunOptions, fail, launch, positive_int, say, temperature_number
+from minirlhf.config import Parser, RunOptions, check_spelling, fail, launch, positive_int, say, temperature_number
 from minirlhf.data import collate, encode_prompts, label_of, load_prompts, number
 from minirlhf.generate import generate
 from minirlhf.model import flat_indices
@@ -465,8 +465,8 @@ def verdict_on_policy(figures, thirds, has_judge):
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(
-        prog="python -m minirlhf.evaluate", allow_abbrev=False, description="Policies against a baseline on held-out "
+    parser = Parser(
+        prog="python -m minirlhf.evaluate", description="Policies against a baseline on held-out "
         "prompts, by a reward model and a judge, with 95 % intervals. Temperature, response length and seed are those "
         "of the first policy's run unless given, so that the figures are those that train_ppo.py printed.")
     parser.add_argument("policies", nargs="+", metavar="POLICY", help="ckpt.pt of train_ppo.py or train_sft.py, or its "

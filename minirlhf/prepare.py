@@ -7,7 +7,6 @@ The data set `sentiment` is the ground truth of Hutto & Gilbert 2014 (ICWSM): se
 from -4 to 4. Left out: the word list and the scorer that come in the same archive. Nothing here may learn from them, so
 that they can still serve as an independent judge.
 """
-import argparse
 import hashlib
 import html
 import io
@@ -20,12 +19,11 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-import time
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
-from minirlhf.config import fail, launch, say
+from minirlhf.config import Parser, fail, launch, ranks, say
 
 ARCHIVE = "vaderSentiment-3.3.2.tar.gz"
 SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
@@ -92,11 +90,9 @@ def sentiment(data_dir="data/sentiment", seed=0, source=None, overwrite=False):
 
 
 def ensure(data_dir):
-    """Prepares the default data where they are missing. Under torchrun the first process does, the others wait."""
-    while not os.path.isdir(data_dir):
-        if os.environ.get("RANK", "0") == "0":
-            sentiment(data_dir)
-        time.sleep(0.1)
+    """Prepares the default data where they are missing. Of several ranks the first does; the others wait in Run."""
+    if not os.path.isdir(data_dir) and ranks()[0] == 0:
+        sentiment(data_dir)
 
 
 # The archive
@@ -478,8 +474,8 @@ def describe(counts, pools, files, ceilings, seed):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m minirlhf.prepare",
-                                     description="Makes the JSON-lines files that the scripts train on.")
+    parser = Parser(prog="python -m minirlhf.prepare",
+                    description="Makes the JSON-lines files that the scripts train on.")
     commands = parser.add_subparsers(dest="name", required=True, metavar="NAME")
     command = commands.add_parser("sentiment", help="sentences from four sources, each rated by 15 to 99 people",
                                   description="Demonstrations, preferences and prompts from 23,703 sentences of film "

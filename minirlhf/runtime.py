@@ -13,16 +13,19 @@ import math
 import os
 import shlex
 import signal
+import stat
 import time
 from dataclasses import asdict, fields, replace
 
 import torch
 
-from minirlhf.config import fail, say
+from minirlhf.config import fail, one_line, ranks, say
 from minirlhf.kernels import AdamW, Muon, keep_freed_memory
+from minirlhf.sizes import check_room
 
 LOGS = ("metrics.jsonl", "samples.jsonl")
 KEPT = ("ckpt.previous.pt", "ckpt.pt", *LOGS)  # what makes a folder that of a run
+HALF = ("ckpt.pt.tmp", "config.json.tmp", *(f"{name}.tmp" for name in LOGS))  # what a killed run may leave beside it
 
 
 def seed_of(seed: int, step: int, rank: int, purpose: str) -> int:
@@ -53,11 +56,12 @@ class Run:
     """
 
     def __init__(self, options, stage: str):
-        self.options, self.stage, self.stop, self.lock, self.begun = options, stage, 0, None, False
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.options, self.stage, self.stop, self.lock, self.begun, self.made = options, stage, 0, None, False, []
+        self.rank, self.world = ranks()
         self.device = pick_device(options.device)
         if self.world > 1:
-            torch.distributed.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            with self.together():
+                torch.distributed.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
             if self.device.type == "cuda":
                 self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
                 torch.cuda.set_device(self.device)
@@ -66,6 +70,8 @@ class Run:
         keep_freed_memory()
         self.main = self.rank == 0
         self.out_dir = options.out_dir
+        if rows := getattr(options, "batch_size", 0):
+            check_room(f"--batch_size {rows}", "a batch of so many rows", 100 * rows)
         if self.main and not options.check:
             self._claim_out_dir()
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -79,23 +85,12 @@ class Run:
 
     def _claim_out_dir(self):
         o = self.options
-        folder, self.made = os.path.abspath(self.out_dir), []
-        while not os.path.exists(folder):
+        folder = os.path.abspath(self.out_dir)
+        while not os.path.lexists(folder):
             self.made.append(folder)
             folder = os.path.dirname(folder)
         try:
-            os.makedirs(self.out_dir, exist_ok=True)
-            while not self.lock:
-                lock = open(self.path("lock"), "a+b", buffering=0)
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a dead process holds none, whoever has its pid
-                with contextlib.suppress(FileNotFoundError):  # the run that held it may just have removed it
-                    self.lock = lock if os.path.samestat(os.fstat(lock.fileno()), os.stat(self.path("lock"))) else None
-            self.lock.truncate(0)
-            self.lock.write(str(os.getpid()).encode())
-        except BlockingIOError:
-            lock.seek(0)
-            fail(f"--out_dir {self.out_dir}: a run with pid {lock.read().decode()} is writing there; wait for it or "
-                 "choose another folder")
+            self._lock()
         except OSError as error:
             self.release()
             fail(f"--out_dir {self.out_dir}: cannot be written ({error.strerror})")
@@ -112,16 +107,57 @@ class Run:
             fail(f"--out_dir {self.out_dir} holds a run ({', '.join(held)}); use --resume, --overwrite or another "
                  "folder")
 
+    def _lock(self):
+        """Make the folder and take its lock. A run that ends meanwhile may remove both; then they are made again."""
+        for attempt in range(1000):
+            try:
+                os.makedirs(self.out_dir, exist_ok=True)
+                self._check_names()
+                lock = open(self.path("lock"), "a+b", buffering=0)
+            except FileNotFoundError:
+                if attempt == 999:
+                    raise
+                continue
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a dead process holds none, whoever has its pid
+                if os.path.samestat(os.fstat(lock.fileno()), os.stat(self.path("lock"))):
+                    self.lock = lock
+                    self.lock.truncate(0)
+                    self.lock.write(str(os.getpid()).encode())
+                    return
+                lock.close()
+            except FileNotFoundError:  # the run that held it has just removed it
+                lock.close()
+            except BlockingIOError:
+                lock.seek(0)
+                fail(f"--out_dir {self.out_dir}: a run with pid {lock.read().decode()} is writing there; wait for it "
+                     "or choose another folder")
+
+    def _check_names(self):
+        """Exits 2 where something that is no file bears the name of one of the run's."""
+        for name in ("lock", "config.json", *KEPT, *HALF):
+            with contextlib.suppress(FileNotFoundError):
+                mode = os.lstat(self.path(name)).st_mode
+                if stat.S_ISLNK(mode) and os.path.exists(self.path(name)):
+                    mode = os.stat(self.path(name)).st_mode
+                if not stat.S_ISREG(mode):
+                    kind = {stat.S_IFDIR: "a folder", stat.S_IFLNK: "a link to nothing"}.get(
+                        stat.S_IFMT(mode), "a pipe or device")
+                    fail(f"--out_dir {self.out_dir}: {self.path(name)} is {kind}, where the run keeps a file; move it "
+                         "away, or choose another folder")
+
     def start_logs(self, step):
         """Begin to write: remove an old run, or cut from its logs what will be written again; write config.json.
 
         That is what is torn, later than `step`, or of a closing report. Call it when all inputs have been checked:
-        until then an old run is untouched.
+        until then an old run is untouched. All ranks meet here: where one was refused, none begins.
         """
+        self.total(torch.zeros(()))
         if not self.main:
             return
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(self.path("ckpt.pt.tmp"))  # of a save that was killed
+        for name in HALF:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(self.path(name))
         if not self.options.resume:
             for name in ("config.json", *KEPT):  # in this order a death halfway leaves the old run, or none
                 with contextlib.suppress(FileNotFoundError):
@@ -169,21 +205,22 @@ class Run:
             yield
         except OSError as error:
             size = os.path.getsize(self.path(name)) if os.path.exists(self.path(name)) else 0
-            raise SystemExit(f"error: {self.path(name)}: could not be written ({error.strerror}) at {size:,} bytes; a "
-                             f"checkpoint, if any, is whole: go on with --resume")
+            raise SystemExit(one_line(f"error: {self.path(name)}: could not be written ({error.strerror}) at {size:,} "
+                                      "bytes; a checkpoint, if any, is whole: go on with --resume"))
 
     def release(self):
         if self.lock is not None:
-            with contextlib.suppress(OSError):
-                os.remove(self.path("lock"))
-            self.lock.close()
-            self.lock = None
             if self.begun and not any(os.path.exists(self.path(name)) for name in KEPT):  # it has come to nothing
                 with contextlib.suppress(OSError):
                     os.remove(self.path("config.json"))
             with contextlib.suppress(OSError):
-                for folder in self.made:
-                    os.rmdir(folder)
+                os.remove(self.path("lock"))  # the last thing, for then another run may begin
+            self.lock.close()
+            self.lock = None
+        for folder in self.made:
+            with contextlib.suppress(OSError):
+                os.rmdir(folder)
+        self.made = []
 
     def __enter__(self):
         return self
@@ -191,7 +228,8 @@ class Run:
     def __exit__(self, kind, error, traceback):
         self.release()
         if self.world > 1 and kind is None:
-            torch.distributed.barrier()  # the first process may still be writing
+            with self.together():
+                torch.distributed.barrier()  # the first process may still be writing
             torch.distributed.destroy_process_group()
         if kind is None and self.stop:  # it came when all was done but the last lines
             raise SystemExit(128 + self.stop)
@@ -218,11 +256,22 @@ class Run:
 
     # ---- ranks
 
+    @contextlib.contextmanager
+    def together(self):
+        """Exits 2 where another rank has ended: what all do together can then not be done."""
+        try:
+            yield
+        except (RuntimeError, ValueError, OSError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            fail(f"rank {self.rank} of {self.world}: stopped, for another rank has ended, and says why, or cannot be "
+                 f"reached ({reason[:200]})")
+
     def total(self, t):
         """Sum of a tensor over all ranks."""
         if self.world > 1:
             t = t.to(self.device)
-            torch.distributed.all_reduce(t)
+            with self.together():
+                torch.distributed.all_reduce(t)
         return t
 
     def totals(self, sums):
@@ -235,10 +284,11 @@ class Run:
 
     def sum_gradients(self, parameters):
         if self.world > 1:
-            for p in parameters:
-                if p.grad is None:
-                    p.grad = torch.zeros_like(p)
-                torch.distributed.all_reduce(p.grad)
+            with self.together():
+                for p in parameters:
+                    if p.grad is None:
+                        p.grad = torch.zeros_like(p)
+                    torch.distributed.all_reduce(p.grad)
 
     # ---- precision, seeds
 
