@@ -333,8 +333,8 @@ def main(argv=None):
 
         # ---- before and after, on held-out prompts
         against_sft.closing_report(policy, max(first, steps))
-        run.saved(f"python -m minirlhf.sample {shlex.quote(o.init_from)} {shlex.quote(run.path('ckpt.pt'))} --prompt "
-                  f"{shlex.quote(tokenizer.decode(val_prompts[0]))}")
+        run.saved(" ".join([runtime.start_of("minirlhf.sample"), *map(shlex.quote, (o.init_from, run.path("ckpt.pt"))),
+                            runtime.option("prompt", tokenizer.decode(val_prompts[0]))]))
 
 
 if __name__ == "__main__":

@@ -143,7 +143,7 @@ def read_scale_prompts(o, tokenizer, block_size):
 
 def main(argv=None):
     o, saved = checkpoint.resume(parse(Options, argv), "rm", (
-        "seed", "preferences", "batch_size", "num_train_epochs", "optimizer", "long_prompts"))
+        "seed", "batch_size", "num_train_epochs", "optimizer", "long_prompts"))
     warn_idle(o, "optimizer adamw", o.optimizer == "adamw", "muon_learning_rate")
     if os.path.normpath(o.data_dir) == Options.data_dir:
         prepare.ensure(o.data_dir)
@@ -237,7 +237,7 @@ def main(argv=None):
         path = run.path("ckpt.pt")
         run.saved({Options.preferences: runtime.next_command("train_ppo.py", data_dir=o.data_dir, init_from=o.init_from,
                                                              reward_model=path),
-                   "judge": runtime.next_command("train_ppo.py --resume", judge=path)}.get(o.preferences, ""))
+                   "judge": runtime.next_command("train_ppo.py", judge=path) + " --resume"}.get(o.preferences, ""))
 
 
 if __name__ == "__main__":

@@ -23,13 +23,22 @@ class Checks:
     """Prints a line for each check and counts the failures. `limit`: what rounding may do, by the run's precision."""
 
     def __init__(self, run):
-        self.run, self.failed, self.limit = run, 0, 1e-4 if run.dtype == torch.float32 else 0.03
+        self.run, self.done, self.failed = run, 0, 0
+        self.limit = 1e-4 if run.dtype == torch.float32 else 0.03
         run.say(f"checks on {run.hardware}:")
+        self.go_on()
 
     def __call__(self, claim, holds, found, cause):
         """claim: what must hold; found: what was measured; cause: the likely cause if it does not hold."""
         self.run.say(f"{'ok  ' if holds else 'FAIL'}  {claim}: {found}" + ("" if holds else f"; likely cause: {cause}"))
-        self.failed += not holds
+        self.done, self.failed = self.done + 1, self.failed + (not holds)
+        self.go_on()
+
+    def go_on(self):
+        """Exits 128 + the signal's number where one has come: what was not checked is not said to hold."""
+        if self.run.stop:
+            self.run.say(f"interrupted: {self.failed} of {self.done} checks failed, the others were not made")
+            raise SystemExit(128 + self.run.stop)
 
     def close(self, claim, a, b, cause):
         """Tensors a and b differ by rounding only."""

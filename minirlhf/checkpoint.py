@@ -328,12 +328,17 @@ class Training:
                               environment=self.environment, training=training))
 
 
+def same_function(a, b):
+    """True for two "FILE.py:FUNCTION" of one name, wherever their files lie: those are compared by content."""
+    return bool(a and b) and str(a).rpartition(":")[2] == b.rpartition(":")[2]
+
+
 def resume(o, stage, structural):
     """Options of --resume -> (options to go on with, Saved or None).
 
     What the command line does not name stays as the run had it; what it names and changes is listed, and refused where
-    the run would no longer be the same one: `structural`. A damaged checkpoint gives way to the one before it; a run
-    that ended before its first starts again.
+    the run would no longer be the same one: `structural`. Where a file lies is not: its content counts (`Training`). A
+    damaged checkpoint gives way to the one before it; a run that ended before its first starts again.
     """
     if not o.resume:
         return o, None
@@ -341,6 +346,8 @@ def resume(o, stage, structural):
     if o.overwrite:
         fail("--resume and --overwrite exclude each other")
     path, payload = os.path.join(o.out_dir, "ckpt.pt"), None
+    if os.path.exists(path) and not os.path.isfile(path):
+        fail(f"--resume: {path} is no file; move it away")
     try:
         payload = unpack(path)
     except Damaged as error:
@@ -349,7 +356,7 @@ def resume(o, stage, structural):
             tell(f"resume: {path} cannot be used ({error}): goes on from {earlier}")
             path, payload = earlier, read(earlier, [stage])
         elif os.path.exists(path) or not os.path.isfile(begun):
-            fail(f"--resume: {path}: {error}; start without --resume")
+            fail(f"--resume: {path}: {error}; start without --resume, with --overwrite where the folder holds a run")
     if payload:
         was = verified(payload, path, [stage])["options"]
     else:
@@ -369,7 +376,7 @@ def resume(o, stage, structural):
             changes[name] = value
         elif name in own and value != getattr(o, name):
             text = f"--{name} {getattr(o, name)}: this run had {value}"
-            if name in structural:
+            if name in structural and not (name == "reward" and same_function(value, getattr(o, name))):
                 fail(f"--resume: {text}, which cannot change; leave the option out or start another run")
             tell(f"resume: {text}")
     if payload is None:

@@ -59,7 +59,8 @@ def launch(main):
     except KeyboardInterrupt:
         raise SystemExit(130)
     except SystemExit as stop:
-        if stop.code and os.environ.get("WORLD_SIZE", "1") != "1" and all(map(os.environ.get, RANKS)):
+        _, world, fault = _ranks()
+        if stop.code and world > 1 and not fault:
             part_from_others()
         raise
 
@@ -72,21 +73,28 @@ def ranks():
 
     Exits 2 where one stands without the others, or they contradict one another.
     """
+    rank, world, fault = _ranks()
+    if fault:
+        fail(f"{fault}; start with torchrun --nproc_per_node=N, which sets them all, or, for one process, without "
+             f"them: env {' '.join(f'-u {name}' for name in RANKS[:3])} python ...")
+    return rank, world
+
+
+def _ranks():
+    """-> (rank, number of ranks, what is wrong with them or "")."""
     found = {name: os.environ[name] for name in RANKS if os.environ.get(name)}
     numbers = {name: int(found[name]) for name in RANKS[:3] if found.get(name, "").isdecimal()}
     if not found.keys() & {*RANKS[:3]} or numbers.get("WORLD_SIZE") == 1 and numbers.get("RANK", 0) == 0:
-        return 0, 1
-    stray = ", ".join(f"{name}={found[name][:40]}" for name in RANKS[:3] if name in found)
-    way_out = ("start with torchrun --nproc_per_node=N, which sets them all, or, for one process, without them: env "
-               + " ".join(f"-u {name}" for name in RANKS[:3]) + " python ...")
+        return 0, 1, ""
+    stray = "the environment has " + ", ".join(f"{name}={found[name][:40]}" for name in RANKS[:3] if name in found)
+    fault = ""
     if missing := [name for name in RANKS if name not in found]:
-        fail(f"the environment has {stray} but not {', '.join(missing)}: {way_out}")
-    if len(numbers) < 3 or not found["MASTER_PORT"].isdecimal():
-        fail(f"the environment has {stray}, MASTER_PORT={found['MASTER_PORT'][:40]}, where each must be a number: "
-             f"{way_out}")
-    if numbers["RANK"] >= numbers["WORLD_SIZE"]:
-        fail(f"the environment has {stray}: a rank must be below the number of ranks; {way_out}")
-    return numbers["RANK"], numbers["WORLD_SIZE"]
+        fault = f"{stray} but not {', '.join(missing)}"
+    elif len(numbers) < 3 or not found["MASTER_PORT"].isdecimal():
+        fault = f"{stray}, MASTER_PORT={found['MASTER_PORT'][:40]}, where each must be a number"
+    elif numbers["RANK"] >= numbers["WORLD_SIZE"]:
+        fault = f"{stray}: a rank must be below the number of ranks"
+    return numbers.get("RANK", 0), numbers.get("WORLD_SIZE", 1), fault
 
 
 def part_from_others():
@@ -95,7 +103,7 @@ def part_from_others():
 
     if not torch.distributed.is_initialized():
         try:
-            torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=60))
+            torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=30))
         except (RuntimeError, ValueError, OSError):  # they were not there, or went first
             pass
 

@@ -490,6 +490,8 @@ def parse(argv=None):
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="(default: float32)")
     parser.add_argument("--output", default="", metavar="FILE.json", help="also write all figures there")
     a = parser.parse_args(argv)
+    for path in (*a.policies, a.baseline, a.reward_model, a.judge or "", a.prompts, a.output):
+        check_spelling("file", path)  # --output holds them
     try:
         a.best_of = sorted({int(n) for n in a.best_of.split(",") if n.strip()})
     except ValueError:

@@ -7,6 +7,7 @@ The data set `sentiment` is the ground truth of Hutto & Gilbert 2014 (ICWSM): se
 from -4 to 4. Left out: the word list and the scorer that come in the same archive. Nothing here may learn from them, so
 that they can still serve as an independent judge.
 """
+import contextlib
 import hashlib
 import html
 import io
@@ -66,6 +67,7 @@ def sentiment(data_dir="data/sentiment", seed=0, source=None, overwrite=False):
         fail(f"--data_dir {data_dir}: the folder is not empty; pass --overwrite to replace it")
     if foreign := [name for name in held if name not in FILES + ["README.md"]]:
         fail(f"--data_dir {data_dir}: holds {foreign[0]}, which is not prepare's to replace; name another folder")
+    absent = [folder for folder in data_dir.parents if not folder.exists()]
     try:
         data_dir.parent.mkdir(parents=True, exist_ok=True)
         archive = fetch(data_dir.parent, source)
@@ -86,6 +88,10 @@ def sentiment(data_dir="data/sentiment", seed=0, source=None, overwrite=False):
             os.replace(made, data_dir)
     except OSError as error:
         fail(f"cannot prepare {data_dir}: {error}")
+    finally:
+        for folder in absent:
+            with contextlib.suppress(OSError):  # where something has come of it
+                folder.rmdir()
     say(f"wrote {data_dir}; its README.md says what is in it")
 
 

@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import stat
@@ -242,9 +243,9 @@ class Run:
             os._exit(128 + number)
         self.stop = number
         if self.main:  # not print, which a signal may have interrupted
+            what = "ending after this check" if self.options.check else "finishing this step, then saving"
             with contextlib.suppress(OSError):
-                os.write(2, f"{signal.Signals(number).name}: finishing this step, then saving; once more "
-                            "quits\n".encode())
+                os.write(2, f"{signal.Signals(number).name}: {what}; once more quits\n".encode())
 
     def should_stop(self):
         """True when any rank got a signal: all ranks stop after the same step."""
@@ -262,9 +263,9 @@ class Run:
         try:
             yield
         except (RuntimeError, ValueError, OSError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = re.sub(r"^\[\S*\] ", "", str(error) or type(error).__name__)[:60]
             fail(f"rank {self.rank} of {self.world}: stopped, for another rank has ended, and says why, or cannot be "
-                 f"reached ({reason[:200]})")
+                 f"reached ({reason} ...)")
 
     def total(self, t):
         """Sum of a tensor over all ranks."""
@@ -351,9 +352,27 @@ def finite(value):
 def command_line(stage, options, **changes):
     """"python train_STAGE.py --name value ...": the options that differ from their defaults, after `changes`."""
     values = asdict(replace(options, **changes))
-    parts = [f"--{f.name}" + ("" if values[f.name] is True else f" {shlex.quote(str(values[f.name]))}")
+    parts = [f"--{f.name}" if values[f.name] is True else option(f.name, values[f.name])
              for f in fields(options) if values[f.name] != f.default]
-    return " ".join([f"python train_{stage}.py", *parts])
+    return " ".join([start_of(f"train_{stage}.py"), *parts])
+
+
+def option(name, value):
+    """"--name value" as a shell takes it, "--name=value" where the value looks like an option itself."""
+    return f"--{name}{'=' if str(value).startswith('-') else ' '}{shlex.quote(str(value))}"
+
+
+def start_of(script):
+    """"python SCRIPT" or "python -m MODULE", as it is started from the folder where the user stands, by torchrun where
+    the run was."""
+    root, here = os.path.dirname(os.path.dirname(os.path.abspath(__file__))), os.getcwd()
+    if not script.endswith(".py"):
+        elsewhere = "" if os.path.samefile(root, here) else f"PYTHONPATH={shlex.quote(root)} "
+        return f"{elsewhere}python -m {script}"
+    path = os.path.join(root, script)
+    path = os.path.relpath(path, here) if os.path.commonpath([root, here]) in (root, here) else path
+    _, world = ranks()
+    return (f"torchrun --nproc_per_node={world}" if world > 1 else "python") + f" {shlex.quote(path)}"
 
 
 USUAL = {"data_dir": "data/sentiment", "init_from": "out/sft/ckpt.pt", "reward_model": "out/rm/ckpt.pt"}
@@ -361,8 +380,8 @@ USUAL = {"data_dir": "data/sentiment", "init_from": "out/sft/ckpt.pt", "reward_m
 
 def next_command(script, **options):
     """"python SCRIPT --name value ...", without options that have the stages' usual values."""
-    return " ".join([f"python {script}", *(f"--{name} {shlex.quote(value)}" for name, value in options.items()
-                                           if value != USUAL.get(name))])
+    return " ".join([start_of(script), *(option(name, value) for name, value in options.items()
+                                         if value != USUAL.get(name))])
 
 
 def clock(seconds):
