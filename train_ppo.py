@@ -203,6 +203,7 @@ def read_options(argv):
     o, saved = checkpoint.resume(parse(Options, argv), "ppo", (
         "seed", "reward", "value_init", "batch_size", "total_episodes", "temperature", "response_length",
         "long_prompts"))
+    sizes.check_batch(o)
     _, world = ranks()
     if o.batch_size % (o.num_mini_batches * world):
         fail(f"--num_mini_batches {o.num_mini_batches}: must divide --batch_size {o.batch_size}"

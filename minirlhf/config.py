@@ -17,6 +17,7 @@ Left out: nesting, YAML and overriding by environment. A run's options fit one f
 """
 import argparse
 import difflib
+import functools
 import inspect
 import math
 import os
@@ -227,6 +228,7 @@ def check_spelling(option, value):
         fail(f"{option} {spelled!r}: cannot be spelled in UTF-8; give the file or folder another name")
 
 
+@functools.cache
 def _comments(cls):
     found = {}
     for owner in reversed(cls.__mro__[:-1]):
@@ -237,6 +239,7 @@ def _comments(cls):
     return found
 
 
+@functools.cache
 def _headings(cls):
     """{first option under it: heading}, of the lines "# ---- heading"."""
     found, heading = {}, None

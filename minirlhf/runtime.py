@@ -22,7 +22,7 @@ import torch
 
 from minirlhf.config import fail, one_line, ranks, say
 from minirlhf.kernels import AdamW, Muon, keep_freed_memory
-from minirlhf.sizes import check_room
+from minirlhf.sizes import check_batch
 
 LOGS = ("metrics.jsonl", "samples.jsonl")
 KEPT = ("ckpt.previous.pt", "ckpt.pt", *LOGS)  # what makes a folder that of a run
@@ -71,8 +71,7 @@ class Run:
         keep_freed_memory()
         self.main = self.rank == 0
         self.out_dir = options.out_dir
-        if rows := getattr(options, "batch_size", 0):
-            check_room(f"--batch_size {rows}", "a batch of so many rows", 100 * rows)
+        check_batch(options)
         if self.main and not options.check:
             self._claim_out_dir()
         for number in (signal.SIGINT, signal.SIGTERM):

@@ -12,6 +12,7 @@ from minirlhf.generate import KVCache
 
 TRAINING = 12  # bytes a parameter: weight, gradient and at least one moment
 BLOCK = 20_000  # bytes of Python objects a block of layers
+ROW = 100  # bytes of them a row
 
 
 def memory_of(device):
@@ -29,6 +30,12 @@ def check_room(option, what, size, device=torch.device("cpu")):
     if size > memory_of(device):
         fail(f"{option}: {what} cannot be made: it takes at least {size / 1e9:,.1f} GB, and {device} has "
              f"{memory_of(device) / 1e9:,.1f} GB")
+
+
+def check_batch(o):
+    """Exits 2 where --batch_size rows do not fit, whatever is in them."""
+    rows = getattr(o, "batch_size", 0)
+    check_room(f"--batch_size {rows}", "a batch of so many rows", ROW * rows)
 
 
 def parameters(n_layer, n_embd, block_size, vocab_size):
