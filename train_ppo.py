@@ -5,7 +5,6 @@ index t means "having read tokens[:, :t+1], choose tokens[:, t+1]". Networks and
 (N,): `decisions` are their flat indices, `flat` picks them, `grid` puts them back.   Schulman et al. 2017
 """
 import os
-import shlex
 import time
 from dataclasses import dataclass
 from typing import Literal
@@ -334,7 +333,8 @@ def main(argv=None):
 
         # ---- before and after, on held-out prompts
         against_sft.closing_report(policy, max(first, steps))
-        run.saved(" ".join([runtime.start_of("minirlhf.sample"), *map(shlex.quote, (o.init_from, run.path("ckpt.pt"))),
+        both = map(runtime.as_path, (o.init_from, run.path("ckpt.pt")))
+        run.saved(" ".join([runtime.start_of("minirlhf.sample"), *both,
                             runtime.option("prompt", tokenizer.decode(val_prompts[0]))]))
 
 

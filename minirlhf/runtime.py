@@ -262,9 +262,9 @@ class Run:
         try:
             yield
         except (RuntimeError, ValueError, OSError) as error:
-            reason = re.sub(r"^\[\S*\] ", "", str(error) or type(error).__name__)[:60]
+            reason = re.sub(r"^\[\S*\] ", "", str(error) or type(error).__name__).partition(". ")[0][:120]
             fail(f"rank {self.rank} of {self.world}: stopped, for another rank has ended, and says why, or cannot be "
-                 f"reached ({reason} ...)")
+                 f"reached ({reason})")
 
     def total(self, t):
         """Sum of a tensor over all ranks."""
@@ -359,6 +359,11 @@ def command_line(stage, options, **changes):
 def option(name, value):
     """"--name value" as a shell takes it, "--name=value" where the value looks like an option itself."""
     return f"--{name}{'=' if str(value).startswith('-') else ' '}{shlex.quote(str(value))}"
+
+
+def as_path(name):
+    """A file's name as a shell's word that no command takes for an option."""
+    return shlex.quote(os.path.join(".", name) if name.startswith("-") else name)
 
 
 def start_of(script):

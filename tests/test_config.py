@@ -182,7 +182,7 @@ def test_habits_of_other_programs_are_read(preset, content, expected):
     ("whiten_rewards = maybe", 1, ["true or false"]),
     ("optimizer = sgd", 1, ["one of muon, adamw"]),
     ("batch_size = 2\n\nmargin=1\nbatch_size = 3", 4, ["batch_size", "line 1 already"]),
-    ("batch_size = 0", 1, ["--batch_size 0: must be at least 1"]),
+    ("batch_size = 0", 1, ["--batch_size 0: must be at least 1"]), ("margin=1\r\nbatch_size = x", 2, ["a whole number"]),
     ("margin = 1\ndropout = inf", 2, ["must be a finite number"]),
     ("batch-size = 3", 1, ["no option batch-size; did you mean batch_size?"]),
     ("@other.txt", 1, ["@other.txt", "names no other"]),
