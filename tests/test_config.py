@@ -217,6 +217,7 @@ def test_a_file_and_the_command_line(preset, capsys):
     assert parse(Options, [file, "--batch_size", "5"]).batch_size == 5 and not capsys.readouterr().err
     assert parse(Options, ["--batch_size", "5", file]).batch_size == 2
     assert f"{file[1:]}:1: batch_size = 2 takes the place of the --batch_size before" in capsys.readouterr().err
+    assert bad(capsys, file, "--batch_size", "0").startswith("error: --batch_size 0")  # which the file did not say
     assert parse(Options, ["--out_dir", "@x", "--check", file]) == Options(out_dir="@x", check=True, batch_size=2)
 
 
