@@ -113,6 +113,7 @@ class Run:
             try:
                 os.makedirs(self.out_dir, exist_ok=True)
                 self._check_names()
+                new = not os.path.exists(self.path("lock"))
                 lock = open(self.path("lock"), "a+b", buffering=0)
             except FileNotFoundError:
                 if attempt == 999:
@@ -132,6 +133,11 @@ class Run:
                 lock.seek(0)
                 fail(f"--out_dir {self.out_dir}: a run with pid {lock.read().decode()} is writing there; wait for it "
                      "or choose another folder")
+            except OSError:  # a file system without locks, or full
+                lock.close()
+                if new:
+                    os.remove(self.path("lock"))
+                raise
 
     def _check_names(self):
         """Exits 2 where something that is no file bears the name of one of the run's."""

@@ -4,6 +4,8 @@ A refusal is one line on standard error that names the file, line, flag or value
 What kills a run costs it nothing: it goes on to the same last bit.
 """
 import contextlib
+import errno
+import fcntl
 import importlib
 import json
 import os
@@ -519,6 +521,15 @@ def test_a_folder_that_another_run_removes(tmp_path, monkeypatch, main):
     with runtime.Run(options, "sft"):
         assert (tmp_path / "a" / "b" / "lock").read_text() == str(os.getpid()) and len(removed) == 3
     assert not tree(tmp_path)
+
+
+def test_a_file_system_without_locks(tmp_path, declined, monkeypatch):
+    """Row 54: named, and neither lock nor folder stays."""
+    def flock(file, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+    monkeypatch.setattr(fcntl, "flock", flock)
+    error = declined(tmp_path, "train_sft.py", "--out_dir", "a/b", "--device", "cpu", "--data_dir", "x")
+    assert "--out_dir a/b: cannot be written (No locks available)" in error
 
 
 def test_the_lock_goes_last(tmp_path, monkeypatch, main):
