@@ -285,7 +285,6 @@ CONFIG = [
 ]
 SIZES = [
     ("(vocab_size + block_size) * n_embd", "vocab_size * n_embd"),
-    ("if size > memory_of(device):", "if size > 1e6 * memory_of(device):"),
     ("TRAINING * count + BLOCK * o.n_layer", "4 * count"),
     ("slots * (cache.k.nbytes", "(cache.k.nbytes"),
 ]

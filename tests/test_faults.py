@@ -346,6 +346,17 @@ def test_a_model_s_size_is_known_before_it_is_made(make_model):
     assert sizes.parameters(*shape) == runtime.count_parameters(model)
 
 
+def test_what_a_batch_of_answers_takes(make_model, refused, monkeypatch):
+    """For each of ten places keys and values of two layers x 16 in float32 and 16 bytes of tokens and the like, and 8
+    bytes for each of 13 words: 10 (2 x 2 x 16 x 4 + 16) + 104 = 2,824 bytes a row."""
+    for memory, told in ((2.823e9, "at least 2.8 GB, and cpu has 2.8 GB"), (2.824e9, "")):
+        monkeypatch.setattr(sizes, "memory_of", lambda device: memory)
+        if told:
+            assert told in refused(sizes.check_rollout, "--batch_size 1000000", make_model(), 10 ** 6, 10)
+        else:
+            sizes.check_rollout("--batch_size 1000000", make_model(), 10 ** 6, 10)
+
+
 @pytest.mark.parametrize("argv, words", [
     *[(fresh(stage, "--lerning_rate", "1"), ["unrecognized arguments: --lerning_rate"]) for stage in STAGES],
     *[(fresh(stage, "--dtype", "float8"), ["--dtype", "invalid choice"]) for stage in STAGES],
