@@ -5,15 +5,14 @@ index t means "having read tokens[:, :t+1], choose tokens[:, t+1]". Networks and
 (N,): `decisions` are their flat indices, `flat` picks them, `grid` puts them back.   Schulman et al. 2017
 """
 import os
-import shlex
 import time
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
-from minirlhf import checkpoint, evaluate, kernels, prepare, rewards, runtime
-from minirlhf.config import RunOptions, fail, launch, parse, warn_idle
+from minirlhf import checkpoint, evaluate, kernels, prepare, rewards, runtime, sizes
+from minirlhf.config import RunOptions, fail, launch, parse, ranks, warn_idle
 from minirlhf.data import blank_ends, encode_prompts, endless_batch, load_prompts, repeats
 from minirlhf.generate import Rollout, compile_model, generate
 from minirlhf.objectives import (adaptive_kl_coef, entropy, gae, k1, k2, k3, kl_above_baseline, log_ratio, policy_loss,
@@ -66,7 +65,7 @@ class Options(RunOptions):
     max_ref_kl: float = 60.0  # nats a response from the reference; three batches above it end the run; 0 = off [0..]
     # ---- evaluations and checkpoints
     eval_interval: int = 20  # steps between evaluations and checkpoints; the last step always has both [1..]
-    num_eval_prompts: int = 512  # held-out prompts of the closing comparison; a quarter of them in evaluations [1..]
+    num_eval_prompts: int = 512  # held-out prompts of the closing comparison, a quarter of them earlier [1..1000000]
     save_rollouts: bool = False  # keep each training answer with its score, reward and KL in rollouts.jsonl
 
 
@@ -207,7 +206,8 @@ def read_options(argv):
     """-> Options, and what --resume goes on from. Exits 2 on options that exclude each other."""
     o, saved = checkpoint.resume(parse(Options, argv), "ppo", (
         "seed", "reward", "value_init", "batch_size", "temperature", "response_length", "long_prompts", "lr_schedule"))
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    sizes.check_batch(o)
+    _, world = ranks()
     if o.batch_size % (o.num_mini_batches * world):
         fail(f"--num_mini_batches {o.num_mini_batches}: must divide --batch_size {o.batch_size}"
              + (f" on each of {world} ranks" if world > 1 else ""))
@@ -260,6 +260,7 @@ def main(argv=None):
         from_rm = reward.model is not None and o.value_init == "rm"
         value = (reward.model if from_rm else policy).with_head("scalar")
         prompts, val_prompts, about_prompts, paths = read_prompts(o, tokenizer, policy.config.block_size)
+        sizes.check_rollout(f"--batch_size {o.batch_size}", policy, o.batch_size // run.world, o.response_length + 2)
         optimizers = make_optimizers(policy, value, o)
 
         # ---- a new run, or one that goes on
@@ -340,8 +341,9 @@ def main(argv=None):
 
         # ---- before and after, on held-out prompts
         against_sft.closing_report(policy, max(first, steps))
-        run.saved(f"python -m minirlhf.sample {shlex.quote(o.init_from)} {shlex.quote(run.path('ckpt.pt'))} --prompt "
-                  f"{shlex.quote(tokenizer.decode(val_prompts[0]))}")
+        both = map(runtime.as_path, (o.init_from, run.path("ckpt.pt")))
+        run.saved(" ".join([runtime.start_of("minirlhf.sample"), *both,
+                            runtime.option("prompt", tokenizer.decode(val_prompts[0]))]))
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ class Options(RunOptions):
     eval_interval: int = 250  # steps between evaluations and checkpoints; the last step always does [1..]
     log_interval: int = 10  # steps between log lines [1..]
     response_length: int = 48  # longest SFT sample in tokens, as in stage 3, when the scale is set [1..]
-    num_scale_samples: int = 1024  # SFT samples over whose scores the reward gets mean 0 and standard deviation 1 [2..]
+    num_scale_samples: int = 1024  # SFT samples whose scores shall have mean 0 and standard deviation 1 [2..1000000]
 
 
 def encode_preferences(tokenizer, preferences, block_size, long_prompts):
@@ -132,7 +132,7 @@ def read_preferences(o, tokenizer, block_size):
 def read_scale_prompts(o, tokenizer, block_size):
     """-> ids of num_scale_samples prompts, repeated where there are fewer, and the files they are from."""
     path = os.path.join(o.data_dir, "prompts.train.jsonl")
-    texts = load_prompts(path) if os.path.exists(path) else [
+    texts = load_prompts(path) if os.path.lexists(path) else [
         p.prompt for p in load_preferences(os.path.join(o.data_dir, f"{o.preferences}.train.jsonl"))]
     prompts, _ = encode_prompts(tokenizer, texts, block_size - o.response_length, o.long_prompts)
     if block_size - o.response_length < 2 or not prompts:
@@ -143,7 +143,7 @@ def read_scale_prompts(o, tokenizer, block_size):
 
 def main(argv=None):
     o, saved = checkpoint.resume(parse(Options, argv), "rm", (
-        "seed", "preferences", "batch_size", "optimizer", "long_prompts", "lr_schedule"))
+        "seed", "batch_size", "optimizer", "long_prompts", "lr_schedule"))
     warn_idle(o, "optimizer adamw", o.optimizer == "adamw", "muon_learning_rate")
     if os.path.normpath(o.data_dir) == Options.data_dir:
         prepare.ensure(o.data_dir)
@@ -241,7 +241,7 @@ def main(argv=None):
         path = run.path("ckpt.pt")
         run.saved({Options.preferences: runtime.next_command("train_ppo.py", data_dir=o.data_dir, init_from=o.init_from,
                                                              reward_model=path),
-                   "judge": runtime.next_command("train_ppo.py --resume", judge=path)}.get(o.preferences, ""))
+                   "judge": runtime.next_command("train_ppo.py", judge=path) + " --resume"}.get(o.preferences, ""))
 
 
 if __name__ == "__main__":

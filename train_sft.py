@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-from minirlhf import checkpoint, evaluate, kernels, prepare, runtime
+from minirlhf import checkpoint, evaluate, kernels, prepare, runtime, sizes
 from minirlhf.config import RunOptions, fail, launch, parse, warn_idle
 from minirlhf.data import (Order, blank_ends, collate, doubtful_columns, encode_prompts, encode_row, labels_of,
                            load_demonstrations, load_prompts, repeats, too_long)
@@ -122,15 +122,17 @@ def main(argv=None):
         fail(f"--n_head {o.n_head}: must divide --n_embd {o.n_embd}")
     if os.path.normpath(o.data_dir) == Options.data_dir:
         prepare.ensure(o.data_dir)
-    parts, paths = read_demonstrations(o)
     with runtime.Run(o, "sft") as run:
+        if not saved and o.init_from == "scratch":
+            sizes.check_model(o, run.device)
+        parts, paths = read_demonstrations(o)
         # ---- tokenizer and model: new, or a checkpoint's
         source = saved or (checkpoint.Saved(checkpoint.read(o.init_from, checkpoint.POLICIES), o.init_from)
                            if o.init_from != "scratch" else None)
         if source:
             model, tokenizer = checkpoint.build(*source, run.device, o.dropout)
-            sizes = {"tokenizer": tokenizer.name, **source.payload["config"], **source.payload["options"]}
-            own = {name: sizes[name] for name in SIZES}
+            found = {"tokenizer": tokenizer.name, **source.payload["config"], **source.payload["options"]}
+            own = {name: found[name] for name in SIZES}
             for name in own.keys() & given.given:
                 if getattr(o, name) != own[name]:
                     fail(f"--{name} {getattr(o, name)}: {source.path} has {own[name]}; leave the option out")
@@ -164,9 +166,13 @@ def main(argv=None):
         if first >= steps:
             run.say(f"{o.out_dir}: this run is finished ({first} steps)")
             return
+        room = block_size - o.response_length
+        if room < 2 and "response_length" in given.given:
+            fail(f"--response_length {o.response_length}: leaves no room for a prompt in a context of {block_size} "
+                 "tokens")
         prompts_path = os.path.join(o.data_dir, "prompts.val.jsonl")
-        shown, _ = encode_prompts(tokenizer, load_prompts(prompts_path) if os.path.exists(prompts_path) else
-                                  [d.prompt for d in val], max(2, block_size - o.response_length), "trim")
+        shown, _ = encode_prompts(tokenizer, load_prompts(prompts_path) if os.path.lexists(prompts_path) else
+                                  [d.prompt for d in val], room if room >= 2 else block_size // 2, "trim")
         shown = shown[:evaluate.SHOWN]
         if o.check:
             from minirlhf import check

@@ -34,8 +34,8 @@ import torch
 import train_ppo
 import train_rm
 import train_sft
-from minirlhf import kernels, runtime
-from minirlhf.config import all_printed, fail, launch, parse, say
+from minirlhf import kernels, runtime, sizes
+from minirlhf.config import all_printed, fail, launch, parse, ranks, say
 from minirlhf.data import Row
 from minirlhf.generate import compile_model
 from minirlhf.model import GPT, GPTConfig
@@ -104,9 +104,8 @@ def causal(tokens):
 
 
 def parameters(w, block_size, head):
-    """Weights of a model: embeddings, blocks (matrices, biases, two LayerNorms), the last LayerNorm, a scalar head."""
-    C = w.width
-    return (w.vocab + block_size) * C + w.layers * (12 * C * C + 13 * C) + 2 * C + (C + 1 if head == "scalar" else 0)
+    """Weights of a model with either head."""
+    return sizes.parameters(w.layers, w.width, block_size, w.vocab) + (w.width + 1 if head == "scalar" else 0)
 
 
 def ppo_cost(w, itemsize=4):
@@ -260,7 +259,9 @@ def time_ppo(o, w, iters):
     options, run = start(
         o, train_ppo, batch_size=w.batch, num_ppo_epochs=w.epochs, num_mini_batches=w.minibatches,
         response_length=w.response, learning_rate=1e-5, value_warmup=0, ent_coef=0.0)
-    policy, ref = (make_model(w, "lm", run.device, 1) for _ in range(2))
+    policy = make_model(w, "lm", run.device, 1)
+    sizes.check_rollout(f"--batch {w.batch}", policy, w.batch, w.prompt + w.response)
+    ref = make_model(w, "lm", run.device, 1)
     value, reward = (make_model(w, "scalar", run.device, seed) for seed in (2, 3))
     kernels.pick_matmul(policy)
     reward = RewardModel(reward, None, run)
@@ -409,7 +410,7 @@ def alone(o, what):
 
 def main(argv=None):
     o = parse(Options, argv)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if ranks()[1] > 1:
         fail("the benchmark is of one process: run it without torchrun")
     if o.scaling and o.what not in ("all", "ppo"):
         fail(f"--what {o.what}: --scaling is of PPO")

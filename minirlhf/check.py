@@ -23,8 +23,10 @@ class Checks:
     """Prints a line for each check and counts the failures. `limit`: what rounding may do, by the run's precision."""
 
     def __init__(self, run):
-        self.run, self.failed, self.limit = run, 0, 1e-4 if run.dtype == torch.float32 else 0.03
+        self.run, self.done, self.failed = run, 0, 0
+        self.limit = 1e-4 if run.dtype == torch.float32 else 0.03
         run.say(f"checks on {run.hardware}:")
+        self.go_on()
 
     def __call__(self, claim, holds, found, cause):
         """claim: what must hold, on every rank; found: what was measured; cause: the likely one if it does not hold."""
@@ -32,7 +34,14 @@ class Checks:
         where = f" on {failing} of {world} ranks" if failing and world > 1 else ""
         self.run.say(f"{'FAIL' if failing else 'ok  '}  {claim}: {found}{where}"
                      + (f"; likely cause: {cause}" if failing else ""))
-        self.failed += failing > 0
+        self.done, self.failed = self.done + 1, self.failed + (failing > 0)
+        self.go_on()
+
+    def go_on(self):
+        """Exits 128 + the signal's number where one has come: what was not checked is not said to hold."""
+        if self.run.stop:
+            self.run.say(f"interrupted: {self.failed} of {self.done} checks failed, the others were not made")
+            raise SystemExit(128 + self.run.stop)
 
     def close(self, claim, a, b, cause):
         """Tensors a and b differ by rounding only."""

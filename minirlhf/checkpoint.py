@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 
 from minirlhf import runtime
-from minirlhf.config import check_ranges, fail, say
+from minirlhf.config import check_ranges, fail, one_line, ranks, say
 from minirlhf.data import fingerprint
 from minirlhf.model import GPT, GPTConfig
 from minirlhf.runtime import sync_folder
@@ -84,8 +84,8 @@ def save(path, *, stage, model, tokenizer, options, info, training, environment=
         for unfinished in (temporary, f"{also}.tmp"):
             with contextlib.suppress(OSError):
                 os.remove(unfinished)
-        raise SystemExit(f"error: {path}: could not be written ({error}) after {size:,} bytes; what was there before "
-                         "is untouched")
+        raise SystemExit(one_line(f"error: {path}: could not be written ({error}) after {size:,} bytes; what was there "
+                                  "before is untouched"))
     return f"  saved {path}: {size / 1e6:.1f} MB in {time.perf_counter() - began:.2f} s"
 
 
@@ -408,19 +408,27 @@ def of_another_length(o, stage, was, tell):
                         "when it has ended, go on in another run: ") + runtime.command_line(stage, replace(o, **own)))
 
 
+def same_function(a, b):
+    """True for two "FILE.py:FUNCTION" of one name, wherever their files lie: those are compared by content."""
+    return bool(a and b) and str(a).rpartition(":")[2] == b.rpartition(":")[2]
+
+
 def resume(o, stage, structural):
     """Options of --resume -> (options to go on with, Saved or None).
 
     What the command line does not name stays as the run had it; what it names and changes is listed, and refused where
-    the run would no longer be the same one: `structural`, and LENGTH where the learning rate falls over it. A damaged
-    checkpoint gives way to the one before it; a run that ended before its first starts again.
+    the run would no longer be the same one: `structural`, and LENGTH where the learning rate falls over it. Where a
+    file lies is not: its content counts (`Training`). A damaged checkpoint gives way to the one before it; a run that
+    ended before its first starts again.
     """
     if not o.resume:
         return o, None
-    tell = say if os.environ.get("RANK", "0") == "0" else lambda text: None
+    tell = say if ranks()[0] == 0 else lambda text: None
     if o.overwrite:
         fail("--resume and --overwrite exclude each other")
     path, payload = os.path.join(o.out_dir, "ckpt.pt"), None
+    if os.path.exists(path) and not os.path.isfile(path):
+        fail(f"--resume: {path} is no file; move it away")
     try:
         payload = unpack(path)
     except Damaged as error:
@@ -429,7 +437,7 @@ def resume(o, stage, structural):
             tell(f"resume: {path} cannot be used ({error}): goes on from {earlier}")
             path, payload = earlier, read(earlier, [stage])
         elif os.path.exists(path) or not os.path.isfile(begun):
-            fail(f"--resume: {path}: {error}; start without --resume")
+            fail(f"--resume: {path}: {error}; start without --resume, with --overwrite where the folder holds a run")
     if payload:
         was = verified(payload, path, [stage])["options"]
     else:
@@ -449,7 +457,7 @@ def resume(o, stage, structural):
             changes[name] = value
         elif name in own and value != getattr(o, name):
             text = f"--{name} {getattr(o, name)}: this run had {value}"
-            if name in structural:
+            if name in structural and not (name == "reward" and same_function(value, getattr(o, name))):
                 fail(f"--resume: {text}, which cannot change; leave the option out or start another run")
             tell(f"resume: {text}")
     if payload and length in o.given and was.get(length) != getattr(o, length):

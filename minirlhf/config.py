@@ -7,19 +7,25 @@
 
 A line `# ---- heading` opens a group of the help. A range at the end of a comment, as in [1..], [0..1] or (0..], is
 enforced as well as shown ("(" excludes the end). A Literal type gives choices. `--name=value` and `--name value` both
-work, `--flag` alone means True, `@file` reads options from a file with one `name = value` a line. An unknown name is
-refused, abbreviations too.
+work, `--flag` alone means True. An unknown name is refused, abbreviations too, with the one that was meant.
+
+`@file` reads options from a file, one a line, as in a nanoGPT config or flat TOML: `name = value  # comment`, also
+`--name value`, `--name=value` and `flag`; a value may stand in quotes, which hold anything but themselves. What comes
+later on the command line wins; a name may stand once in a file.
 
 Left out: nesting, YAML and overriding by environment. A run's options fit one flat list.
 """
 import argparse
+import difflib
 import functools
 import inspect
 import math
 import os
 import re
+import stat
 import sys
 from dataclasses import dataclass, fields
+from datetime import timedelta
 from typing import Literal, NoReturn, get_args, get_origin
 
 RANGE = re.compile(r"\s*([\[(])(-?[\d.]+?)?\.\.(-?[\d.]+)?([\])])$")
@@ -27,8 +33,13 @@ RANGE = re.compile(r"\s*([\[(])(-?[\d.]+?)?\.\.(-?[\d.]+)?([\])])$")
 
 def fail(message: str) -> NoReturn:
     """Bad input or use: one line on standard error, exit status 2, no traceback."""
-    print("error: " + " ".join(message.split("\n")), file=sys.stderr)
+    print(f"error: {one_line(message)}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def one_line(message):
+    """A file's name may hold a newline."""
+    return " ".join(message.splitlines())
 
 
 def say(text=""):
@@ -63,18 +74,66 @@ def launch(main):
         main()
     except KeyboardInterrupt:
         raise SystemExit(130)
+    except SystemExit as stop:
+        _, world, fault = _ranks()
+        if stop.code and world > 1 and not fault:
+            part_from_others()
+        raise
+
+
+RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets for each process
+
+
+def ranks():
+    """torchrun's variables -> (this process's rank, number of ranks); (0, 1) where there are none.
+
+    Exits 2 where one stands without the others, or they contradict one another.
+    """
+    rank, world, fault = _ranks()
+    if fault:
+        fail(f"{fault}; start with torchrun --nproc_per_node=N, which sets them all, or, for one process, without "
+             f"them: env {' '.join(f'-u {name}' for name in RANKS[:3])} python ...")
+    return rank, world
+
+
+def _ranks():
+    """-> (rank, number of ranks, what is wrong with them or "")."""
+    found = {name: os.environ[name] for name in RANKS if os.environ.get(name)}
+    numbers = {name: int(found[name]) for name in RANKS[:3] if found.get(name, "").isdecimal()}
+    if not found.keys() & {*RANKS[:3]} or numbers.get("WORLD_SIZE") == 1 and numbers.get("RANK", 0) == 0:
+        return 0, 1, ""
+    stray = "the environment has " + ", ".join(f"{name}={found[name][:40]}" for name in RANKS[:3] if name in found)
+    fault = ""
+    if missing := [name for name in RANKS if name not in found]:
+        fault = f"{stray} but not {', '.join(missing)}"
+    elif len(numbers) < 3 or not found["MASTER_PORT"].isdecimal():
+        fault = f"{stray}, MASTER_PORT={found['MASTER_PORT'][:40]}, where each must be a number"
+    elif numbers["RANK"] >= numbers["WORLD_SIZE"]:
+        fault = f"{stray}: a rank must be below the number of ranks"
+    return numbers.get("RANK", 0), numbers.get("WORLD_SIZE", 1), fault
+
+
+def part_from_others():
+    """For a rank that ends before it has met the others, who wait for it: it meets them, and as it goes they end."""
+    import torch
+
+    if not torch.distributed.is_initialized():
+        try:
+            torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=30))
+        except (RuntimeError, ValueError, OSError):  # they were not there, or went first
+            pass
 
 
 def warn_idle(options, what, makes_idle, *names):
     """One line for each named option that was given though `what` leaves it without effect."""
     for name in names:
-        if makes_idle and name in getattr(options, "given", ()) and os.environ.get("RANK", "0") == "0":
+        if makes_idle and name in getattr(options, "given", ()) and ranks()[0] == 0:
             say(f"warning: --{name} has no effect with --{what}")
 
 
 def positive_int(text):
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
+    if not 1 <= int(text) <= 10 ** 6:
+        raise argparse.ArgumentTypeError(f"{text[:40]}: must be from 1 to {10 ** 6}")
     return int(text)
 
 
@@ -98,12 +157,38 @@ class RunOptions:
     check: bool = False  # test what must hold on this model, data and device, a line for each, and write nothing
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse's, without abbreviations; it answers an unknown option with the one that was meant."""
+
+    def __init__(self, **settings):
+        super().__init__(**settings, allow_abbrev=False)
+
+    def parse_known_args(self, args=None, namespace=None):
+        known, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            names = [name[2:] for action in self._actions for name in action.option_strings if name[:2] == "--"]
+            word = next((word for word in unknown if word.startswith("-")), unknown[0])
+            self.error(f"unrecognized arguments: {' '.join(unknown)}"
+                       + did_you_mean(word.lstrip("-").partition("=")[0], names, "--"))
+        return known, unknown
+
+
+def did_you_mean(word, names, dashes=""):
+    """"; did you mean A or B?", of the names that are spelled or abbreviated like the word, or ""."""
+    word = re.sub("[-_]", "", word).lower()
+    plain = {name: name.replace("_", "") for name in names}
+    found = [name for name in names if word and word in (plain[name], "".join(part[0] for part in name.split("_")))]
+    found = found or [name for name in names if len(word) > 2 and word in plain[name]]
+    close = difflib.get_close_matches(word, plain.values(), 3, 0.7)
+    found = (found or [name for name in names if plain[name] in close])[:3]
+    return f"; did you mean {' or '.join(dashes + name for name in found)}?" if found else ""
+
+
 def parse(cls, argv=None):
     """An instance of dataclass `cls` from the command line. Prints help or an error and exits as argparse does."""
-    parser = argparse.ArgumentParser(
-        description=inspect.cleandoc(cls.__doc__), fromfile_prefix_chars="@", allow_abbrev=False,
+    parser = Parser(
+        description=inspect.cleandoc(cls.__doc__),
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=28, width=110))
-    parser.convert_arg_line_to_args = _preset_line
     comments, headings, group = _comments(cls), _headings(cls), parser
     for field in fields(cls):
         if field.name in headings:
@@ -121,35 +206,42 @@ def parse(cls, argv=None):
             extra["metavar"] = kind.__name__.upper()
         group.add_argument(f"--{field.name}", type=kind, default=argparse.SUPPRESS,
                             help=(text + shown).replace("%", "%%"), **extra)
-    words = []
-    for word in sys.argv[1:] if argv is None else argv:
-        if words and re.fullmatch(r"--\w+", words[-1]) and re.fullmatch(r"-[\d.]+(e[-+]?\d+)?|-inf|-nan", word.lower()):
-            words[-1] += "=" + word  # argparse takes -1e-4 for an option
-        else:
-            words.append(word)
-    try:
-        given = vars(parser.parse_args(words))
-    except UnicodeDecodeError as error:
-        parser.error(f"a file of options is not UTF-8: {error}")
+    words, places = _words({field.name: field.type for field in fields(cls)}, sys.argv[1:] if argv is None else argv)
+    given = vars(parser.parse_args(words))
+    if issubclass(cls, RunOptions):
+        ranks()  # before anything is done by one of them
     if [] in given.values():  # what Python before 3.13 makes of --name=--
         parser.error("expected a value, found '--'")
     options = cls(**given)
     options.given = set(given)  # what --resume may not overrule
-    check_ranges(options)
+    check_ranges(options, places)
     return options
 
 
-def check_ranges(options):
-    """Exits 2 where a value is not of its field's type, or not within the range of its comment."""
+def check_ranges(options, places={}):
+    """Exits 2 where a value is not of its field's type, or not within the range of its comment.
+
+    places: {name: "FILE:LINE: "} of values that a file gave.
+    """
     comments = _comments(type(options))
     for field in fields(options):
         value, kinds = getattr(options, field.name), (field.type, int) if field.type is float else (field.type,)
+        option = f"{places.get(field.name, '')}--{field.name}"
         if get_origin(field.type) is Literal:
             if value not in get_args(field.type):
-                fail(f"--{field.name} {value}: must be one of {', '.join(get_args(field.type))}")
+                fail(f"{option} {value}: must be one of {', '.join(get_args(field.type))}")
         elif type(value) not in kinds:
-            fail(f"--{field.name} {str(value)[:40]}: must be of type {field.type.__name__}")
-        _check_range(field.name, value, comments[field.name])
+            fail(f"{option} {str(value)[:40]}: must be of type {field.type.__name__}")
+        if isinstance(value, str):
+            check_spelling(option, value)
+        _check_range(option, value, comments[field.name])
+
+
+def check_spelling(option, value):
+    """Exits 2 where a name cannot be written down: a checkpoint and the logs hold it."""
+    spelled = value.encode("utf-8", "backslashreplace").decode()
+    if spelled != value or "\0" in value:
+        fail(f"{option} {spelled!r}: cannot be spelled in UTF-8; give the file or folder another name")
 
 
 @functools.cache
@@ -183,25 +275,112 @@ def _boolean(text):
     raise argparse.ArgumentTypeError(f"expected true or false, found {text!r}")
 
 
-def _preset_line(line):
-    """`name = value`, `--name=value`, `--flag`; blank lines and # comments are skipped."""
-    line = line.split(" #")[0].strip()
-    if not line or line.startswith("#"):
-        return []
-    name, equals, value = (part.strip() for part in line.partition("="))
-    return [("" if name.startswith("--") else "--") + name + equals + value]
+# ---- files of options
+
+def _words(kinds, argv):
+    """-> (argv with what each @FILE holds in its place, {name: "FILE:LINE: "} of the values that files gave).
+
+    kinds: {option: type}. A word after an option that needs a value is its value, also where it begins with "@".
+    """
+    words, places = [], {}
+    for word in argv:
+        name = words[-1][2:] if words and re.fullmatch(r"--\w+", words[-1]) else ""
+        if word.startswith("@") and kinds.get(name, bool) is bool:
+            for name, text, place in read_options(word[1:], kinds):
+                if any(word.partition("=")[0] == f"--{name}" for word in words):
+                    print(f"{place}{name} = {text} takes the place of the --{name} before the file", file=sys.stderr)
+                words.append(f"--{name}={text}")
+                places[name] = place
+        elif name and re.fullmatch(r"-[\d.]+(e[-+]?\d+)?|-inf|-nan", word.lower()):
+            words[-1] += "=" + word  # argparse takes -1e-4 for an option
+        else:
+            words.append(word)
+            places.pop(word.partition("=")[0][2:], None)
+    return words, places
 
 
-def _check_range(name, value, comment):
+def read_options(path, kinds):
+    """Yields (name, text of the value, "FILE:LINE: ") for each option in a file. Exits 2 on what is none."""
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode) or status.st_size > 10 ** 6:
+            what = "a folder" if stat.S_ISDIR(status.st_mode) else f"{status.st_size:,} bytes" if status.st_size else \
+                "a pipe or device"
+            fail(f"@{path}: {what}; name a file of options")
+        with open(path, "rb") as f:
+            text = f.read().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        fail(f"{path}:{error.object[:error.start].count(10) + 1}: not UTF-8 at byte {error.start}; save it as UTF-8")
+    except OSError as error:
+        fail(f"@{path}: a file of options that cannot be read ({error.strerror})")
+    if "\0" in text:
+        fail(f"@{path}: no text in UTF-8: it holds NUL bytes")
+    seen = {}
+    for number, line in enumerate(re.split(r"\r\n|\r|\n", text), 1):
+        if line.strip() and not line.strip().startswith("#"):
+            name, text = _setting(line.strip(), f"{path}:{number}", kinds)
+            if name in seen:
+                fail(f"{path}:{number}: {name} stands in line {seen[name]} already; keep one of the two")
+            seen[name] = number
+            yield name, text, f"{path}:{number}: "
+
+
+def _setting(line, where, kinds):
+    """A line -> (name, text of the value); `where` is its file and number."""
+    match = re.fullmatch(r"(--)?([\w.-]+)[ \t]*(=?)[ \t]*(.*)", line)
+    if line.startswith("["):
+        fail(f"{where}: {line[:60]}: there are no sections; leave the line out, one `name = value` a line is all")
+    if line.startswith("@"):
+        fail(f"{where}: {line[:60]}: such a file names no other; put both on the command line")
+    if not match or match[4] and not match[4].startswith("#") and not match[1] and not match[3]:
+        fail(f"{where}: expected `name = value`, found {line[:60]!r}")
+    _, name, equals, value = match.groups()
+    if name not in kinds:
+        fail(f"{where}: there is no option {name}{did_you_mean(name, kinds)}")
+    if not value or value.startswith("#"):
+        if kinds[name] is bool and not equals:
+            return name, "true"
+        fail(f'{where}: {name}: a value is missing; leave the line out for the default, or write "" for none')
+    if value[0] in "\"'":
+        quoted = re.fullmatch(r"""("[^"\\]*"|'[^']*')[ \t]*(#.*)?""", value)
+        if not quoted:
+            fail(f"{where}: {name}: expected one text in quotes, without a backslash, found {value[:60]}")
+        text = quoted[1][1:-1]
+    else:
+        text = re.split(r"[ \t]#", value)[0].rstrip()
+        if text[0] in "[{(" or text in ("None", "null"):
+            fail(f"{where}: {name}: {text[:60]}: each option takes one number, word or text in quotes; leave the line "
+                 "out for the default")
+        if " --" in text:
+            fail(f"{where}: {name}: {text[:60]}: one option a line")
+    _check_kind(text, kinds[name], f"{where}: {name} = {text[:60]}")
+    return name, text
+
+
+def _check_kind(text, kind, what):
+    """Exits 2 where the text does not spell a value of the type."""
+    choices = get_args(kind) if get_origin(kind) is Literal else None
+    try:
+        fits = text in choices if choices else (_boolean if kind is bool else kind)(text) is not None
+    except (ValueError, argparse.ArgumentTypeError):
+        fits = False
+    if not fits:
+        expected = f"one of {', '.join(choices)}" if choices else {
+            int: "a whole number", float: "a number", bool: "true or false"}[kind]
+        sums = kind in (int, float) and re.search(r"\d\s*[-+*/]|\w\(", text)
+        fail(f"{what}: expected {expected}" + ("; nothing is computed, write the result" if sums else ""))
+
+
+def _check_range(option, value, comment):
     match = RANGE.search(comment)
     if isinstance(value, float) and not math.isfinite(value):
-        fail(f"--{name} {value}: must be a finite number")
-    if isinstance(value, int) and value > 10 ** 12 and name != "seed":
-        fail(f"--{name} {str(value)[:40]}: more than any machine can do; at most {10 ** 12}")
+        fail(f"{option} {value}: must be a finite number")
+    if isinstance(value, int) and value > 10 ** 12 and not option.endswith("--seed"):
+        fail(f"{option} {str(value)[:40]}: more than any machine can do; at most {10 ** 12}")
     if match is None or value is None:
         return
     left, low, high, right = match.groups()
     if low is not None and (value < float(low) or (left == "(" and value == float(low))):
-        fail(f"--{name} {value}: must be {'greater than' if left == '(' else 'at least'} {low}")
+        fail(f"{option} {value}: must be {'greater than' if left == '(' else 'at least'} {low}")
     if high is not None and (value > float(high) or (right == ")" and value == float(high))):
-        fail(f"--{name} {value}: must be {'less than' if right == ')' else 'at most'} {high}")
+        fail(f"{option} {value}: must be {'less than' if right == ')' else 'at most'} {high}")

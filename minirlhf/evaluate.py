@@ -3,7 +3,6 @@
 `python -m minirlhf.evaluate POLICY [POLICY ...]` compares policies with a baseline on held-out prompts; what
 train_ppo.py prints at its end is the same code and gives the same numbers.
 """
-import argparse
 import json
 import math
 from collections import Counter, defaultdict
@@ -11,7 +10,8 @@ from collections import Counter, defaultdict
 import torch
 
 from minirlhf import checkpoint, kernels, rewards, runtime
-from minirlhf.config import RunOptions, all_printed, fail, launch, positive_int, say, temperature_number
+from minirlhf.config import (Parser, RunOptions, all_printed, check_spelling, fail, launch, positive_int, say,
+                             temperature_number)
 from minirlhf.data import collate, encode_prompts, label_of, load_prompts, number
 from minirlhf.generate import generate
 from minirlhf.model import flat_indices
@@ -489,8 +489,8 @@ def verdict_on_policy(figures, thirds, has_judge):
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(
-        prog="python -m minirlhf.evaluate", allow_abbrev=False, description="Policies against a baseline on held-out "
+    parser = Parser(
+        prog="python -m minirlhf.evaluate", description="Policies against a baseline on held-out "
         "prompts, by a reward model and a judge, with 95 % intervals. Temperature, response length and seed are those "
         "of the first policy's run unless given, so that the figures are those that train_ppo.py printed.")
     parser.add_argument("policies", nargs="+", metavar="POLICY", help="ckpt.pt of train_ppo.py or train_sft.py, or its "
@@ -514,6 +514,8 @@ def parse(argv=None):
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="(default: float32)")
     parser.add_argument("--output", metavar="FILE.json", help="also write all figures there")
     a = parser.parse_args(argv)
+    for path in (*a.policies, a.baseline, a.reward_model, a.judge or "", a.prompts, a.output or ""):
+        check_spelling("file", path)  # --output holds them
     try:
         a.best_of = sorted({int(n) for n in a.best_of.split(",") if n.strip()})
     except ValueError:

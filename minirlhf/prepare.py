@@ -7,7 +7,7 @@ The data set `sentiment` is the ground truth of Hutto & Gilbert 2014 (ICWSM): se
 from -4 to 4. Left out: the word list and the scorer that come in the same archive. Nothing here may learn from them, so
 that they can still serve as an independent judge.
 """
-import argparse
+import contextlib
 import hashlib
 import html
 import io
@@ -18,12 +18,11 @@ import random
 import re
 import tarfile
 import tempfile
-import time
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
-from minirlhf.config import fail, launch, say
+from minirlhf.config import Parser, fail, launch, ranks, say
 from minirlhf.fetch import by_pip
 
 ARCHIVE = "vaderSentiment-3.3.2.tar.gz"
@@ -75,6 +74,7 @@ def sentiment(data_dir="data/sentiment", seed=0, source=None, overwrite=False):
         fail(f"--data_dir {data_dir}: the folder is not empty; pass --overwrite to replace it")
     if foreign := [name for name in held if name not in FILES + ["README.md"]]:
         fail(f"--data_dir {data_dir}: holds {foreign[0]}, which is not prepare's to replace; name another folder")
+    absent = [folder for folder in data_dir.parents if not folder.exists()]
     try:
         data_dir.parent.mkdir(parents=True, exist_ok=True)
         archive = fetch(data_dir.parent, source)
@@ -95,15 +95,17 @@ def sentiment(data_dir="data/sentiment", seed=0, source=None, overwrite=False):
             os.replace(made, data_dir)
     except OSError as error:
         fail(f"cannot prepare {data_dir}: {error}")
+    finally:
+        for folder in absent:
+            with contextlib.suppress(OSError):  # where something has come of it
+                folder.rmdir()
     say(f"wrote {data_dir}; its README.md says what is in it")
 
 
 def ensure(data_dir):
-    """Prepares the default data where they are missing. Under torchrun the first process does, the others wait."""
-    while not os.path.isdir(data_dir):
-        if os.environ.get("RANK", "0") == "0":
-            sentiment(data_dir)
-        time.sleep(0.1)
+    """Prepares the default data where they are missing. Of several ranks the first does; the others wait in Run."""
+    if not os.path.isdir(data_dir) and ranks()[0] == 0:
+        sentiment(data_dir)
 
 
 # The archive
@@ -472,8 +474,8 @@ def describe(counts, pools, files, ceilings, seed):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m minirlhf.prepare",
-                                     description="Makes the JSON-lines files that the scripts train on.")
+    parser = Parser(prog="python -m minirlhf.prepare",
+                    description="Makes the JSON-lines files that the scripts train on.")
     commands = parser.add_subparsers(dest="name", required=True, metavar="NAME")
     command = commands.add_parser("sentiment", help="sentences from four sources, each rated by 15 to 99 people",
                                   description="Demonstrations, preferences and prompts from 23,703 sentences of film "

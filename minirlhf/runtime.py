@@ -15,6 +15,7 @@ import os
 import re
 import shlex
 import signal
+import stat
 import sys
 import threading
 import time
@@ -23,9 +24,10 @@ from dataclasses import asdict, fields, replace
 
 import torch
 
-from minirlhf.config import fail, say
+from minirlhf.config import fail, one_line, ranks, say
 from minirlhf.data import clean
 from minirlhf.kernels import AdamW, Muon, keep_freed_memory
+from minirlhf.sizes import check_batch
 
 try:
     import fcntl
@@ -35,6 +37,7 @@ except ModuleNotFoundError:
 STOPS = (signal.SIGINT, signal.SIGTERM)
 LOGS = ("metrics.jsonl", "samples.jsonl", "rollouts.jsonl")
 KEPT = ("ckpt.previous.pt", "ckpt.pt", *LOGS)  # what makes a folder that of a run
+HALF = ("ckpt.pt.tmp", "config.json.tmp", *(f"{name}.tmp" for name in LOGS))  # what a killed run may leave beside it
 
 
 def seed_of(seed: int, step: int, rank: int, purpose: str) -> int:
@@ -87,13 +90,14 @@ class Run:
     """
 
     def __init__(self, options, stage: str):
-        self.options, self.stage, self.stop, self.lock, self.begun = options, stage, 0, None, False
+        self.options, self.stage, self.stop, self.lock, self.begun, self.made = options, stage, 0, None, False, []
         self.pid, self.signals = os.getpid(), {}  # signals: what acted on them before
         RUNS.add(self)
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.rank, self.world = ranks()
         self.device = pick_device(options.device)
         if self.world > 1:
-            torch.distributed.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            with self.together():
+                torch.distributed.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
             if self.device.type == "cuda":
                 self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
                 torch.cuda.set_device(self.device)
@@ -102,6 +106,7 @@ class Run:
         keep_freed_memory()
         self.main = self.rank == 0
         self.out_dir = options.out_dir
+        check_batch(options)
         if self.main and not options.check:
             self._claim_out_dir()
         if threading.current_thread() is threading.main_thread():  # no other may
@@ -115,23 +120,12 @@ class Run:
 
     def _claim_out_dir(self):
         o = self.options
-        folder, self.made = os.path.abspath(self.out_dir), []
-        while not os.path.exists(folder):
+        folder = os.path.abspath(self.out_dir)
+        while not os.path.lexists(folder):
             self.made.append(folder)
             folder = os.path.dirname(folder)
         try:
-            os.makedirs(self.out_dir, exist_ok=True)
-            while not self.lock:
-                lock = open(self.path("lock"), "a+b", buffering=0)
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a dead process holds none, whoever has its pid
-                with contextlib.suppress(FileNotFoundError):  # the run that held it may just have removed it
-                    self.lock = lock if os.path.samestat(os.fstat(lock.fileno()), os.stat(self.path("lock"))) else None
-            self.lock.truncate(0)
-            self.lock.write(str(os.getpid()).encode())
-        except BlockingIOError:
-            lock.seek(0)
-            fail(f"--out_dir {self.out_dir}: a run with pid {lock.read().decode()} is writing there; wait for it or "
-                 "choose another folder")
+            self._lock()
         except OSError as error:
             self.release()
             fail(f"--out_dir {self.out_dir}: cannot be written ({error.strerror})")
@@ -148,15 +142,61 @@ class Run:
             fail(f"--out_dir {self.out_dir} holds a run ({', '.join(held)}); use --resume, --overwrite or another "
                  "folder")
 
+    def _lock(self):
+        """Make the folder and take its lock. A run that ends meanwhile may remove both; then they are made again."""
+        for attempt in range(1000):
+            try:
+                os.makedirs(self.out_dir, exist_ok=True)
+                self._check_names()
+                new = not os.path.exists(self.path("lock"))
+                lock = open(self.path("lock"), "a+b", buffering=0)
+            except FileNotFoundError:
+                if attempt == 999:
+                    raise
+                continue
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a dead process holds none, whoever has its pid
+                if os.path.samestat(os.fstat(lock.fileno()), os.stat(self.path("lock"))):
+                    self.lock = lock
+                    self.lock.truncate(0)
+                    self.lock.write(str(os.getpid()).encode())
+                    return
+                lock.close()
+            except FileNotFoundError:  # the run that held it has just removed it
+                lock.close()
+            except BlockingIOError:
+                lock.seek(0)
+                fail(f"--out_dir {self.out_dir}: a run with pid {lock.read().decode()} is writing there; wait for it "
+                     "or choose another folder")
+            except OSError:  # a file system without locks, or full
+                lock.close()
+                if new:
+                    os.remove(self.path("lock"))
+                raise
+
+    def _check_names(self):
+        """Exits 2 where something that is no file bears the name of one of the run's."""
+        for name in ("lock", "config.json", *KEPT, *HALF):
+            with contextlib.suppress(FileNotFoundError):
+                mode = os.lstat(self.path(name)).st_mode
+                if stat.S_ISLNK(mode) and os.path.exists(self.path(name)):
+                    mode = os.stat(self.path(name)).st_mode
+                if not stat.S_ISREG(mode):
+                    kind = {stat.S_IFDIR: "a folder", stat.S_IFLNK: "a link to nothing"}.get(
+                        stat.S_IFMT(mode), "a pipe or device")
+                    fail(f"--out_dir {self.out_dir}: {self.path(name)} is {kind}, where the run keeps a file; move it "
+                         "away, or choose another folder")
+
     def start_logs(self, step):
         """Begin to write: remove an old run, or cut from its logs what will be written again; write config.json.
 
         That is what is torn, later than `step`, or of a closing report. Call it when all inputs have been checked:
-        until then an old run is untouched.
+        until then an old run is untouched. All ranks meet here: where one was refused, none begins.
         """
+        self.total(torch.zeros(()))
         if not self.main:
             return
-        old = [*glob.glob("ckpt*.pt.tmp", root_dir=self.out_dir)]  # of a save that was killed
+        old = [*HALF, *glob.glob("ckpt.*.pt.tmp", root_dir=self.out_dir)]
         if self.options.resume:
             old += [name for number, name in self.numbered().items() if number > step]
         else:
@@ -220,23 +260,24 @@ class Run:
             yield
         except OSError as error:
             size = os.path.getsize(self.path(name)) if os.path.exists(self.path(name)) else 0
-            raise SystemExit(f"error: {self.path(name)}: could not be written ({error.strerror}) at {size:,} bytes; a "
-                             f"checkpoint, if any, is whole: go on with --resume")
+            raise SystemExit(one_line(f"error: {self.path(name)}: could not be written ({error.strerror}) at {size:,} "
+                                      "bytes; a checkpoint, if any, is whole: go on with --resume"))
 
     def release(self):
         if os.getpid() != self.pid:
             self.disown()
         if self.lock is not None:
-            with contextlib.suppress(OSError):
-                os.remove(self.path("lock"))
-            self.lock.close()
-            self.lock = None
             if self.begun and not self.held():  # it has come to nothing
                 with contextlib.suppress(OSError):
                     os.remove(self.path("config.json"))
             with contextlib.suppress(OSError):
-                for folder in self.made:
-                    os.rmdir(folder)
+                os.remove(self.path("lock"))  # the last thing, for then another run may begin
+            self.lock.close()
+            self.lock = None
+        for folder in self.made:
+            with contextlib.suppress(OSError):
+                os.rmdir(folder)
+        self.made = []
 
     def disown(self):
         """In a forked child: it is a process like any other, to which signals do what they did before the run, and the
@@ -255,7 +296,8 @@ class Run:
         try:
             self.release()
             if self.world > 1 and kind is None:
-                torch.distributed.barrier()  # the first process may still be writing
+                with self.together():
+                    torch.distributed.barrier()  # the first process may still be writing
                 torch.distributed.destroy_process_group()
         finally:
             RUNS.discard(self)
@@ -277,9 +319,9 @@ class Run:
             os._exit(128 + number)
         self.stop = number
         if self.main:  # not print, which a signal may have interrupted
+            what = "ending after this check" if self.options.check else "finishing this step, then saving"
             with contextlib.suppress(OSError):
-                os.write(2, f"{signal.Signals(number).name}: finishing this step, then saving; once more "
-                            "quits\n".encode())
+                os.write(2, f"{signal.Signals(number).name}: {what}; once more quits\n".encode())
 
     def should_stop(self):
         """True when any rank got a signal: all ranks stop after the same step."""
@@ -291,11 +333,22 @@ class Run:
 
     # ---- ranks
 
+    @contextlib.contextmanager
+    def together(self):
+        """Exits 2 where another rank has ended: what all do together can then not be done."""
+        try:
+            yield
+        except (RuntimeError, ValueError, OSError) as error:
+            reason = re.sub(r"^\[\S*\] ", "", str(error) or type(error).__name__).partition(". ")[0][:120]
+            fail(f"rank {self.rank} of {self.world}: stopped, for another rank has ended, and says why, or cannot be "
+                 f"reached ({reason})")
+
     def total(self, t):
         """Sum of a tensor over all ranks."""
         if self.world > 1:
             t = t.to(self.device)
-            torch.distributed.all_reduce(t)
+            with self.together():
+                torch.distributed.all_reduce(t)
         return t
 
     def totals(self, sums):
@@ -316,10 +369,11 @@ class Run:
 
     def sum_gradients(self, parameters):
         if self.world > 1:
-            for p in parameters:
-                if p.grad is None:
-                    p.grad = torch.zeros_like(p)
-                torch.distributed.all_reduce(p.grad)
+            with self.together():
+                for p in parameters:
+                    if p.grad is None:
+                        p.grad = torch.zeros_like(p)
+                    torch.distributed.all_reduce(p.grad)
 
     # ---- precision, seeds
 
@@ -454,9 +508,32 @@ def finite(value):
 def command_line(stage, options, **changes):
     """"python train_STAGE.py --name value ...": the options that differ from their defaults, after `changes`."""
     values = asdict(replace(options, **changes))
-    parts = [f"--{f.name}" + ("" if values[f.name] is True else f" {shlex.quote(str(values[f.name]))}")
+    parts = [f"--{f.name}" if values[f.name] is True else option(f.name, values[f.name])
              for f in fields(options) if values[f.name] != f.default]
-    return " ".join([f"python train_{stage}.py", *parts])
+    return " ".join([start_of(f"train_{stage}.py"), *parts])
+
+
+def option(name, value):
+    """"--name value" as a shell takes it, "--name=value" where the value looks like an option itself."""
+    return f"--{name}{'=' if str(value).startswith('-') else ' '}{shlex.quote(str(value))}"
+
+
+def as_path(name):
+    """A file's name as a shell's word that no command takes for an option."""
+    return shlex.quote(os.path.join(".", name) if name.startswith("-") else name)
+
+
+def start_of(script):
+    """"python SCRIPT" or "python -m MODULE", as it is started from the folder where the user stands, by torchrun where
+    the run was."""
+    root, here = os.path.dirname(os.path.dirname(os.path.abspath(__file__))), os.getcwd()
+    if not script.endswith(".py"):
+        elsewhere = "" if os.path.samefile(root, here) else f"PYTHONPATH={shlex.quote(root)} "
+        return f"{elsewhere}python -m {script}"
+    path = os.path.join(root, script)
+    path = os.path.relpath(path, here) if os.path.commonpath([root, here]) in (root, here) else path
+    _, world = ranks()
+    return (f"torchrun --nproc_per_node={world}" if world > 1 else "python") + f" {shlex.quote(path)}"
 
 
 USUAL = {"data_dir": "data/sentiment", "init_from": "out/sft/ckpt.pt", "reward_model": "out/rm/ckpt.pt"}
@@ -464,8 +541,8 @@ USUAL = {"data_dir": "data/sentiment", "init_from": "out/sft/ckpt.pt", "reward_m
 
 def next_command(script, **options):
     """"python SCRIPT --name value ...", without options that have the stages' usual values."""
-    return " ".join([f"python {script}", *(f"--{name} {shlex.quote(value)}" for name, value in options.items()
-                                           if value != USUAL.get(name))])
+    return " ".join([start_of(script), *(option(name, value) for name, value in options.items()
+                                         if value != USUAL.get(name))])
 
 
 def clock(seconds):

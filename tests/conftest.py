@@ -160,18 +160,19 @@ class Command:
     """A command line, `train_sft.py --help` or `minirlhf.sample --help` for -m, running as a process in folder `cwd`.
 
     The process is forked from one that has imported torch, which saves the second that this takes, and has one thread.
+    stop_after: it gets SIGTERM when it has written so many rows of metrics, however busy the machine is.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch._dynamo", "minirlhf.check"])
     count, running = 0, []
 
-    def __init__(self, *argv, cwd, env=(), largest_file=None):
+    def __init__(self, *argv, cwd, env=(), largest_file=None, stop_after=None):
         Command.count += 1
         logs = [os.path.join(cwd, f".{name}.{Command.count}") for name in ("out", "err")]
         for log in logs:
             Path(log).touch()
         self.process = self.context.Process(target=self.run, daemon=True, args=(
-            [*map(str, argv)], str(cwd), logs, dict(env), largest_file))
+            [*map(str, argv)], str(cwd), logs, dict(env), largest_file, stop_after))
         threads, path = os.environ.get("OMP_NUM_THREADS"), os.environ.get("PYTHONPATH")
         os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}  # for the first process, which the others fork
         self.process.start()
@@ -181,7 +182,7 @@ class Command:
         Command.running.append(self.process)
 
     @staticmethod
-    def run(argv, cwd, logs, env, largest_file):
+    def run(argv, cwd, logs, env, largest_file, stop_after):
         for number, log in enumerate(logs, 1):
             os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), number)
         os.chdir(cwd)
@@ -189,6 +190,8 @@ class Command:
         sys.stdout.reconfigure(encoding=env.get("PYTHONIOENCODING", "utf-8"))
         if largest_file:
             resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+        if stop_after:
+            Command.stop_after(stop_after)
         sys.argv = argv
         if argv[0].endswith(".py"):
             sys.argv[0] = str(ROOT / argv[0])
@@ -197,7 +200,19 @@ class Command:
             sys.modules.pop(argv[0], None)  # as in a process of its own, where nothing has imported it yet
             runpy.run_module(argv[0], run_name="__main__", alter_sys=True)
 
-    def wait(self, timeout=120):
+    @staticmethod
+    def stop_after(rows):
+        from minirlhf.runtime import Run
+        write, written = Run.write, []
+
+        def write_and_stop(self, name, record):
+            write(self, name, record)
+            written.append(name)
+            if name == "metrics.jsonl" and written.count(name) == rows:
+                os.kill(os.getpid(), signal.SIGTERM)
+        Run.write = write_and_stop
+
+    def wait(self, timeout=600):
         """-> exit status (128 + N where signal N killed it), standard output, standard error."""
         self.process.join(timeout)
         status = self.process.exitcode

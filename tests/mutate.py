@@ -27,7 +27,7 @@ NEAREST = {"minirlhf/objectives.py": ["objectives", "train_ppo"], "minirlhf/gene
            "train_ppo.py": ["train_ppo", "state"], "minirlhf/evaluate.py": ["train_ppo", "train_rm", "state"],
            "minirlhf/kernels.py": ["model", "runtime"], "minirlhf/checkpoint.py": ["checkpoint", "state", "faults"],
            "minirlhf/runtime.py": ["runtime", "state", "train_ppo", "faults"], "minirlhf/check.py": ["check"],
-           "minirlhf/sample.py": ["state"]}
+           "minirlhf/sample.py": ["state"], "minirlhf/config.py": ["config"], "minirlhf/sizes.py": ["faults"]}
 
 OBJECTIVES = [
     ("mean = sum_x / n", "mean = sum_x / mask.numel()"),  # over padding
@@ -257,7 +257,8 @@ CHECKPOINT = [
     ("if m.dim() and m.shape != p.shape", "if False"),
     ('if payload["format"] > FORMAT:', "if False:"),
     ('if payload["stage"] not in stages:', "if False:"),
-    ("            if name in structural:\n", "            if False:\n"),
+    ("            if name in structural and not (", "            if False and not ("),
+    ("bool(a and b) and str(a).rpartition", "str(a).rpartition"),
 ]
 RUNTIME = [
     ("        if not x.isfinite().all():\n            fail_before", "        if x.isnan().any():\n            fail_before"),
@@ -267,7 +268,33 @@ RUNTIME = [
     ("all(map(math.isfinite, found))", "all(map(math.isfinite, found[1:]))"),
     ("if 0 < o.max_grad_norm < found[1]:", "if o.max_grad_norm < found[1]:"),
     ("if 0 < o.max_grad_norm < found[1]:", "if False:"),
-    ("            self.lock.truncate(0)\n", ""),
+    ("self.lock.truncate(0)\n", "pass\n"),
+    ("if attempt == 999:", "if attempt == 0:"),
+    ("                if not stat.S_ISREG(mode):\n", "                if stat.S_ISDIR(mode):\n"),
+    ("if stat.S_ISLNK(mode) and os.path.exists(self.path(name)):", "if stat.S_ISLNK(mode):"),
+    ("        for folder in self.made:\n            with contextlib.suppress(OSError):\n                os.rmdir(folder)\n", ""),
+    ("        self.total(torch.zeros(()))\n", ""),
+    ("{'=' if str(value).startswith('-') else ' '}", " "),
+    ("{shlex.quote(str(value))}", "{value}"),
+    ('"ending after this check" if self.options.check else ', ""),
+]
+CONFIG = [
+    ('decode("utf-8-sig")', 'decode("utf-8")'),
+    ("            if name in seen:\n", "            if False:\n"),
+    ('r"\\r\\n|\\r|\\n"', 'r"\\r|\\n"'),  # lines are counted twice
+    ('if "\\0" in text:', "if False:"),
+    ('if not stat.S_ISREG(status.st_mode) or', 'if'),  # a pipe hangs
+    ('        if " --" in text:\n', "        if False:\n"),
+    ('r"[ \\t]#", value)[0]', 'r"#", value)[0]'),
+    ("if numbers[\"RANK\"] >= numbers", "if numbers[\"RANK\"] > numbers"),
+    ('if missing := [name for name in RANKS if', 'if missing := [name for name in RANKS[:2] if'),
+    ("        ranks()  # before", "        pass  # before"),
+    ("places.pop(word.partition", "(lambda *a: 0)(word.partition"),  # blames the file for the command line's value
+]
+SIZES = [
+    ("(vocab_size + block_size) * n_embd", "vocab_size * n_embd"),
+    ("TRAINING * count + BLOCK * o.n_layer", "4 * count"),
+    ("slots * (cache.k.nbytes", "(cache.k.nbytes"),
 ]
 # modes, what survives a resume, options, streams of numbers, --check, what is on the disk when: (file, old, new)
 STATE = [
@@ -413,7 +440,8 @@ MUTATIONS = [(file, *pair) for file, pairs in (
     ("minirlhf/objectives.py", OBJECTIVES), ("minirlhf/generate.py", GENERATE), ("minirlhf/model.py", MODEL),
     ("minirlhf/data.py", DATA), ("train_ppo.py", PPO), ("minirlhf/evaluate.py", EVALUATE),
     ("minirlhf/kernels.py", KERNELS), ("minirlhf/checkpoint.py", CHECKPOINT),
-    ("minirlhf/runtime.py", RUNTIME)) for pair in pairs] + STATE
+    ("minirlhf/runtime.py", RUNTIME), ("minirlhf/config.py", CONFIG), ("minirlhf/sizes.py", SIZES))
+    for pair in pairs] + STATE
 
 
 def misplaced():

@@ -1,10 +1,12 @@
 """A dataclass as a command line: types, ranges, choices, presets, and what is refused."""
+import argparse
+import os
 from dataclasses import dataclass
 from typing import Literal
 
 import pytest
 
-from minirlhf.config import RunOptions, parse
+from minirlhf.config import Parser, RunOptions, did_you_mean, fail, parse, positive_int, ranks
 
 
 @dataclass
@@ -134,3 +136,174 @@ def test_a_stage_may_give_an_inherited_option_its_own_line():
     for seed in (4, 9):
         with pytest.raises(SystemExit):
             parse(Stage, [f"--seed={seed}"])
+
+
+# ---- files of options
+
+
+@pytest.fixture
+def preset(tmp_path):
+    """preset(content) -> "@FILE" of a file that holds it."""
+    def make(content):
+        (tmp_path / "o.txt").write_bytes(content if isinstance(content, bytes) else content.encode())
+        return f"@{tmp_path / 'o.txt'}"
+    return make
+
+
+@pytest.mark.parametrize("content, expected", [
+    ("\ufeffbatch_size = 2\r\nmargin=1\r\n", {"batch_size": 2, "margin": 1.0}),  # Windows
+    ('out_dir = "my run # 1"  # a comment', {"out_dir": "my run # 1"}),
+    ("out_dir = 'say \"x\"'", {"out_dir": 'say "x"'}),
+    ('out_dir = "" # none', {"out_dir": ""}),
+    ("out_dir = a#b\t# c", {"out_dir": "a#b"}),
+    ("whiten_rewards = True # as in Python\nshuffle=false", {"whiten_rewards": True, "shuffle": False}),
+    ("batch_size = 1_000\ndropout = 5e-1", {"batch_size": 1000, "dropout": 0.5}),
+    ("optimizer = 'adamw'", {"optimizer": "adamw"}),
+    ("--batch_size 3\n--whiten_rewards\nshuffle # alone", {"batch_size": 3, "whiten_rewards": True, "shuffle": True}),
+    ("margin = -1.5", {"margin": -1.5}),
+    ("out_dir = @x", {"out_dir": "@x"}),
+    ("", {}),
+])
+def test_habits_of_other_programs_are_read(preset, content, expected):
+    """A byte order mark, quotes, TOML's and nanoGPT's spellings, options as a shell takes them."""
+    assert parse(Options, [preset(content)]) == Options(**expected)
+
+
+@pytest.mark.parametrize("content, line, words", [
+    ("[training]\nbatch_size = 2", 1, ["[training]", "no sections"]),
+    ("batch_size: 2", 1, ["`name = value`", "batch_size: 2"]),
+    ("import os", 1, ["`name = value`"]),
+    ('{"batch_size": 2}', 1, ["`name = value`"]),
+    ("\n# two\nbatch_size = [1, 2]", 3, ["batch_size", "one number"]),
+    ("batch_size = 12*1024", 1, ["a whole number", "nothing is computed"]),
+    ("dropout = 1/3", 1, ["a number", "nothing is computed"]),
+    ("batch_size = 1e3", 1, ["batch_size = 1e3", "a whole number"]),
+    ("batch_size = 8,", 1, ["8,", "a whole number"]),
+    ("whiten_rewards = maybe", 1, ["true or false"]),
+    ("optimizer = sgd", 1, ["one of muon, adamw"]),
+    ("batch_size = 2\n\nmargin=1\nbatch_size = 3", 4, ["batch_size", "line 1 already"]),
+    ("batch_size = 0", 1, ["--batch_size 0: must be at least 1"]), ("margin=1\r\nbatch_size = x", 2, ["a whole number"]),
+    ("margin = 1\ndropout = inf", 2, ["must be a finite number"]),
+    ("batch-size = 3", 1, ["no option batch-size; did you mean batch_size?"]),
+    ("@other.txt", 1, ["@other.txt", "names no other"]),
+    ("batch_size =", 1, ["a value is missing"]),
+    ("batch_size # how many?", 1, ["a value is missing"]),
+    ("out_dir = None", 1, ["None", "leave the line out"]),
+    ("out_dir = 'a' + 'b'", 1, ["one text in quotes"]),
+    ('out_dir = """a"""', 1, ["one text in quotes"]),
+    ("--out_dir x --batch_size 3", 1, ["one option a line"]),
+    (b"batch_size = 2\nout_dir = caf\xe9", 2, ["not UTF-8 at byte 28"]),
+])
+def test_a_bad_line_of_a_file_is_named(preset, capsys, content, line, words):
+    """File, line, what stands there; one line, exit status 2."""
+    file = preset(content)
+    error = bad(capsys, file)
+    assert error.startswith(f"error: {file[1:]}:{line}: ") and error.count("\n") == 1
+    assert all(word in error for word in words)
+
+
+def test_what_is_no_file_of_options(preset, tmp_path, capsys):
+    """A folder, a pipe that nobody writes to, another encoding, a checkpoint: named at once."""
+    os.mkfifo(tmp_path / "pipe")
+    for path, word in ((tmp_path, "a folder"), (tmp_path / "pipe", "a pipe"), ("", "cannot be read")):
+        assert word in bad(capsys, f"@{path}")
+    for content, word in ((b"a\0b", "NUL"), ("a = 2".encode("utf-16"), "not UTF-8"), (b"a" * 1_000_001, "bytes")):
+        assert word in bad(capsys, preset(content))
+
+
+def test_a_file_and_the_command_line(preset, capsys):
+    """What comes later wins; where that is the file, it is told. A value may begin with @."""
+    file = preset("batch_size = 2")
+    assert parse(Options, [file, "--batch_size", "5"]).batch_size == 5 and not capsys.readouterr().err
+    assert parse(Options, ["--batch_size", "5", file]).batch_size == 2
+    assert f"{file[1:]}:1: batch_size = 2 takes the place of the --batch_size before" in capsys.readouterr().err
+    assert bad(capsys, file, "--batch_size", "0").startswith("error: --batch_size 0")  # which the file did not say
+    assert parse(Options, ["--out_dir", "@x", "--check", file]) == Options(out_dir="@x", check=True, batch_size=2)
+
+
+@pytest.mark.parametrize("word, meant", [
+    ("--batch-size", "--batch_size"), ("--batchsize", "--batch_size"), ("-bs", "--batch_size"),
+    ("--batch", "--batch_size"), ("--Batch_Size", "--batch_size"), ("--optimiser", "--optimizer"),
+    ("--wr", "--whiten_rewards"), ("--drop-out", "--dropout"), ("--outdir", "--out_dir"), ("batch_size", "--batch_size"),
+])
+def test_an_unknown_option_is_answered_with_the_one_that_was_meant(capsys, word, meant):
+    """Dashes, initials, beginnings, slips."""
+    for words in ([word, "3"], [f"{word}=3"]):
+        assert f"unrecognized arguments: {word}" in (error := bad(capsys, *words)) and f"did you mean {meant}?" in error
+    assert "did you mean" not in bad(capsys, "--zzz", "3")
+
+
+def test_commands_answer_so_too(capsys):
+    """Also those with commands of their own; learning rates by their initials."""
+    parser = Parser(prog="x")
+    parser.add_subparsers(dest="name", required=True).add_parser("one").add_argument("--data_dir")
+    with pytest.raises(SystemExit):
+        parser.parse_args(["one", "--data-dir", "3"])
+    assert "did you mean --data_dir?" in capsys.readouterr().err
+    rates = ["learning_rate", "muon_learning_rate"]
+    assert did_you_mean("lr", rates) == "; did you mean learning_rate?"
+    assert did_you_mean("learning-rate", rates, "--") == "; did you mean --learning_rate?"
+    assert did_you_mean("rate", rates) == "; did you mean learning_rate or muon_learning_rate?"
+
+
+@pytest.mark.parametrize("name", ["out/\udcff", "a\0b"])
+def test_a_name_that_cannot_be_spelled(refused, name):
+    """No checkpoint could hold it."""
+    assert "cannot be spelled in UTF-8" in refused(parse, Options, ["--out_dir", name])
+
+
+def test_an_error_is_one_line(refused):
+    """Also where a file's name has several."""
+    assert refused(fail, "a\nb\r\nc\u2028d: no") == "error: a b c d: no\n"
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "1000001", "1" * 5000, "x"])
+def test_counts_of_commands(text):
+    """From one to a million."""
+    assert positive_int("1000000") == 10 ** 6
+    with pytest.raises((ValueError, argparse.ArgumentTypeError)):
+        positive_int(text)
+
+
+# ---- ranks
+
+TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+
+
+@pytest.fixture
+def surroundings(monkeypatch):
+    """surroundings(**variables): of torchrun's, those are set and no others."""
+    def change(**variables):
+        for name in TORCHRUN:
+            monkeypatch.delenv(name, raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+    return change
+
+
+@pytest.mark.parametrize("variables, expected", [
+    ({}, (0, 1)), (TORCHRUN, (1, 2)), ({"WORLD_SIZE": "1"}, (0, 1)), ({"WORLD_SIZE": "1", "RANK": "0"}, (0, 1)),
+    ({"MASTER_ADDR": "a", "MASTER_PORT": "1"}, (0, 1)), (dict.fromkeys(TORCHRUN, ""), (0, 1)),
+])
+def test_ranks_are_torchrun_s(surroundings, variables, expected):
+    """All of its variables, or a process by itself."""
+    surroundings(**variables)
+    assert ranks() == expected
+
+
+@pytest.mark.parametrize("variables, words", [
+    ({"RANK": "1"}, ["RANK=1 but not WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT"]),
+    ({"RANK": "0"}, ["RANK=0 but not"]), ({"WORLD_SIZE": "2"}, ["WORLD_SIZE=2 but not RANK"]),
+    ({"LOCAL_RANK": "0"}, ["LOCAL_RANK=0 but not"]), ({"RANK": "x"}, ["RANK=x"]),
+    ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}, ["but not MASTER_ADDR, MASTER_PORT"]),
+    (TORCHRUN | {"MASTER_PORT": ""}, ["but not MASTER_PORT"]),
+    (TORCHRUN | {"RANK": "2"}, ["RANK=2, WORLD_SIZE=2", "below"]), (TORCHRUN | {"RANK": "-1"}, ["RANK=-1", "a number"]),
+    (TORCHRUN | {"WORLD_SIZE": "two"}, ["WORLD_SIZE=two", "a number"]),
+    (TORCHRUN | {"MASTER_PORT": "http"}, ["MASTER_PORT=http", "a number"]),
+    ({"WORLD_SIZE": "1", "RANK": "1"}, ["RANK=1"]),
+])
+def test_stray_variables_of_torchrun(surroundings, refused, variables, words):
+    """Row 55: what is there, what is missing, both ways out; before anything is done."""
+    surroundings(**variables)
+    error = refused(parse, Options, [])
+    assert all(word in error for word in [*words, "torchrun --nproc_per_node=N", "env -u RANK"])

@@ -501,9 +501,9 @@ def test_labels_are_short_and_differ():
 
 def test_long_texts_take_linear_time(write):
     """Megabytes without a blank, alike in both answers but for the end, are read in a moment."""
-    began = time.perf_counter()
+    began = time.process_time()
     (row,) = load_preferences(write({"chosen": "a" * 2_000_000 + "b", "rejected": "a" * 2_000_000 + "c"}))
-    assert row.prompt == "" and shared_prompt(["a" + "b" * 10 ** 6] * 2) == "" and time.perf_counter() - began < 5
+    assert row.prompt == "" and shared_prompt(["a" + "b" * 10 ** 6] * 2) == "" and time.process_time() - began < 5
 
 
 def test_fingerprint_tells_files_apart(tmp_path):

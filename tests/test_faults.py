@@ -4,6 +4,9 @@ A refusal is one line on standard error that names the file, line, flag or value
 What kills a run costs it nothing: it goes on to the same last bit.
 """
 import contextlib
+import errno
+import fcntl
+import importlib
 import json
 import os
 import pickle
@@ -11,6 +14,7 @@ import random
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,6 +23,8 @@ import pytest
 import torch
 
 from conftest import ROOT, Command
+from minirlhf import check, checkpoint, fetch, prepare, runtime, sizes
+from minirlhf.config import parse
 
 NOUNS, WORDS = ["cat", "dog", "sun", "sea", "king", "tree"], ["kind", "bright", "warm", "calm", "cold", "rude"]
 SFT = ("train_sft.py --data_dir data --device cpu --dtype float32 --n_layer 1 --n_head 2 --n_embd 16 --vocab_size 300 "
@@ -78,6 +84,40 @@ def rejected(command):
         assert lines[-1].startswith("error: ") and not [x for x in lines if x.startswith("error")][1:], error
         assert state() == before
         return lines[-1]
+    return call
+
+
+def tree(folder):
+    """What lies below a folder: {path: when it was changed}."""
+    return {path: 0 if path.is_dir() else path.lstat().st_mtime_ns for path in folder.rglob("*")
+            if not path.name.startswith((".out", ".err")) and path.suffix != ".pyc" and path.name != "__pycache__"}
+
+
+@pytest.fixture
+def main(monkeypatch):
+    """main(folder, *argv): a script's command within this process, in that folder; signals and threads are given
+    back."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    matmuls = torch.get_float32_matmul_precision()
+
+    def call(folder, script, *argv):
+        monkeypatch.chdir(folder)
+        importlib.import_module(script.removesuffix(".py")).main([*map(str, argv)])
+
+    yield call
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    torch.set_float32_matmul_precision(matmuls)
+
+
+@pytest.fixture
+def declined(main, refused):
+    """declined(folder, *argv) -> the one line with which the command was refused; nothing has come or gone."""
+    def call(folder, *argv):
+        before = tree(folder)
+        error = refused(main, folder, *argv)
+        assert tree(folder) == before
+        return error
     return call
 
 
@@ -258,6 +298,65 @@ def test_a_bad_value_is_named(finished, rejected, stage, options, words):
     assert all(word in error for word in words)
 
 
+BILLION, TRILLION = 10 ** 9, 10 ** 12
+
+
+@pytest.mark.parametrize("stage, option, value, words", [
+    ("sft", "--n_layer", BILLION, ["3.28e+12 parameters", "59,360.0 GB", "16.0 GB"]),
+    ("sft", "--n_embd", BILLION, ["parameters"]), ("sft", "--n_embd", TRILLION, ["parameters"]),
+    ("sft", "--block_size", TRILLION, ["1.6e+13 parameters"]), ("sft", "--vocab_size", TRILLION, ["parameters"]),
+    ("sft", "--n_embd", 40_000, ["1.92e+10 parameters"]),
+    ("sft", "--response_length", BILLION, ["leaves no room"]), ("sft", "--response_length", 31, ["leaves no room"]),
+    ("ppo", "--response_length", BILLION, ["leaves no room"]), ("rm", "--response_length", BILLION, ["leaves room"]),
+    ("rm", "--num_scale_samples", BILLION, ["at most 1000000"]),
+    ("ppo", "--num_eval_prompts", BILLION, ["at most 1000000"]),
+    ("ppo", "--batch_size", 80_000_000, ["80,000,000 answers of up to 10 tokens"]),
+    *[(stage, "--batch_size", TRILLION, ["100,000.0 GB", "16.0 GB"]) for stage in STAGES],
+    *[(stage, "--batch_size", 10 ** 21, ["more than any machine can do"]) for stage in STAGES],
+])
+def test_sizes_that_no_machine_has(finished, declined, monkeypatch, stage, option, value, words):
+    """Row 50: refused by the option's name, with what it would take and what there is, before it is taken."""
+    monkeypatch.setattr(sizes, "memory_of", lambda device: 16e9)
+    more = ["--total_episodes", TRILLION] if value == 80_000_000 else []
+    error = declined(finished, *fresh(stage, option, value, *more))
+    assert f"{option} {value}" in error and all(word in error for word in words)
+
+
+@pytest.mark.parametrize("argv", [
+    ["minirlhf.benchmark", "--what", "ppo", "--batch", 10 ** 6],
+    ["minirlhf.evaluate", "out/ppo", "--num_prompts", TRILLION], ["minirlhf.evaluate", "out/ppo", "--best_of", 2000],
+    ["minirlhf.evaluate", "out/ppo", "--response_length", TRILLION],
+    ["minirlhf.evaluate", "out/ppo", "--prompts", "data/prompts.val.jsonl", "--response_length", 31],
+    ["minirlhf.sample", "out/ppo", "--n", TRILLION], ["minirlhf.prepare", "sentiment", "--seeds", 3]], ids=str)
+def test_sizes_of_commands(finished, main, capsys, monkeypatch, argv):
+    """Row 50 for what is no run: exit 2, the option and its value named."""
+    monkeypatch.setattr(sizes, "memory_of", lambda device: 1e9)
+    before = tree(finished)
+    with pytest.raises(SystemExit) as stop:
+        main(finished, *argv)
+    assert stop.value.code == 2 and tree(finished) == before
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert argv[-2] in error and str(argv[-1]) in error
+
+
+def test_a_model_s_size_is_known_before_it_is_made(make_model):
+    """parameters() counts what GPT holds."""
+    model = make_model()
+    shape = [getattr(model.config, name) for name in ("n_layer", "n_embd", "block_size", "vocab_size")]
+    assert sizes.parameters(*shape) == runtime.count_parameters(model)
+
+
+def test_what_a_batch_of_answers_takes(make_model, refused, monkeypatch):
+    """For each of ten places keys and values of two layers x 16 in float32 and 16 bytes of tokens and the like, and 8
+    bytes for each of 13 words: 10 (2 x 2 x 16 x 4 + 16) + 104 = 2,824 bytes a row."""
+    for memory, told in ((2.823e9, "at least 2.8 GB, and cpu has 2.8 GB"), (2.824e9, "")):
+        monkeypatch.setattr(sizes, "memory_of", lambda device: memory)
+        if told:
+            assert told in refused(sizes.check_rollout, "--batch_size 1000000", make_model(), 10 ** 6, 10)
+        else:
+            sizes.check_rollout("--batch_size 1000000", make_model(), 10 ** 6, 10)
+
+
 @pytest.mark.parametrize("argv, words", [
     *[(fresh(stage, "--lerning_rate", "1"), ["unrecognized arguments: --lerning_rate"]) for stage in STAGES],
     *[(fresh(stage, "--dtype", "float8"), ["--dtype", "invalid choice"]) for stage in STAGES],
@@ -312,6 +411,102 @@ def test_two_runs_do_not_share_a_folder(folder, rejected, stage):
     second.wait()
 
 
+NAMES = ("lock", "config.json", *runtime.KEPT, *runtime.HALF)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kind", ["a folder", "a link to nothing", "a pipe"])
+def test_what_bears_the_name_of_a_run_s_file(tmp_path, declined, name, kind):
+    """Row 19: named and kept, with every option, before anything is read."""
+    path = tmp_path / "out" / name
+    path.parent.mkdir()
+    {"a folder": path.mkdir, "a pipe": lambda: os.mkfifo(path),
+     "a link to nothing": lambda: path.symlink_to("nowhere")}[kind]()
+    for option in ([], ["--overwrite"]):
+        error = declined(tmp_path, "train_sft.py", "--out_dir", "out", "--data_dir", "x", "--device", "cpu", *option)
+        assert f"--out_dir out: out/{name} is {kind}" in error
+
+
+@pytest.mark.parametrize("kind, word", [(os.mkdir, "a folder"), (os.mkfifo, "a pipe"),
+                                        (lambda path: os.symlink("nowhere", path), "no such file")])
+@pytest.mark.parametrize("stage, name", [("sft", "sft.train"), ("sft", "prompts.val"), ("rm", "preferences.val"),
+                                         ("rm", "prompts.train"), ("ppo", "prompts.train")])
+def test_data_that_are_no_file(folder, declined, stage, name, kind, word):
+    """A folder, a pipe that would never end, a link to nothing under a data file's name."""
+    (folder / "data" / f"{name}.jsonl").unlink()
+    kind(folder / "data" / f"{name}.jsonl")
+    error = declined(folder, *fresh(stage, "--out_dir", "new/er/out"))
+    assert f"data/{name}.jsonl: {word}" in error
+
+
+@EVERY
+@pytest.mark.parametrize("options", [
+    ["--data_dir", "nowhere"], ["--init_from", "nowhere"], ["--batch_size", "0"], ["--device", "cuda:9"],
+    ["--response_length", "31"], ["--out_dir", "new/er/x" + "x" * 300], ["--out_dir", "out/sft/ckpt.pt/x"],
+    ["--out_dir", "new/er/\udcff"], ["--data_dir", "\udcff"]], ids=str)
+def test_a_refusal_leaves_no_folder(finished, declined, stage, options):
+    """Row 54: neither the out_dir nor the folders above it that were made for it."""
+    declined(finished, *fresh(stage, "--out_dir", "new/er/out", *options))
+
+
+def test_no_folder_is_left_where_the_data_cannot_be_had(tmp_path, refused, monkeypatch):
+    """Row 54: neither data/ nor the data's own."""
+    monkeypatch.setattr(fetch.subprocess, "run", lambda *a, **k: subprocess.CompletedProcess(a, 1, "", "no network"))
+    assert "no network" in refused(prepare.sentiment, tmp_path / "a" / "b" / "sentiment") and not tree(tmp_path)
+
+
+class Killed(BaseException):
+    """The process ends here, and nothing that would still be done is done."""
+
+
+def test_overwrite_killed_at_any_moment(folder, main, monkeypatch):
+    """Row 53: before and after every removal and rename of --overwrite, the folder holds the old run, which --resume
+    takes, or what --overwrite takes; --resume says which."""
+    options = parse(importlib.import_module("train_sft").Options, again("sft", "--overwrite")[1:])
+    resume = parse(type(options), ["--resume", "--out_dir", "killed"])
+    options.out_dir = "killed"
+    monkeypatch.chdir(folder)
+    for moment in range(100):
+        shutil.rmtree("killed", ignore_errors=True)
+        shutil.copytree("out/sft", "killed")
+        (folder / "killed" / "ckpt.pt.tmp").write_text("half")
+        calls = []
+
+        def counted(real):
+            def call(*arguments):
+                for _ in range(2):
+                    if len(calls) == moment:
+                        raise Killed
+                    calls.append(arguments)
+                    if len(calls) % 2:
+                        real(*arguments)
+            return call
+
+        run, ended = runtime.Run(options, "sft"), True
+        with monkeypatch.context() as m:
+            for name in ("remove", "replace"):
+                m.setattr(os, name, counted(getattr(os, name)))
+            try:
+                run.start_logs(0)
+            except Killed:
+                ended = False
+        run.lock.close()  # as the system does for a dead process
+        run.lock, run.made = None, []
+        if ended:
+            break
+        try:
+            _, saved = checkpoint.resume(resume, "sft", ())
+            found = "the old run" if saved else "a run that starts again"
+        except SystemExit:
+            found = "nothing"
+        assert (found == "the old run") == any((folder / "killed" / name).exists() for name in runtime.KEPT[:2])
+        second = runtime.Run(options, "sft")
+        second.start_logs(0)
+        assert sorted(path.name for path in (folder / "killed").iterdir()) == ["config.json", "lock"]
+        second.release()
+    assert moment > 12
+
+
 @EVERY
 @pytest.mark.parametrize("place", ["file", "file/below", "/proc/minirlhf"])
 def test_a_folder_that_cannot_be_written(folder, rejected, stage, place):
@@ -319,6 +514,70 @@ def test_a_folder_that_cannot_be_written(folder, rejected, stage, place):
     (folder / "file").write_text("mine")
     error = rejected(*STAGES[stage][:-1], place, cwd=folder)
     assert f"--out_dir {place}: cannot be written" in error
+
+
+def test_a_folder_that_another_run_removes(tmp_path, monkeypatch, main):
+    """Two runs begin at once in a new folder, and one is refused: it removes the folder that it had made while the
+    other is about to lock it. The other makes it again."""
+    real, removed = os.makedirs, []
+
+    def makedirs(path, **options):
+        real(path, **options)
+        if len(removed) < 3:
+            removed.append(path)
+            os.rmdir(path)
+
+    monkeypatch.setattr(os, "makedirs", makedirs)
+    options = importlib.import_module("train_sft").Options(out_dir=str(tmp_path / "a" / "b"), device="cpu")
+    with runtime.Run(options, "sft"):
+        assert (tmp_path / "a" / "b" / "lock").read_text() == str(os.getpid()) and len(removed) == 3
+    assert not tree(tmp_path)
+
+
+def test_a_file_system_without_locks(tmp_path, declined, monkeypatch):
+    """Row 54: named, and neither lock nor folder stays."""
+    def flock(file, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+    monkeypatch.setattr(fcntl, "flock", flock)
+    error = declined(tmp_path, "train_sft.py", "--out_dir", "a/b", "--device", "cpu", "--data_dir", "x")
+    assert "--out_dir a/b: cannot be written (No locks available)" in error
+
+
+def test_the_lock_goes_last(tmp_path, monkeypatch, main):
+    """When another run may begin, nothing of the ended one is still to be removed but empty folders."""
+    run = runtime.Run(importlib.import_module("train_sft").Options(out_dir=str(tmp_path / "out"), device="cpu"), "sft")
+    run.start_logs(0)
+    removed, real = [], os.remove
+    monkeypatch.setattr(os, "remove", lambda path: (removed.append(os.path.basename(path)), real(path)))
+    run.release()
+    assert removed == ["config.json", "lock"] and not tree(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a b", "it's", 'say "x"', "two\nlines", "-x", "@x", "$HOME;`ls`", "caf\u00e9"])
+def test_printed_commands_run(finished, main, capsys, name):
+    """Whatever a folder is called, a shell takes what is printed for the run that was meant, wherever the user
+    stands."""
+    options = importlib.import_module("train_ppo").Options(out_dir=name, data_dir=name, seed=5, whiten_rewards=True)
+    words = shlex.split(runtime.command_line("ppo", options))
+    assert words[:2] == ["python", os.path.relpath(ROOT / "train_ppo.py")]
+    assert parse(type(options), words[2:]) == options
+    words = shlex.split(runtime.next_command("train_rm.py", data_dir=name, init_from=name))
+    found = parse(importlib.import_module("train_rm").Options, words[2:])
+    assert (found.data_dir, found.init_from) == (name, name)
+    assert shlex.split(runtime.as_path(name)) == ["./-x" if name == "-x" else name]
+
+
+def test_where_scripts_lie(tmp_path, monkeypatch):
+    """Beside the user, above, or elsewhere; of several ranks by torchrun; modules need the package's folder."""
+    root = os.path.dirname(os.path.dirname(runtime.__file__))
+    for here, path in ((root, "train_rm.py"), (os.path.join(root, "tests"), "../train_rm.py"),
+                       (tmp_path, os.path.join(root, "train_rm.py"))):
+        monkeypatch.chdir(here)
+        assert runtime.start_of("train_rm.py") == f"python {path}"
+        elsewhere = "" if here == root else f"PYTHONPATH={root} "
+        assert runtime.start_of("minirlhf.sample") == f"{elsewhere}python -m minirlhf.sample"
+    monkeypatch.setattr(runtime, "ranks", lambda: (0, 4))
+    assert runtime.start_of("train_rm.py").startswith("torchrun --nproc_per_node=4 /")
 
 
 # ---- checkpoints
@@ -462,17 +721,21 @@ def begin(folder, *argv, rows=1, **surroundings):
     """The command, running, once its metrics hold a few rows."""
     log, since = folder / argv[argv.index("--out_dir") + 1] / "metrics.jsonl", time.time()
     running = Command(*argv, cwd=folder, **surroundings)
-    while not (log.exists() and log.stat().st_mtime > since and log.read_bytes().count(b"\n") >= rows):
-        assert running.process.is_alive() and time.time() < since + 60, running.wait(1)
+
+    def written():
+        with contextlib.suppress(FileNotFoundError):  # it may be removed between any two looks
+            return log.read_bytes().count(b"\n") if log.stat().st_mtime > since else 0
+        return 0
+
+    while written() < rows:
+        assert running.process.is_alive(), running.wait(1)
         time.sleep(0.005)
     return running
 
 
 def stopped(folder, stage, rows):
     """The out_dir of a new run that SIGTERM has ended once its metrics held a few rows."""
-    running = begin(folder, *fresh(stage), rows=rows)
-    os.kill(running.pid, signal.SIGTERM)
-    running.wait()
+    assert Command(*fresh(stage), cwd=folder, stop_after=rows).wait()[0] == 143
     return folder / "out" / "new"
 
 
@@ -521,7 +784,7 @@ def test_a_signal_ends_the_run_after_its_step(folder, stage, number, status):
     os.kill(running.pid, number)
     code, out, error = running.wait()
     assert code == status and "finishing this step" in error and "Traceback" not in error
-    assert f"python train_{stage}.py" in out and "--resume" in out.splitlines()[-1]
+    assert f"python {ROOT}/train_{stage}.py" in out and "--resume" in out.splitlines()[-1]
     rows = metrics(folder / "out" / "new")
     assert load(folder / "out" / "new")["training"]["step"] == rows[-1]["step"] >= 2
     assert not (folder / "out" / "new" / "lock").exists()
@@ -536,10 +799,11 @@ def test_a_second_signal_quits_at_once(folder):
     while "in" not in open(running.logs[0]).read().split():
         time.sleep(0.01)
     os.kill(running.pid, signal.SIGTERM)
-    time.sleep(0.2)
+    while "finishing this step" not in open(running.logs[1]).read():
+        time.sleep(0.01)
     assert running.process.is_alive()
     os.kill(running.pid, signal.SIGTERM)
-    assert running.wait(10)[0] == 143
+    assert running.wait()[0] == 143
 
 
 @EVERY
@@ -722,14 +986,49 @@ def test_resume_needs_the_same_inputs(folder, command, rejected, stage, path):
     assert f"is not what the run of out/{stage}/ckpt.pt began with" in error
 
 
+@EVERY
+def test_a_run_goes_on_wherever_it_lies(folder, main, stage, capsys):
+    """The run, its data and its models moved, from another working folder and spelled otherwise: the same contents,
+    so the same end to the last bit."""
+    straight, new = snapshot(folder / "out" / stage), folder / "a" / "models" / "new"
+    shutil.copytree(folder / "out" / stage, folder / "out" / "new")
+    shutil.move(folder / "data", folder / "a" / "d")
+    shutil.move(folder / "out", folder / "a" / "models")
+    shutil.copy(new / "ckpt.previous.pt", new / "ckpt.pt")  # as it was at step 6
+    (folder / "elsewhere").mkdir()
+    more = {"sft": [], "rm": ["--init_from", "../a/models/sft"],
+            "ppo": ["--init_from", folder / "a/models/sft", "--reward_model", "../a/models/../models/rm"]}[stage]
+    main(folder / "elsewhere", f"train_{stage}.py", "--resume", "--out_dir", "../a/models/new",
+         "--data_dir", "../a/./d/", *more)
+    assert "goes on from step 6" in capsys.readouterr().out
+    moved = snapshot(new)
+    for run in (moved, straight):  # under the names that were given
+        run["training"]["data"] = [*run["training"]["data"].values()]
+    same_run(moved, straight)
+
+
+def test_a_reward_function_s_file_may_move(folder, monkeypatch, refused, capsys):
+    """Its content is told by a fingerprint; another function of it, or a reward model, would be another run."""
+    payload = load(folder / "out" / "ppo")
+    torch.save(payload | {"options": payload["options"] | {"reward": "r.py:f"}}, folder / "out" / "ppo" / "ckpt.pt")
+    monkeypatch.chdir(folder)
+
+    def resume(reward):
+        options = parse(importlib.import_module("train_ppo").Options, ["--resume", "--reward", reward])
+        return checkpoint.resume(options, "ppo", ("reward",))[0].reward
+
+    assert resume("../w/s.py:f") == "../w/s.py:f"
+    assert "resume: --reward ../w/s.py:f: this run had r.py:f" in capsys.readouterr().out
+    for other in ("r.py:g", ""):
+        assert f"--reward {other}: this run had r.py:f, which cannot change" in refused(resume, other)
+
+
 def test_the_printed_command_goes_on(folder, command):
     """The line that a stopped run prints, with an adaptive kl_coef and options that differ from their defaults, is what
     goes on with it: the same to the last bit."""
     more = ["--kl_coef", "0.1", "--adaptive_kl_target", "0.5", "--total_episodes", "160", "--eval_interval", "100"]
     command(*PPO[:-1], "straight", *more, cwd=folder)
-    running = begin(folder, *fresh("ppo", *more), rows=2)
-    os.kill(running.pid, signal.SIGTERM)
-    _, out, _ = running.wait()
+    _, out, _ = Command(*fresh("ppo", *more), cwd=folder, stop_after=2).wait()
     printed = shlex.split(out.splitlines()[-1].partition("go on with: ")[2])
     assert printed[0] == "python" and "--kl_coef" in printed
     command(*printed[1:], cwd=folder)
@@ -812,6 +1111,52 @@ def test_logs_are_repaired(folder, command, stage):
     assert steps == [*range(1, 9)]
 
 
+# ---- checks, and ranks
+
+
+@EVERY
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_check_that_is_interrupted_says_so(finished, main, monkeypatch, capfd, stage, number, status):
+    """It ends after the check at hand, says what was made, and does not exit 0."""
+    before, real = tree(finished), check.padding
+    monkeypatch.setattr(check, "padding", lambda *a: (os.kill(os.getpid(), number), real(*a)))
+    with pytest.raises(SystemExit) as stop:
+        main(finished, *again(stage, "--check"))
+    out, error = capfd.readouterr()
+    assert stop.value.code == status and "interrupted: 0 of 1 checks failed" in out and "all checks" not in out
+    assert "ending after this check" in error and "saving" not in error and tree(finished) == before
+
+
+def two_ranks(folder, *commands):
+    """(exit status, standard error) of two commands that are ranks 0 and 1 of one run."""
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+    ranks = [Command(*argv, cwd=folder, env={
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(port)}) for rank, argv in enumerate(commands)]
+    return [(status, error) for status, _, error in (rank.wait() for rank in ranks)]
+
+
+@pytest.mark.parametrize("stage, wrong, rank, words", [
+    ("sft", ["--data_dir", "nowhere"], 1, "nowhere/sft.train.jsonl: no such file"),  # in the middle
+    ("ppo", ["--batch_size", "0"], 0, "--batch_size 0"),  # before they have met
+    ("rm", ["--out_dir", "out/rm"], 0, "out/rm holds a run"),  # which only the first can see
+])
+def test_one_rank_is_refused(finished, stage, wrong, rank, words):
+    """Row 55: all ranks end, each with one line, status 2, and leave nothing."""
+    before, commands = tree(finished), [fresh(stage), fresh(stage)]
+    commands[rank] += wrong
+    found = two_ranks(finished, *commands)
+    assert [status for status, _ in found] == [2, 2] and tree(finished) == before
+    assert words in found[rank][1] and f"rank {1 - rank} of 2: stopped, for another rank" in found[1 - rank][1]
+    assert all(error.count("\n") == 1 and error.startswith("error: ") for _, error in found)
+
+
+def test_a_stray_rank(finished, rejected):
+    """Row 55: RANK alone, from outside."""
+    assert "RANK=1 but not WORLD_SIZE" in rejected(*fresh("sft"), cwd=finished, env={"RANK": "1"})
+
+
 # ---- guards
 
 
@@ -875,11 +1220,9 @@ OFFLINE = {"HTTPS_PROXY": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:
 
 
 def test_gpt2_s_ranks_without_a_network(folder, rejected):
-    """Row 40: where they were looked for and what to do, within seconds."""
-    since = time.monotonic()
+    """Row 40: where they were looked for and what to do."""
     error = rejected(*fresh("sft", "--tokenizer", "gpt2"), cwd=folder, env={**OFFLINE, "TIKTOKEN_CACHE_DIR": "cache"})
     assert "GPT-2's ranks are not in cache" in error and "TIKTOKEN_CACHE_DIR" in error and "--tokenizer bpe" in error
-    assert time.monotonic() < since + 20
 
 
 @pytest.mark.parametrize("argv", [["train_sft.py"], ["train_rm.py"], ["train_ppo.py"],
@@ -898,7 +1241,7 @@ def test_a_reader_that_goes_away(folder, argv):
     """Row 42: `| head -1` sees its line, the run goes on to its end, in plain lines."""
     argv = [str(ROOT / argv[0]) if argv[0].endswith(".py") else argv[0], *argv[1:]]
     command = f"{shlex.join([sys.executable, *argv])} | head -1; exit ${{PIPESTATUS[0]}}"
-    done = subprocess.run(["bash", "-c", command], cwd=folder, capture_output=True, text=True, timeout=60,
+    done = subprocess.run(["bash", "-c", command], cwd=folder, capture_output=True, text=True, timeout=600,
                           env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0 and not done.stderr and done.stdout.count("\n") == 1
     assert "\x1b" not in done.stdout

@@ -469,14 +469,14 @@ def test_readme_states_source_counts_and_ceiling(made):
 
 
 def test_wrong_archive_is_refused(archive, tmp_path, capsys):
-    """An archive with another checksum ends in exit status 2 and one line, with nothing written."""
+    """An archive with another checksum ends in exit status 2 and one line, with nothing written and no folder made."""
     wrong = tmp_path / "wrong.tar.gz"
     wrong.write_bytes(archive.read_bytes() + b"\0")
     with pytest.raises(SystemExit) as stop:
         sentiment(tmp_path / "data" / "sentiment", source=wrong)
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count("\n") == 1 and prepare.SHA256 in error and str(wrong) in error
-    assert list((tmp_path / "data").iterdir()) == []
+    assert list(tmp_path.iterdir()) == [wrong]
 
 
 def test_unreachable_index(archive, tmp_path, capsys, monkeypatch):

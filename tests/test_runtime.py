@@ -188,7 +188,7 @@ def test_a_lock_of_a_live_run_is_refused_and_a_dead_one_taken_over(start, tmp_pa
     folder.mkdir()
     (folder / "metrics.jsonl").write_text("the first run's")
     hold = ("import fcntl, os, sys, time; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); "
-            "print(os.getpid(), end='', file=f, flush=True); print(); time.sleep(60)")
+            "print(os.getpid(), end='', file=f, flush=True); print(); time.sleep(600)")
     first = subprocess.Popen([sys.executable, "-c", hold, str(folder / "lock")], stdout=subprocess.PIPE)
     try:
         first.stdout.readline()
@@ -386,7 +386,7 @@ def test_optimizers_import_no_compiler():
             "net(torch.tensor([[1, 2]])).sum().backward()\n"
             "for one in optimizers: one.step(); one.zero_grad(); one.load_state_dict(one.state_dict())\n"
             "print('torch._dynamo' in sys.modules)")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60,
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600,
                           env={**os.environ, "PYTHONPATH": os.path.dirname(os.path.dirname(__file__))})
     assert done.stdout == "False\n", done.stderr
 
