@@ -19,7 +19,7 @@ torch.set_num_threads(1)  # the models are small, and a machine that does other 
 
 @pytest.fixture
 def make_model():
-    """make_model(head="lm", **shape) -> GPT in eval mode, every parameter N(0, 0.4), LayerNorms' weights N(1, 0.4).
+    """make_model(head="lm", **shape) -> GPT in eval mode, every parameter N(0, 0.4), norms' weights N(1, 0.4).
 
     That is 20 times GPT-2's initial weights: attention is sharp and biases are not 0, so that whatever reaches a token
     that should not moves its numbers by far more than rounding does.
@@ -29,7 +29,7 @@ def make_model():
         model = GPT(GPTConfig(**shape), head)
         generator = torch.Generator().manual_seed(seed)
         for name, p in model.named_parameters():
-            mean = 1.0 if name.endswith(("ln_1.weight", "ln_2.weight", "ln_f.weight")) else 0.0
+            mean = 1.0 if "ln_" in name and name.endswith("weight") or "_norm" in name else 0.0
             torch.nn.init.normal_(p, mean, 0.4, generator=generator)
         return model.to(dtype).eval()
     return make
