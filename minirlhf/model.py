@@ -72,10 +72,20 @@ class GPTConfig:
                              f"{self.head_size} even")
 
 
+class RMSNorm(nn.Module):
+    """weight * x / sqrt(mean(x^2) + eps), the quotient in float32 or wider.   Zhang & Sennrich 2019, eq. 4"""
+
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+
+    def forward(self, x):
+        wide = at_least_float32(x)
+        return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
 def make_norm(config):
-    if config.family == "gpt2":
-        return nn.LayerNorm(config.n_embd)
-    return nn.RMSNorm(config.n_embd, config.norm_eps)  # x / sqrt(mean(x^2) + eps) * w   Zhang & Sennrich 2019
+    return nn.LayerNorm(config.n_embd) if config.family == "gpt2" else RMSNorm(config.n_embd, config.norm_eps)
 
 
 def turns(positions, config):
@@ -99,7 +109,7 @@ class Attention(nn.Module):
         self.dropout, gpt2 = config.dropout, config.family == "gpt2"
         self.c_attn = nn.Linear(config.n_embd, (H + 2 * K) * D, bias=gpt2 or config.qkv_bias)
         self.c_proj = nn.Linear(H * D, config.n_embd, bias=gpt2)
-        self.q_norm, self.k_norm = (nn.RMSNorm(D, config.norm_eps) if config.qk_norm else nn.Identity() for _ in "qk")
+        self.q_norm, self.k_norm = (RMSNorm(D, config.norm_eps) if config.qk_norm else nn.Identity() for _ in "qk")
 
     def forward(self, x, mask, extend=None, select=None, rope=None):
         """(B, T, C) -> (B, T, C), or of the places in `select` alone (N, C).

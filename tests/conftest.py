@@ -17,6 +17,12 @@ from minirlhf.model import GPT, GPTConfig  # noqa: E402
 torch.set_num_threads(1)  # the models are small, and a machine that does other things slows two threads down most
 
 
+# every option of the Llama family at once; tests of what holds in both families take `shape`
+LLAMA = {"family": "llama", "n_head": 4, "n_kv_head": 2, "head_size": 6, "n_inner": 24, "rope_theta": 50.0,
+         "norm_eps": 1e-3, "qkv_bias": True, "qk_norm": True, "tied": False}
+both_families = pytest.mark.parametrize("shape", [{}, LLAMA], ids=["gpt2", "llama"])
+
+
 @pytest.fixture
 def make_model():
     """make_model(head="lm", **shape) -> GPT in eval mode, every parameter N(0, 0.4), norms' weights N(1, 0.4).
