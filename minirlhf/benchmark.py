@@ -35,6 +35,7 @@ import train_ppo
 import train_rm
 import train_sft
 from minirlhf import kernels, runtime
+from minirlhf.checkpoint import outline
 from minirlhf.config import fail, launch, parse, say
 from minirlhf.data import Row
 from minirlhf.generate import compile_model
@@ -119,8 +120,7 @@ def causal(tokens):
 
 def parameters(w, head):
     """Weights of a model, embeddings and head included."""
-    with torch.device("meta"):
-        return runtime.count_parameters(GPT(config_of(w), head))
+    return runtime.count_parameters(outline(config_of(w), head))
 
 
 def ppo_cost(w, itemsize=4):

@@ -221,11 +221,23 @@ def build(payload, path, device, dropout=0.0):
             fail(f"{path}: its tokenizer has {tokenizer.vocab_size} tokens, its model {config.vocab_size}")
         if config.n_layer > len(payload["model"]):
             fail(f"{path}: does not fit: {config.n_layer} layers of {len(payload['model'])} weights")
-        with torch.device("meta"):  # takes no memory, whatever sizes a wrong config asks for
-            check_shapes(GPT(config, head), payload["model"], path)
+        check_shapes(outline(config, head), payload["model"], path)
         model = GPT(config, head)
     load_weights(model, payload["model"], path)
     return model.to(device), tokenizer
+
+
+class Uninitialised(torch.overrides.TorchFunctionMode):
+    """Embeddings that are made within get no weights: for meta tensors torch would import torch._dynamo, 2 s."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return args[0] if function is torch.Tensor.normal_ else function(*args, **(kwargs or {}))
+
+
+def outline(config, head):
+    """A model of shapes alone: it takes no memory, whatever sizes a wrong config asks for."""
+    with torch.device("meta"), Uninitialised():
+        return GPT(config, head)
 
 
 def check_shapes(model, state, path):
