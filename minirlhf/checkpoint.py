@@ -231,7 +231,7 @@ class Uninitialised(torch.overrides.TorchFunctionMode):
     """Embeddings that are made within get no weights: for meta tensors torch would import torch._dynamo, 2 s."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        return args[0] if function is torch.Tensor.normal_ else function(*args, **(kwargs or {}))
+        return kwargs["tensor"] if function is torch.nn.init.normal_ else function(*args, **(kwargs or {}))
 
 
 def outline(config, head):

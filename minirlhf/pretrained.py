@@ -181,6 +181,7 @@ def llama_sizes(values, family):
 
 # ---- from their tensors to ours
 
+GPT2 = {"score_head": "score"}
 LLAMA = {"wte": "embed_tokens", "ln_f": "norm", "score_head": "score", "ln_1": "input_layernorm",
          "attn.c_attn": "self_attn.q_proj self_attn.k_proj self_attn.v_proj", "attn.c_proj": "self_attn.o_proj",
          "attn.q_norm": "self_attn.q_norm", "attn.k_norm": "self_attn.k_norm", "ln_2": "post_attention_layernorm",
@@ -212,7 +213,7 @@ def own_names(stored, config, gguf, path):
 def their_names(name, config, gguf):
     """The tensors that one of our parameters holds, one below the other."""
     names, layer = (GGUF if config.family == "llama" else GGUF_GPT2, "blk") if gguf else (
-        (LLAMA, "layers") if config.family == "llama" else ({}, "h"))
+        (LLAMA, "layers") if config.family == "llama" else (GPT2, "h"))
     module, kind = name.rsplit(".", 1)
     if not module.startswith("h."):
         return [f"{names.get(module, module)}.{kind}"]
@@ -580,7 +581,8 @@ def of_gguf(metadata, tied, path):
         if short not in NAMES:
             fail(f"{path}: {key} {str(value)[:60]}: not known here, it could change the model's function")
         name = NAMES[short].split()[family == "gpt2"]
-        values[name], shown[name] = value, key
+        values[name] = float(str(np.float32(value))) if isinstance(value, float) else value  # 1e-05, not 9.99999975e-06
+    shown |= {names.split()[family == "gpt2"]: f"{family}.{short}" for short, names in NAMES.items()}
     tokens = metadata.get("tokenizer.ggml.tokens")
     values.setdefault("vocab_size", len(tokens) if isinstance(tokens, list) else None)
     if family != "gpt2":
