@@ -31,6 +31,11 @@ BLOCKS = {"F32": (1, 4), "F16": (1, 2), "BF16": (1, 2), "Q8_0": (32, 34), "Q4_0"
 # many numbers a block holds, and its bytes
 
 
+def refuse(message):
+    """Exits 2 in one line. What a file holds may stand in it: it must not be able to steer a terminal."""
+    fail("".join(c if c.isprintable() else "?" for c in message))
+
+
 class Stored(NamedTuple):
     """A tensor in a file, and how its numbers are stored there."""
     shape: tuple
@@ -62,7 +67,7 @@ def load(path, head=None, block_size=0):
             values, tokenizer = Values(read_json(os.path.join(path, "config.json")), f"{path}/config.json"), None
         config = sizes(values)
         if block_size > config.block_size:
-            fail(f"--block_size {block_size}: {path} has a context of {config.block_size} tokens")
+            refuse(f"--block_size {block_size}: {path} has a context of {config.block_size} tokens")
         if not gguf:
             stored, tokenizer = read_folder(path), tokenizer_files(path)
         stored = own_names(stored, config, gguf, path)
@@ -81,7 +86,7 @@ class Values:
         self.of, self.path, self.shown = of, path, dict(shown)
 
     def refuse(self, key, reason):
-        fail(f"{self.path}: {self.shown.get(key, key)} {str(json.dumps(self.of.get(key), default=str))[:60]}: {reason}")
+        refuse(f"{self.path}: {self.shown.get(key, key)} {str(json.dumps(self.of.get(key), default=str))[:60]}: {reason}")
 
     def must_be(self, key, accepted, reason):
         """accepted: values that are fine, the first of them where the key is missing or null."""
@@ -94,7 +99,7 @@ class Values:
         value = self.of.get(key)
         if value is None:
             if default is None:
-                fail(f"{self.path}: lacks {self.shown.get(key, key)}")
+                refuse(f"{self.path}: lacks {self.shown.get(key, key)}")
             return default
         if type(value) is not int and (kind is int or type(value) is not float) or not 0 < value < 2 ** 62:
             self.refuse(key, "must be a number above 0")
@@ -202,9 +207,9 @@ def own_names(stored, config, gguf, path):
     for name, tensor in stored.items():
         name = name.removeprefix(prefix)
         if name in short:
-            fail(f"{path}: holds {name} twice, with {prefix} before it and without")
+            refuse(f"{path}: holds {name} twice, with {prefix} before it and without")
         if name.startswith("v_head."):
-            fail(f"{path}: {name} is a value head of TRL's; save the model without it")
+            refuse(f"{path}: {name} is a value head of TRL's; save the model without it")
         if not IGNORED.fullmatch(name):
             short[name] = tensor
     return short
@@ -234,10 +239,10 @@ def assemble(config, stored, path, head, block_size):
     found = "scalar" if "score.weight" in stored else "lm"
     if head not in (None, found):
         kinds = {"lm": "a language model", "scalar": "a sequence classifier"}
-        fail(f"{path}: holds {kinds[found]}, expected {kinds[head]}")
+        refuse(f"{path}: holds {kinds[found]}, expected {kinds[head]}")
     gguf = "token_embd.weight" in stored
     if config.n_layer > len(stored):
-        fail(f"{path}: {config.n_layer} layers of {len(stored)} tensors")
+        refuse(f"{path}: {config.n_layer} layers of {len(stored)} tensors")
     model = outline(config, found)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     own = {"score_head.bias": torch.zeros(1), "gain": torch.ones(()), "bias": torch.zeros(())}
@@ -256,7 +261,7 @@ def assemble(config, stored, path, head, block_size):
     if config.tied and output in stored:
         copy = stored.pop(output)
         if not same(copy, stored[embedding]):
-            fail(f"{path}: {output} differs from {embedding}, to which the output is tied")
+            refuse(f"{path}: {output} differs from {embedding}, to which the output is tied")
         if copy.take:
             copy.take()
     state = {name: own[name] for name in shapes.keys() - plan.keys()}
@@ -294,7 +299,7 @@ def compare_shapes(wanted, stored, path):
             wrong.append(f"{name} is stored as {tensor.kind}; known here: {', '.join(BLOCKS)}")
     if wrong:
         wrong.sort()
-        fail(f"{path}: {'; '.join(wrong[:4])[:1000]}" + (f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""))
+        refuse(f"{path}: {'; '.join(wrong[:4])[:1000]}" + (f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""))
 
 
 def fill(rows, pieces, what, transposed, pairs):
@@ -304,11 +309,11 @@ def fill(rows, pieces, what, transposed, pairs):
     flat, at = out.view(-1), 0
     for piece in pieces:
         if not piece.isfinite().all():
-            fail(f"{what} holds values that are not finite")
+            refuse(f"{what} holds values that are not finite")
         flat[at:at + len(piece)] = piece
         at += len(piece)
     if at != len(flat):
-        fail(f"{what} changed while it was read")
+        refuse(f"{what} changed while it was read")
     if transposed:
         rows.copy_(out.T)
     elif pairs:
@@ -333,7 +338,7 @@ def in_file(path, kind, shape, offset):
                 count = min(left, PIECE // numbers)
                 raw = f.read(count * size)
                 if len(raw) != count * size:
-                    fail(f"{path}: ended while it was read")
+                    refuse(f"{path}: ended while it was read")
                 yield widen(raw, kind)
                 left -= count
     return Stored(tuple(shape), kind, pieces)
@@ -367,15 +372,15 @@ def read_json(path):
     """An object in a file. Exits 2 naming it."""
     try:
         if os.path.getsize(path) > LARGEST_JSON:
-            fail(f"{path}: larger than {LARGEST_JSON >> 20} MB")
+            refuse(f"{path}: larger than {LARGEST_JSON >> 20} MB")
         with open(path, "rb") as f:
             values = json.loads(f.read().decode("utf-8-sig"), object_pairs_hook=unique)
     except OSError as error:
-        fail(f"{path}: {error.strerror or error}")
+        refuse(f"{path}: {error.strerror or error}")
     except (ValueError, RecursionError) as error:
-        fail(f"{path}: not JSON ({' '.join(str(error).split())[:200]})" + pointer(path))
+        refuse(f"{path}: not JSON ({' '.join(str(error).split())[:200]})" + pointer(path))
     if not isinstance(values, dict):
-        fail(f"{path}: expected an object")
+        refuse(f"{path}: expected an object")
     return values
 
 
@@ -393,21 +398,21 @@ def read_folder(folder):
             return read(path)
         if os.path.isfile(f"{path}.index.json"):
             return read_shards(f"{path}.index.json", read)
-    fail(f"{folder}: holds neither model.safetensors nor pytorch_model.bin, nor an index of either")
+    refuse(f"{folder}: holds neither model.safetensors nor pytorch_model.bin, nor an index of either")
 
 
 def read_shards(index, read):
     where, stored = read_json(index).get("weight_map"), {}
     if not isinstance(where, dict) or not all(isinstance(file, str) and os.path.basename(file) == file and file
                                               for file in where.values()):
-        fail(f"{index}: weight_map must name a file of this folder for each tensor")
+        refuse(f"{index}: weight_map must name a file of this folder for each tensor")
     for file in sorted(set(where.values())):
         path = os.path.join(os.path.dirname(index), file)
         if not os.path.isfile(path):
-            fail(f"{path}: no such file, though {index} names it")
+            refuse(f"{path}: no such file, though {index} names it")
         tensors = read(path)
         if wrong := sorted(tensors.keys() ^ {name for name, named in where.items() if named == file}):
-            fail(f"{path}: {wrong[0]} is {'not in it' if wrong[0] in where else 'not in the index'}, against {index}")
+            refuse(f"{path}: {wrong[0]} is {'not in it' if wrong[0] in where else 'not in the index'}, against {index}")
         stored |= tensors
     return stored
 
@@ -419,13 +424,13 @@ def read_safetensors(path):
         start = f.read(8)
         length = int.from_bytes(start, "little")
         if len(start) < 8 or length > min(LARGEST_HEADER, size - 8):
-            fail(f"{path}: not a whole safetensors file{pointer(path)}")
+            refuse(f"{path}: not a whole safetensors file{pointer(path)}")
         try:
             header = json.loads(f.read(length).decode(), object_pairs_hook=unique)
         except (ValueError, RecursionError) as error:
-            fail(f"{path}: its header is not JSON ({str(error)[:100]})")
+            refuse(f"{path}: its header is not JSON ({str(error)[:100]})")
     if not isinstance(header, dict):
-        fail(f"{path}: its header is no object")
+        refuse(f"{path}: its header is no object")
     header.pop("__metadata__", None)
     entries, stored, end = [], {}, 0
     for name, entry in header.items():
@@ -433,18 +438,18 @@ def read_safetensors(path):
         dtype, shape, place = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
         if not (isinstance(dtype, str) and isinstance(shape, list) and isinstance(place, list) and len(place) == 2
                 and all(type(n) is int and n >= 0 for n in shape + place)):
-            fail(f"{path}: its header does not say where {name[:80]} is, or how large")
+            refuse(f"{path}: its header does not say where {name[:80]} is, or how large")
         entries.append((*place, name, dtype, shape))
     for begin, after, name, dtype, shape in sorted(entries):
         if begin != end or after < begin:
-            fail(f"{path}: {name[:80]} does not begin where the tensor before it ends")
+            refuse(f"{path}: {name[:80]} does not begin where the tensor before it ends")
         if dtype in DTYPES and math.prod(shape) * BLOCKS[dtype][1] != after - begin:
-            fail(f"{path}: {name[:80]} of shape {shape} does not take {after - begin} bytes")
+            refuse(f"{path}: {name[:80]} of shape {shape} does not take {after - begin} bytes")
         stored[name] = in_file(path, dtype if dtype in DTYPES else f"safetensors' {dtype[:20]}", shape,
                                8 + length + begin)
         end = after
     if 8 + length + end != size:
-        fail(f"{path}: has {size} bytes, its header tells of {8 + length + end}: cut short, or not whole")
+        refuse(f"{path}: has {size} bytes, its header tells of {8 + length + end}: cut short, or not whole")
     return stored
 
 
@@ -454,12 +459,12 @@ def read_pickle(path):
         try:
             tensors = torch.load(path, map_location=device, weights_only=True)
         except Exception as error:
-            fail(f"{path}: refused or damaged ({(str(error).splitlines() or [type(error).__name__])[0][:150]})"
+            refuse(f"{path}: refused or damaged ({(str(error).splitlines() or [type(error).__name__])[0][:150]})"
                  + pointer(path))
         if not isinstance(tensors, dict) or not all(
                 isinstance(name, str) and isinstance(t, torch.Tensor) and t.layout is torch.strided
                 and not t.is_quantized for name, t in tensors.items()):
-            fail(f"{path}: holds more than plain tensors by name")
+            refuse(f"{path}: holds more than plain tensors by name")
         return {name: t.detach() for name, t in tensors.items() if not IGNORED.fullmatch(name)}
 
     kinds, tensors = {dtype: kind for kind, dtype in DTYPES.items()}, {}
@@ -506,12 +511,12 @@ def read_gguf(path):
         def take(length):
             raw = f.read(length) if length <= min(size, 1 << 26) else b""
             if len(raw) < length:
-                fail(f"{path}: cut short in its header, or damaged")
+                refuse(f"{path}: cut short in its header, or damaged")
             return raw
 
         def numbers(kind, count):
             if kind not in SCALARS:
-                fail(f"{path}: damaged: a value of kind {kind}")
+                refuse(f"{path}: damaged: a value of kind {kind}")
             return struct.unpack(f"<{count}{SCALARS[kind]}", take(count * struct.calcsize(f"<{SCALARS[kind]}")))
 
         def number(layout):
@@ -528,42 +533,42 @@ def read_gguf(path):
                 kind, count = number("<I"), number("<Q")
                 listed += count
                 if kind == 9 or listed > 1 << 23:
-                    fail(f"{path}: damaged: a list of {count} values of kind {kind}")
+                    refuse(f"{path}: damaged: a list of {count} values of kind {kind}")
                 if kind == 8:
                     return [string() for _ in range(count)]
                 return list(numbers(kind, count))
             return numbers(kind, 1)[0]
 
         if f.read(4) != b"GGUF":
-            fail(f"{path}: not a GGUF file{pointer(path)}")
+            refuse(f"{path}: not a GGUF file{pointer(path)}")
         version, n_tensors, n_values = number("<I"), number("<Q"), number("<Q")
         if version not in (2, 3):
-            fail(f"{path}: GGUF version {version}; 2 and 3, little-endian, are known here")
+            refuse(f"{path}: GGUF version {version}; 2 and 3, little-endian, are known here")
         if max(n_tensors, n_values) > 1 << 16:
-            fail(f"{path}: damaged: {n_tensors} tensors and {n_values} values")
+            refuse(f"{path}: damaged: {n_tensors} tensors and {n_values} values")
         metadata = unique([(string(), value(number("<I"))) for _ in range(n_values)])
         entries = []
         for _ in range(n_tensors):
             name, dimensions = string(), number("<I")
             if dimensions > 4:
-                fail(f"{path}: damaged: {name[:80]} has {dimensions} dimensions")
+                refuse(f"{path}: damaged: {name[:80]} has {dimensions} dimensions")
             shape = [number("<Q") for _ in range(dimensions)][::-1]
             entries.append((name, shape, number("<I"), number("<Q")))
         alignment = metadata.get("general.alignment", 32)
         if type(alignment) is not int or not 0 < alignment <= 1 << 20:
-            fail(f"{path}: general.alignment {str(alignment)[:40]}: must be a number above 0")
+            refuse(f"{path}: general.alignment {str(alignment)[:40]}: must be a number above 0")
         begin = -(-f.tell() // alignment) * alignment
     stored, end = {}, 0
     for name, shape, kind, offset in sorted(entries, key=lambda entry: entry[3]):
         if kind not in TYPES:
-            fail(f"{path}: {name[:80]} is stored as type {kind} of GGUF; known here: {', '.join(TYPES.values())}")
+            refuse(f"{path}: {name[:80]} is stored as type {kind} of GGUF; known here: {', '.join(TYPES.values())}")
         numbers, block = BLOCKS[TYPES[kind]]
         if not shape or shape[-1] % numbers or name in stored or offset < end or offset % alignment:
-            fail(f"{path}: damaged: {name[:80]} of shape {shape} at byte {offset}")
+            refuse(f"{path}: damaged: {name[:80]} of shape {shape} at byte {offset}")
         end = offset + math.prod(shape) // numbers * block
         stored[name] = in_file(path, TYPES[kind], shape, begin + offset)
     if begin + end > size:
-        fail(f"{path}: has {size} bytes, its header tells of {begin + end}: cut short")
+        refuse(f"{path}: has {size} bytes, its header tells of {begin + end}: cut short")
     return metadata, {name: stored[name] for name, *_ in entries}
 
 
@@ -579,7 +584,7 @@ def of_gguf(metadata, tied, path):
         if short == key or short in harmless:
             continue
         if short not in NAMES:
-            fail(f"{path}: {key} {str(value)[:60]}: not known here, it could change the model's function")
+            refuse(f"{path}: {key} {str(value)[:60]}: not known here, it could change the model's function")
         name = NAMES[short].split()[family == "gpt2"]
         values[name] = float(str(np.float32(value))) if isinstance(value, float) else value  # 1e-05, not 9.99999975e-06
     shown |= {names.split()[family == "gpt2"]: f"{family}.{short}" for short, names in NAMES.items()}
@@ -591,6 +596,6 @@ def of_gguf(metadata, tied, path):
         for key, accepted in (("rope.dimension_count", size), ("attention.value_length", size),
                               ("rope.scaling.type", "none")):
             if metadata.get(f"{family}.{key}", accepted) != accepted:
-                fail(f"{path}: {family}.{key} {metadata[f'{family}.{key}']}: must be {accepted}")
+                refuse(f"{path}: {family}.{key} {metadata[f'{family}.{key}']}: must be {accepted}")
         values["tie_word_embeddings"] = tied
     return Values(values, path, shown)
