@@ -19,7 +19,7 @@ from minirlhf.model import GPT, GPTConfig, flat_indices
 from minirlhf.objectives import sft_loss
 from minirlhf.tokenizer import Tokenizer
 
-SIZES = ("tokenizer", "vocab_size", "n_layer", "n_head", "n_embd", "block_size")  # options of a model from scratch
+SIZES = ("tokenizer", "vocab_size", "family", "n_layer", "n_head", "n_embd", "block_size")  # of a model from scratch
 
 
 @dataclass
@@ -31,6 +31,7 @@ class Options(RunOptions):
     init_from: str = "scratch"  # scratch, or an SFT model or PPO policy whose weights and tokenizer to start from
     tokenizer: Literal["bpe", "gpt2"] = "bpe"  # bpe learns byte-level ranks from the training text; gpt2 takes GPT-2's
     vocab_size: int = 8192  # size of a learned vocabulary, end of text included [257..]
+    family: Literal["gpt2", "llama"] = "gpt2"  # llama: RMSNorm, rotary positions and SwiGLU instead of GPT-2's parts
     n_layer: int = 4  # blocks; size, vocabulary and context are for a model from scratch [1..]
     n_head: int = 4  # attention heads; must divide n_embd [1..]
     n_embd: int = 128  # width [1..]
@@ -118,8 +119,9 @@ def main(argv=None):
         *SIZES, "seed", "batch_size", "optimizer", "long_prompts", "lr_schedule"))
     warn_idle(o, "optimizer adamw", o.optimizer == "adamw", "muon_learning_rate")
     warn_idle(o, "tokenizer gpt2", o.tokenizer == "gpt2", "vocab_size")
-    if o.n_embd % o.n_head:
-        fail(f"--n_head {o.n_head}: must divide --n_embd {o.n_embd}")
+    if o.n_embd % (o.n_head if o.family == "gpt2" else 2 * o.n_head):
+        fail(f"--n_head {o.n_head}: must divide --n_embd {o.n_embd}" + ", and with --family llama by an even number"
+             * (o.family == "llama"))
     if os.path.normpath(o.data_dir) == Options.data_dir:
         prepare.ensure(o.data_dir)
     with runtime.Run(o, "sft") as run:
@@ -131,7 +133,8 @@ def main(argv=None):
                            if o.init_from != "scratch" else None)
         if source:
             model, tokenizer = checkpoint.build(*source, run.device, o.dropout)
-            found = {"tokenizer": tokenizer.name, **source.payload["config"], **source.payload["options"]}
+            found = {"family": "gpt2", "tokenizer": tokenizer.name, **source.payload["config"],
+                     **source.payload["options"]}
             own = {name: found[name] for name in SIZES}
             for name in own.keys() & given.given:
                 if getattr(o, name) != own[name]:
@@ -140,7 +143,7 @@ def main(argv=None):
         else:
             tokenizer = Tokenizer.gpt2() if o.tokenizer == "gpt2" else Tokenizer.train(
                 (d.prompt + d.completion for d in parts[0]), o.vocab_size, say=run.say)
-            config = GPTConfig(o.n_layer, o.n_head, o.n_embd, tokenizer.vocab_size, o.block_size, o.dropout)
+            config = GPTConfig(o.n_layer, o.n_head, o.n_embd, tokenizer.vocab_size, o.block_size, o.dropout, o.family)
         block_size = (model.config if source else config).block_size
         train_rows, val_rows, val, about_data = encode_demonstrations(parts, paths, o, tokenizer, block_size)
         if not source:

@@ -26,7 +26,7 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -34,7 +34,8 @@ import torch
 import train_ppo
 import train_rm
 import train_sft
-from minirlhf import kernels, runtime, sizes
+from minirlhf import kernels, runtime
+from minirlhf.checkpoint import outline
 from minirlhf.config import all_printed, fail, launch, parse, ranks, say
 from minirlhf.data import Row
 from minirlhf.generate import compile_model
@@ -56,6 +57,7 @@ class Work:
     response: int
     epochs: int
     minibatches: int
+    more: dict = field(default_factory=dict)  # values of GPTConfig, for a model of the Llama family
 
 
 SIZES = {"S": Work(4, 256, 4, 2048, batch=64, prompt=8, response=32, epochs=4, minibatches=4),
@@ -86,16 +88,29 @@ class Options:
 
 # ---- what the work costs at least
 
+def config_of(w):
+    return GPTConfig(w.layers, w.heads, w.width, w.vocab, max(128, w.prompt + w.response), **w.more)
+
+
+def linear_weights(c):
+    """Weights of a block's linear layers: those that make queries, keys and values, and the others."""
+    matrices = 2 if c.family == "gpt2" else 3  # of the MLP
+    return ((c.n_head + 2 * c.n_kv_head) * c.head_size * c.n_embd,
+            c.n_head * c.head_size * c.n_embd + matrices * c.n_inner * c.n_embd)
+
+
 def forward_flops(w, rows, tokens, pairs, selected, words):
     """FLOPs of the matmuls of one forward pass, 2 for a multiplication and its addition.
 
-    2 rows (C^2 ((12 L - 9) tokens + 9 selected) + 2 C L pairs + C words selected): a block's linear layers hold 12 C^2
-    weights, of which the last block needs 3 C^2, queries, keys and values, for a row's tokens and the rest for those
-    that are selected; each of `pairs` (query, key) costs C in q k^T and C in the weighted sum; selected tokens meet a
-    head of `words` outputs. A backward pass costs twice as much.
+    2 rows (L a tokens + (L - 1) b tokens + b selected + 2 H D L pairs + C words selected): a block's linear layers hold
+    a + b weights, of which the last block needs a, for queries, keys and values, for a row's tokens and b for those
+    that are selected; each of `pairs` (query, key) costs H D in q k^T and as much in the weighted sum; selected tokens
+    meet a head of `words` outputs. In GPT-2 a = 3 C^2, b = 9 C^2 and H D = C. A backward pass costs twice as much.
     """
-    C, L = w.width, w.layers
-    return 2 * rows * (C * C * ((12 * L - 9) * tokens + 9 * selected) + 2 * C * L * pairs + C * words * selected)
+    c, L = config_of(w), w.layers
+    a, b = linear_weights(c)
+    linear = (L * a + (L - 1) * b) * tokens + b * selected
+    return 2 * rows * (linear + 2 * c.n_head * c.head_size * L * pairs + c.n_embd * words * selected)
 
 
 def causal(tokens):
@@ -103,9 +118,9 @@ def causal(tokens):
     return tokens * (tokens + 1) // 2
 
 
-def parameters(w, block_size, head):
-    """Weights of a model with either head."""
-    return sizes.parameters(w.layers, w.width, block_size, w.vocab) + (w.width + 1 if head == "scalar" else 0)
+def parameters(w, head):
+    """Weights of a model, embeddings and head included."""
+    return runtime.count_parameters(outline(config_of(w), head))
 
 
 def ppo_cost(w, itemsize=4):
@@ -118,20 +133,16 @@ def ppo_cost(w, itemsize=4):
     two moments and writes the last three, in float32.
     """
     P, R, T = w.prompt, w.response, w.prompt + w.response
-    matrices = 12 * w.width ** 2 * w.layers + w.vocab * w.width
+    c = config_of(w)
+    matrices = sum(linear_weights(c)) * w.layers + w.vocab * w.width
     policy = forward_flops(w, w.batch, T - 1, causal(T - 1), R, w.vocab)
     value = forward_flops(w, w.batch, T - 1, causal(T - 1), R, 1)
     reward = forward_flops(w, w.batch, T, causal(T), 1, 1)
-    cached = 2 * w.layers * w.width * w.batch * sum(range(P + 1, T))  # keys and values, read at each decode step
-    block_size = context(w)
-    trained = parameters(w, block_size, "lm") + parameters(w, block_size, "scalar")
+    cached = 2 * w.layers * c.n_kv_head * c.head_size * w.batch * sum(range(P + 1, T))  # read at each decode step
+    trained = parameters(w, "lm") + parameters(w, "scalar")
     return {"rollout": (policy, itemsize * (R * matrices + cached)),
             "scoring": (2 * policy + value + reward, itemsize * (4 * matrices - 2 * w.vocab * w.width)),
             "update": (3 * w.epochs * (policy + value), w.epochs * w.minibatches * 7 * 4 * trained)}
-
-
-def context(w):
-    return max(128, w.prompt + w.response)
 
 
 def step_cost(w, what, batch):
@@ -140,7 +151,7 @@ def step_cost(w, what, batch):
         flops = 3 * forward_flops(w, batch, LENGTH - 1, causal(LENGTH - 1), LENGTH - 1, w.vocab)
     else:
         flops = 3 * forward_flops(w, 2 * batch, LENGTH, causal(LENGTH), 1, 1)
-    return {"step": (flops, 7 * 4 * parameters(w, context(w), "lm" if what == "sft" else "scalar"))}
+    return {"step": (flops, 7 * 4 * parameters(w, "lm" if what == "sft" else "scalar"))}
 
 
 # ---- what the machine can do
@@ -233,8 +244,7 @@ class Load:
 # ---- the scripts' own steps, timed
 
 def make_model(w, head, device, seed):
-    config = GPTConfig(w.layers, w.heads, w.width, w.vocab, context(w))
-    return GPT(config, head).init_weights(torch.Generator().manual_seed(seed)).to(device)
+    return GPT(config_of(w), head).init_weights(torch.Generator().manual_seed(seed)).to(device)
 
 
 def random_ids(w, rows, length):

@@ -11,6 +11,7 @@ before it is kept as ckpt.previous.pt. Files are read with weights_only=True, so
 import contextlib
 import hashlib
 import json
+import math
 import os
 import pickle
 import shutil
@@ -55,7 +56,7 @@ def save(path, *, stage, model, tokenizer, options, info, training, environment=
     the folder gone.
     """
     began, temporary, size = time.perf_counter(), f"{path}.tmp", 0
-    payload = {"format": FORMAT, "stage": stage, "config": asdict(model.config), "head": model.head,
+    payload = {"format": FORMAT, "stage": stage, "config": sizes_of(model.config), "head": model.head,
                "tokenizer": tokenizer.state(), "model": weights or model.state_dict(), "options": asdict(options),
                "info": info, "environment": environment or {}, "training": training}
     if name := not_finite(payload):
@@ -87,6 +88,13 @@ def save(path, *, stage, model, tokenizer, options, info, training, environment=
         raise SystemExit(one_line(f"error: {path}: could not be written ({error}) after {size:,} bytes; what was there "
                                   "before is untouched"))
     return f"  saved {path}: {size / 1e6:.1f} MB in {time.perf_counter() - began:.2f} s"
+
+
+def sizes_of(config):
+    """A GPTConfig's values; of GPT-2's family only those that every version of this program knows."""
+    values = asdict(config)
+    return values if config.family == "llama" else {k: values[k] for k in (
+        "n_layer", "n_head", "n_embd", "vocab_size", "block_size", "dropout")}
 
 
 class Digesting:
@@ -227,7 +235,9 @@ def build(payload, path, device, dropout=0.0):
     """-> (model, tokenizer) of a payload, strictly: exits 2 on missing or extra weights, or other shapes."""
     with fitting(path):
         sizes, head = {k: v for k, v in payload["config"].items() if k != "dropout"}, payload["head"]
-        if wrong := [name for name, size in sizes.items() if type(size) is not int or size < 1]:
+        kinds = {f.name: f.type for f in fields(GPTConfig)}
+        if wrong := [name for name, v in sizes.items() if name != "family" and (
+                type(v) is not kinds.get(name) or v is not False and not 0 < v < math.inf)]:
             fail(f"{path}: does not fit: {wrong[0]} is {str(sizes[wrong[0]])[:40]!r}")
         config = GPTConfig(**sizes, dropout=dropout)
         tokenizer = Tokenizer.from_state(payload["tokenizer"])
@@ -235,11 +245,23 @@ def build(payload, path, device, dropout=0.0):
             fail(f"{path}: its tokenizer has {tokenizer.vocab_size} tokens, its model {config.vocab_size}")
         if config.n_layer > len(payload["model"]):
             fail(f"{path}: does not fit: {config.n_layer} layers of {len(payload['model'])} weights")
-        with torch.device("meta"):  # takes no memory, whatever sizes a wrong config asks for
-            check_shapes(GPT(config, head), payload["model"], path)
+        check_shapes(outline(config, head), payload["model"], path)
         model = GPT(config, head)
     load_weights(model, payload["model"], path)
     return model.to(device), tokenizer
+
+
+class Uninitialised(torch.overrides.TorchFunctionMode):
+    """Embeddings that are made within get no weights: for meta tensors torch would import torch._dynamo, 2 s."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return kwargs["tensor"] if function is torch.nn.init.normal_ else function(*args, **(kwargs or {}))
+
+
+def outline(config, head):
+    """A model of shapes alone: it takes no memory, whatever sizes a wrong config asks for."""
+    with torch.device("meta"), Uninitialised():
+        return GPT(config, head)
 
 
 def check_shapes(model, state, path):

@@ -23,17 +23,17 @@ POLL_INTERVAL = {"cpu": 1}  # tokens between checks which rows have ended; elsew
 
 
 class KVCache:
-    """Keys and values of all layers: (L, B, S, H, D), S = slots; `filled` slots are in use."""
+    """Keys and values of all layers: (L, B, S, K, D), S = slots; `filled` slots are in use."""
 
     def __init__(self, model, rows, slots):
         c, device, dtype = model.config, model.wte.weight.device, matmul_dtype(model)
         # zeros, not empty: a masked weight of 0 times an unwritten slot must be 0, and 0 * NaN is not
-        self.k = torch.zeros(c.n_layer, rows, slots, c.n_head, c.n_embd // c.n_head, device=device, dtype=dtype)
+        self.k = torch.zeros(c.n_layer, rows, slots, c.n_kv_head, c.head_size, device=device, dtype=dtype)
         self.v = torch.zeros_like(self.k)
         self.filled = 0
 
     def extend(self, layer, positions, k, v):
-        """Write k, v (B, T, H, D) into slots positions (B or 1, T); return the filled part (B, filled, H, D)."""
+        """Write k, v (B, T, K, D) into slots positions (B or 1, T); return the filled part (B, filled, K, D)."""
         rows = torch.arange(len(k), device=k.device)[:, None]
         self.k[layer][rows, positions] = k
         self.v[layer][rows, positions] = v

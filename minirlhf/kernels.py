@@ -51,16 +51,18 @@ def packed(model):
     dtype = matmul_dtype(model) if CAN_PACK and model.wte.weight.device.type == "cpu" else None
     if (dtype == torch.float32 and model.config.n_embd >= 128
             or dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
-        head = packed_linear(model.wte.weight, None, dtype)
+        head = packed_linear(model.unembedding, None, dtype)
         model.logits = lambda hidden: at_least_float32(head(hidden))
         replaced.append((model, "logits"))
         for block in model.h:
             for layer in (block.attn.c_attn, block.attn.c_proj, block.mlp.c_proj):
                 layer.forward = packed_linear(layer.weight, layer.bias, dtype)
                 replaced.append((layer, "forward"))
-            block.mlp.forward = partial(packed_mlp, block.mlp, packed_linear(
-                block.mlp.c_fc.weight, block.mlp.c_fc.bias, dtype, gelu=True))
-            replaced.append((block.mlp, "forward"))
+            c_fc, gpt2 = block.mlp.c_fc, model.config.family == "gpt2"
+            widen = packed_linear(c_fc.weight, c_fc.bias, dtype, gelu=gpt2)
+            owner = block.mlp if gpt2 else c_fc
+            owner.forward = partial(packed_mlp, block.mlp, widen) if gpt2 else widen
+            replaced.append((owner, "forward"))
     try:
         yield
     finally:

@@ -1,16 +1,22 @@
-"""GPT-2's architecture, with a language-model head or a scalar head on one trunk.
+"""GPT-2's architecture and the Llama family's, with a language-model head or a scalar head on one trunk.
+
+Blocks, heads, cache and selection are the same in both families. Where a part differs there are two branches, GPT-2's
+first: norms, positions, MLP, biases. Llama's are RMSNorm, rotary positions, SwiGLU, and heads of keys and values that
+several queries share; with biases on queries, keys and values it is Qwen2, with norms of queries and keys Qwen3.
 
 Invariant: padding lies on the right, so a causal mask alone keeps every real token from seeing it. With a cache, query
 t of row b sits in slot positions[b, t] and sees slots <= that: prefill and decode are one code path.
 
-Shapes: B rows, T tokens, S cache slots, C channels, H heads, D head size, V words; N selected places of the B T.
+Shapes: B rows, T tokens, S cache slots, C channels, H heads, K heads of keys and values, D head size, V words; N
+selected places of the B T.
 
-Left out: attention masks, position shifts, and vocabularies padded to a round size (their extra tokens would have to be
-masked in every softmax).
+Left out: attention masks, position shifts, vocabularies padded to a round size (their extra tokens would have to be
+masked in every softmax), sliding windows, and rotary positions that are scaled to longer contexts.
 """
 import math
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Literal
 
 import torch
 import torch.nn as nn
@@ -29,42 +35,108 @@ def at_least_float32(x):
 
 @dataclass
 class GPTConfig:
+    """A network's sizes. Those below `family` are Llama's to choose, and 0 among them gives what GPT-2 always has.
+
+    Raises ValueError where they make no network.
+    """
     n_layer: int
     n_head: int
     n_embd: int
     vocab_size: int
     block_size: int
     dropout: float = 0.0
+    family: Literal["gpt2", "llama"] = "gpt2"
+    n_kv_head: int = 0  # K, of which each serves n_head / n_kv_head queries; 0 = n_head
+    head_size: int = 0  # D; 0 = n_embd / n_head
+    n_inner: int = 0  # channels within the MLP; 0 = 4 n_embd
+    rope_theta: float = 10000.0  # rotary positions: the slowest pair of channels turns by about 1 / rope_theta a token
+    norm_eps: float = 1e-5  # added to the mean square, or the variance, under the root
+    qkv_bias: bool = False  # Qwen2: biases on queries, keys and values
+    qk_norm: bool = False  # Qwen3: RMSNorm of each head's queries and keys, before they are rotated
+    tied: bool = True  # the output matrix is the token embedding; else a matrix of its own
+
+    def __post_init__(self):
+        if self.n_embd % self.n_head and not self.head_size:
+            raise ValueError(f"n_embd {self.n_embd} is no multiple of n_head {self.n_head}")
+        usual = dict(n_kv_head=self.n_head, head_size=self.n_embd // self.n_head, n_inner=4 * self.n_embd)
+        for name, value in usual.items():
+            setattr(self, name, getattr(self, name) or value)
+        usual |= dict(rope_theta=10000.0, norm_eps=1e-5, qkv_bias=False, qk_norm=False, tied=True)
+        if self.family == "gpt2":
+            if other := [name for name, value in usual.items() if getattr(self, name) != value]:
+                raise ValueError(f"{other[0]} {getattr(self, other[0])} is not GPT-2's, which is {usual[other[0]]}")
+        elif self.family != "llama":
+            raise ValueError(f"family {self.family!r} is neither gpt2 nor llama")
+        elif self.n_head % self.n_kv_head or self.head_size % 2:
+            raise ValueError(f"n_head {self.n_head} must be a multiple of n_kv_head {self.n_kv_head}, and head_size "
+                             f"{self.head_size} even")
+
+
+class RMSNorm(nn.Module):
+    """weight * x / sqrt(mean(x^2) + eps), the quotient in float32 or wider.   Zhang & Sennrich 2019, eq. 4"""
+
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+
+    def forward(self, x):
+        wide = at_least_float32(x)
+        return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+def make_norm(config):
+    return nn.LayerNorm(config.n_embd) if config.family == "gpt2" else RMSNorm(config.n_embd, config.norm_eps)
+
+
+def turns(positions, config):
+    """Cosine and sine of the angle positions * rope_theta^(-2i/D) of pair i: (B or 1, T) -> two (B or 1, T, 1, D/2)."""
+    D = config.head_size
+    frequencies = 1.0 / config.rope_theta ** (torch.arange(0, D, 2, device=positions.device).float() / D)
+    angles = (positions[..., None].float() * frequencies)[:, :, None]
+    return angles.cos(), angles.sin()
+
+
+def rotate(x, cos, sin):
+    """Rotary positions: channels i and i + D/2 of each head of x (B, T, H, D) are turned as a pair.   Su et al. 2021"""
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
 
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.n_head, self.dropout = config.n_head, config.dropout
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        H, K, D = self.sizes = config.n_head, config.n_kv_head, config.head_size
+        self.dropout, gpt2 = config.dropout, config.family == "gpt2"
+        self.c_attn = nn.Linear(config.n_embd, (H + 2 * K) * D, bias=gpt2 or config.qkv_bias)
+        self.c_proj = nn.Linear(H * D, config.n_embd, bias=gpt2)
+        self.q_norm, self.k_norm = (RMSNorm(D, config.norm_eps) if config.qk_norm else nn.Identity() for _ in "qk")
 
-    def forward(self, x, mask, extend=None, select=None):
+    def forward(self, x, mask, extend=None, select=None, rope=None):
         """(B, T, C) -> (B, T, C), or of the places in `select` alone (N, C).
 
         mask: None for plain causal attention, else additive (B or 1, 1, T, S) with -inf where a slot is unseen.
-        extend: takes this layer's new keys and values (B, T, H, D) into a cache, returns all of them (B, S, H, D).
+        extend: takes this layer's new keys and values (B, T, K, D) into a cache, returns all of them (B, S, K, D).
+        rope: what `turns` gives, where positions are rotary.
         """
-        B, T, C = x.shape
+        (B, T, C), (H, K, D) = x.shape, self.sizes
         qkv = self.c_attn(x).contiguous()  # attention's kernels want D to be the innermost
-        q, k, v = qkv.view(B, T, 3, self.n_head, C // self.n_head).unbind(2)  # (B, T, H, D)
+        q, k, v = qkv.view(B, T, H + 2 * K, D).split([H, K, K], 2)  # (B, T, H or K, D)
+        if rope is not None:
+            q, k = (rotate(norm(y), *rope).to(v.dtype) for norm, y in ((self.q_norm, q), (self.k_norm, k)))
         if extend is not None:
-            k, v = extend(k, v)  # (B, S, H, D)
-        q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, H, T or S, D)
+            k, v = extend(k, v)  # (B, S, K, D)
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, H or K, T or S, D)
+        stacked = q.reshape(B, K, -1, D)  # queries that share a head of keys, one below the other (B, K, H/K T, D)
         dropout = self.dropout if self.training else 0.0
         # for several queries explicit matmuls beat F.scaled_dot_product_attention's CPU kernels under oneDNN
         if x.device.type == "cpu" and mask is not None and T > 1:
-            weights = (q @ k.mT).mul_(1 / math.sqrt(C // self.n_head)).add_(mask).softmax(-1)
-            y = F.dropout(weights, dropout) @ v
+            weights = (stacked @ k.mT).view(B, H, T, -1).mul_(1 / math.sqrt(D)).add_(mask).softmax(-1)
+            y = F.dropout(weights, dropout).view(B, K, stacked.shape[2], -1) @ v
         else:
             mask = None if mask is None else mask.to(q.dtype)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None)
-        y = y.transpose(1, 2).reshape(B, T, C)
+            y = F.scaled_dot_product_attention(stacked if T == 1 else q, k, v, attn_mask=mask, dropout_p=dropout,
+                                               is_causal=mask is None, enable_gqa=T > 1 and K < H)
+        y = y.reshape(B, H, T, D).transpose(1, 2).reshape(B, T, H * D)
         y = y if select is None else y.flatten(0, 1).index_select(0, select)
         return F.dropout(self.c_proj(y), self.dropout, self.training)
 
@@ -72,50 +144,62 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.dropout = config.dropout
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.dropout, self.gpt2 = config.dropout, config.family == "gpt2"
+        self.c_fc = nn.Linear(config.n_embd, config.n_inner * (1 if self.gpt2 else 2), bias=self.gpt2)
+        self.c_proj = nn.Linear(config.n_inner, config.n_embd, bias=self.gpt2)
 
     def forward(self, x):
-        x = F.gelu(self.c_fc(x), approximate="tanh")
+        x = self.c_fc(x)
+        if self.gpt2:
+            x = F.gelu(x, approximate="tanh")
+        else:
+            gate, x = x.chunk(2, -1)
+            x = F.silu(gate) * x  # SwiGLU   Shazeer 2020
         return F.dropout(self.c_proj(x), self.dropout, self.training)
 
 
 class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.ln_1, self.attn = nn.LayerNorm(config.n_embd), Attention(config)
-        self.ln_2, self.mlp = nn.LayerNorm(config.n_embd), MLP(config)
+        self.ln_1, self.attn = make_norm(config), Attention(config)
+        self.ln_2, self.mlp = make_norm(config), MLP(config)
 
-    def forward(self, x, mask, extend=None, select=None):
-        y = self.attn(self.ln_1(x), mask, extend, select)
+    def forward(self, x, mask, extend=None, select=None, rope=None):
+        y = self.attn(self.ln_1(x), mask, extend, select, rope)
         x = (x if select is None else x.flatten(0, 1).index_select(0, select)) + y
         return x + self.mlp(self.ln_2(x))
 
 
 class GPT(nn.Module):
-    """Radford et al. 2019: pre-LayerNorm, learned positions, tanh GELU, biases, output tied to the token embedding.
+    """Norms come before attention and MLP, whose outputs are added to the stream.
 
-    head="lm":     logits = hidden @ wte.T
+    gpt2: LayerNorm, learned positions, tanh GELU, biases, output tied to the token embedding.   Radford et al. 2019
+    llama: RMSNorm, rotary positions, SwiGLU, output tied or not, no biases.   Touvron et al. 2023
+    head="lm":     logits = hidden @ wte.T, or hidden @ lm_head.T where the output is not tied
     head="scalar": scalar = (hidden @ w + b) * gain + bias; gain and bias are buffers that set the reward's scale
-    Parameter names are GPT-2's; linear weights are (out, in), the transpose of GPT-2's own files.
+    Parameter names are GPT-2's; linear weights are (out, in), the transpose of GPT-2's own files. c_attn holds queries,
+    keys and values one below the other, Llama's c_fc gate and up.
     """
 
     def __init__(self, config: GPTConfig, head: str = "lm"):
         super().__init__()
-        assert head in ("lm", "scalar") and config.n_embd % config.n_head == 0
+        assert head in ("lm", "scalar")
         self.config, self.head = config, head
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        if config.family == "gpt2":
+            self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(config.n_embd)
+        self.ln_f = make_norm(config)
         if head == "scalar":
             self.score_head = nn.Linear(config.n_embd, 1)
             self.register_buffer("gain", torch.ones(()))
             self.register_buffer("bias", torch.zeros(()))
+        elif not config.tied:
+            self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
 
     def init_weights(self, generator: torch.Generator):
-        """GPT-2's: N(0, 0.02), residual projections divided by sqrt(2 n_layer), biases 0. Scalar head: `init_score`."""
+        """GPT-2's, in both families: N(0, 0.02), residual projections divided by sqrt(2 n_layer), norms 1, biases 0.
+        Scalar head: `init_score`."""
         for name, p in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(p)
@@ -135,7 +219,8 @@ class GPT(nn.Module):
 
     def with_head(self, head: str, dropout: float = 0.0) -> "GPT":
         """A copy of this model under `head`. From a language model, a scalar head is left at zero; from a scalar one,
-        it is copied, its scale included."""
+        it is copied, its scale included; to a language model leads no way back unless the output is tied."""
+        assert head == "scalar" or self.head == "lm" or self.config.tied
         other = GPT(replace(self.config, dropout=dropout), head).to(self.wte.weight.device)
         if head == "scalar":
             nn.init.zeros_(other.score_head.weight)
@@ -147,7 +232,7 @@ class GPT(nn.Module):
     # ---- from tokens to hidden states (B, T, C)
 
     def hidden(self, tokens, cache=None, positions=None, select=None):
-        """Hidden states after the last LayerNorm: tokens (B, T) -> (B, T, C), or of some places alone (N, C).
+        """Hidden states after the last norm: tokens (B, T) -> (B, T, C), or of some places alone (N, C).
 
         cache: a generate.KVCache, in which the tokens take the slots `positions` (B or 1, T).
         select: `flat_indices` of the states that are wanted; of the others the last block makes only keys and values.
@@ -160,11 +245,15 @@ class GPT(nn.Module):
             slots = torch.arange(T if cache is None else cache.filled, device=tokens.device)
             unseen = slots > positions[:, None, :, None]  # (B or 1, 1, T, S)
             mask = torch.zeros(unseen.shape, device=tokens.device).masked_fill_(unseen, -torch.inf)
-        x = self.wte(tokens) + self.wpe(positions)  # (B, T, C)
+        x, rope = self.wte(tokens), None  # (B, T, C)
+        if self.config.family == "gpt2":
+            x = x + self.wpe(positions)
+        else:
+            rope = turns(positions, self.config)
         x = F.dropout(x, self.config.dropout, self.training)
         for i, block in enumerate(self.h):
             x = block(x, mask, partial(cache.extend, i, positions) if cache is not None else None,
-                      select if i + 1 == len(self.h) else None)
+                      select if i + 1 == len(self.h) else None, rope)
         return self.ln_f(x)
 
     compiled_hidden = decoder = None  # generate.compile_model sets them
@@ -175,9 +264,14 @@ class GPT(nn.Module):
 
     # ---- from hidden states to what a head says
 
+    @property
+    def unembedding(self):
+        """The output matrix (V, C)."""
+        return self.wte.weight if self.config.tied else self.lm_head.weight
+
     def logits(self, hidden):
         """(..., C) -> (..., V), float32 or wider."""
-        return at_least_float32(F.linear(hidden, self.wte.weight))
+        return at_least_float32(F.linear(hidden, self.unembedding))
 
     def scalar(self, hidden):
         """(..., C) -> (...), float32 or wider."""

@@ -39,7 +39,8 @@ def check_batch(o):
 
 
 def parameters(n_layer, n_embd, block_size, vocab_size):
-    """Numbers in a language model: embeddings, blocks (matrices, biases, two LayerNorms), the last LayerNorm."""
+    """Numbers in a language model of GPT-2's family, and fewer than in one of Llama's: embeddings, blocks (matrices,
+    biases, two LayerNorms), the last LayerNorm."""
     return (vocab_size + block_size) * n_embd + n_layer * (12 * n_embd ** 2 + 13 * n_embd) + 2 * n_embd
 
 
@@ -47,7 +48,7 @@ def check_model(o, device):
     """Exits 2 where a new model of these options cannot be trained; names the one that is farthest from its default."""
     shape = {"n_layer": o.n_layer, "n_embd": o.n_embd, "block_size": o.block_size,
              "vocab_size": o.vocab_size if o.tokenizer == "bpe" else 50257}
-    count = parameters(*shape.values())
+    count = parameters(o.n_layer, o.n_embd, o.block_size if o.family == "gpt2" else 0, shape["vocab_size"])
     worst = max(shape, key=lambda name: shape[name] / getattr(type(o), name))
     others = ", ".join(f"{name} {size}" for name, size in shape.items() if name != worst)
     check_room(f"--{worst} {shape[worst]}", f"with {others} a model of {count:.3g} parameters",

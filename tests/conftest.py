@@ -25,6 +25,12 @@ from minirlhf.model import GPT, GPTConfig  # noqa: E402
 torch.set_num_threads(1)  # the models are small, and a machine that does other things slows two threads down most
 
 
+# every option of the Llama family at once; tests of what holds in both families take `shape`
+LLAMA = {"family": "llama", "n_head": 4, "n_kv_head": 2, "head_size": 6, "n_inner": 24, "rope_theta": 50.0,
+         "norm_eps": 1e-3, "qkv_bias": True, "qk_norm": True, "tied": False}
+both_families = pytest.mark.parametrize("shape", [{}, LLAMA], ids=["gpt2", "llama"])
+
+
 # ---- two processes
 
 def pytest_addoption(parser):
@@ -120,7 +126,7 @@ class Sender:
 
 @pytest.fixture
 def make_model():
-    """make_model(head="lm", **shape) -> GPT in eval mode, every parameter N(0, 0.4), LayerNorms' weights N(1, 0.4).
+    """make_model(head="lm", **shape) -> GPT in eval mode, every parameter N(0, 0.4), norms' weights N(1, 0.4).
 
     That is 20 times GPT-2's initial weights: attention is sharp and biases are not 0, so that whatever reaches a token
     that should not moves its numbers by far more than rounding does.
@@ -130,7 +136,7 @@ def make_model():
         model = GPT(GPTConfig(**shape), head)
         generator = torch.Generator().manual_seed(seed)
         for name, p in model.named_parameters():
-            mean = 1.0 if name.endswith(("ln_1.weight", "ln_2.weight", "ln_f.weight")) else 0.0
+            mean = 1.0 if "ln_" in name and name.endswith("weight") or "_norm" in name else 0.0
             torch.nn.init.normal_(p, mean, 0.4, generator=generator)
         return model.to(dtype).eval()
     return make

@@ -124,7 +124,7 @@ GENERATE = [
     ("nullcontext() if decoder else packed(model)", "nullcontext()"),
 ]
 MODEL = [
-    ("mul_(1 / math.sqrt(C // self.n_head))", "mul_(1 / math.sqrt(C))"),
+    ("mul_(1 / math.sqrt(D))", "mul_(1 / math.sqrt(C))"),
     (".add_(mask).softmax(-1)", ".add_(mask).softmax(-2)"),
     ("x = (x if select is None else x.flatten(0, 1).index_select(0, select)) + y", "x = y"),
     ("y = y if select is None else y.flatten(0, 1).index_select(0, select)",
@@ -133,7 +133,14 @@ MODEL = [
     ('approximate="tanh"', 'approximate="none"'),
     ("unseen = slots > positions[:, None, :, None]", "unseen = slots > positions[:, None, :, None] + 1"),
     ("unseen = slots > positions[:, None, :, None]", "unseen = slots >= positions[:, None, :, None]"),
-    ("x = self.wte(tokens) + self.wpe(positions)", "x = self.wte(tokens)"),
+    ("x = x + self.wpe(positions)", "pass"),
+    ("a * cos - b * sin, b * cos + a * sin", "a * cos + b * sin, b * cos - a * sin"),  # the other way round
+    ("torch.arange(0, D, 2, device=positions.device).float() / D", "torch.arange(0, D // 2).float() / D"),
+    ("x, rope = self.wte(tokens), None", "positions, x, rope = positions * 0, self.wte(tokens), None"),
+    ("x = F.silu(gate) * x", "x = gate * F.silu(x)"),
+    ("wide.square().mean(-1, keepdim=True) + self.eps", "wide.square().mean(-1, keepdim=True)"),
+    ("q.reshape(B, K, -1, D)", "q.transpose(1, 2).reshape(B, K, -1, D)"),  # heads with others' keys
+    ("return self.wte.weight if self.config.tied else self.lm_head.weight", "return self.wte.weight"),
     ("return self.ln_f(x)", "return x"),
     ("* self.gain + self.bias", "* self.gain"),
     ("* self.gain + self.bias", "+ self.bias"),
@@ -150,6 +157,7 @@ MODEL = [
 KERNELS = [
     ("_linear_pointwise(x.to(dtype), weight, bias, *post)", "_linear_pointwise(x.to(dtype), weight, None, *post)"),
     ('("gelu", [], "tanh")', '("gelu", [], "none")'),
+    ("c_fc.bias, dtype, gelu=gpt2)", "c_fc.bias, dtype, gelu=True)"),
     ("    if (dtype == torch.float32 and model.config.n_embd >= 128", "    if (dtype is not None and model.config.n_embd >= 128"),
     ("_reorder_linear_weight(weight.detach().to(dtype))", "_reorder_linear_weight(2 * weight.detach().to(dtype))"),
     ("None if bias is None else bias.detach().to(dtype)", "None"),

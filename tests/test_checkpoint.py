@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from conftest import LLAMA
 from minirlhf import checkpoint
 from minirlhf.tokenizer import Tokenizer
 
@@ -69,6 +70,23 @@ def test_others_get_the_weights_that_were_named(save, make_model):
     path, last = save(weights=best.state_dict())
     loaded, _, _ = checkpoint.load(path, ["sft"], "cpu")
     assert torch.equal(loaded.wte.weight, best.wte.weight) and not torch.equal(loaded.wte.weight, last.wte.weight)
+
+
+@pytest.mark.parametrize("head", ["lm", "scalar"])
+def test_a_llama_comes_back(save, make_model, head):
+    """Its sizes and weights, an output of its own included."""
+    model, stage = make_model(head, vocab_size=258, **LLAMA), "rm" if head == "scalar" else "sft"
+    loaded, _, _ = checkpoint.load(save(stage, model=model)[0], [stage], "cpu")
+    assert loaded.config == model.config and loaded.head == head
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in loaded.state_dict().items())
+
+
+def test_a_gpt2_is_described_as_ever(save):
+    """Six values, which a version that knew no other family reads too."""
+    payload = checkpoint.read(save()[0], ["sft"])
+    assert payload["config"] == {"n_layer": 2, "n_head": 2, "n_embd": 16, "vocab_size": 258, "block_size": 32,
+                                 "dropout": 0.2}
 
 
 # Damage
@@ -204,6 +222,24 @@ def test_parts_that_do_not_fit_are_refused(save, refused, change, words):
     rewrite(path, change)
     error = refused(checkpoint.load, path, ["sft"], "cpu")
     assert path in error and all(word in error for word in words)
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"family": "mamba"}, ["family 'mamba'"]), ({"family": 7}, ["family 7"]), ({"family": "gpt2"}, ["GPT-2's"]),
+    ({"n_kv_head": 3}, ["n_kv_head 3"]), ({"n_kv_head": True}, ["n_kv_head is 'True'"]),
+    ({"n_kv_head": 1}, ["attn.c_attn", "(48, 16)", "(36, 16)"]), ({"n_inner": -1}, ["n_inner is '-1'"]),
+    ({"head_size": 7}, ["head_size 7"]), ({"head_size": 10 ** 9}, ["attn.c_attn", "1000000000"]),
+    ({"rope_theta": float("nan")}, ["rope_theta is 'nan'"]), ({"rope_theta": 0.0}, ["rope_theta is '0.0'"]),
+    ({"rope_theta": 10}, ["rope_theta is '10'"]), ({"norm_eps": float("inf")}, ["norm_eps is 'inf'"]),
+    ({"tied": 1}, ["tied is '1'"]), ({"tied": True}, ["unexpected lm_head.weight"]),
+    ({"qkv_bias": False}, ["unexpected h.0.attn.c_attn.bias"]), ({"qk_norm": "no"}, ["qk_norm is 'no'"]),
+])
+def test_a_llama_s_sizes_that_do_not_fit_are_refused(save, make_model, refused, change, words):
+    """Values of another type or that make no network, and sizes that the weights do not have: named, and no memory."""
+    path, _ = save(model=make_model(vocab_size=258, **LLAMA))
+    rewrite(path, lambda payload: payload["config"].update(change))
+    error = refused(checkpoint.load, path, ["sft"], "cpu")
+    assert f"{path}: does not fit" in error and all(word in error for word in words)
 
 
 def test_a_scalar_head_s_nan_scale_is_refused(save, refused):

@@ -1,10 +1,11 @@
-"""The network against GPT-2's own implementation, against itself with other kernels, and against leaks."""
+"""The network against a naive second implementation, against itself with other kernels, and against leaks."""
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from conftest import LLAMA, both_families
 from minirlhf import kernels
 from minirlhf.kernels import CAN_PACK, packed
 from minirlhf.model import GPT, Attention, GPTConfig, flat_indices
@@ -25,9 +26,10 @@ def gradients(model):
 # Leaks
 
 
-def test_the_future_is_unseen(make_model):
+@both_families
+def test_the_future_is_unseen(make_model, shape):
     """Another token at place t changes the logits at t and after, and not one bit before."""
-    model, (tokens, _) = make_model(), ragged_tokens()
+    model, (tokens, _) = make_model(**shape), ragged_tokens()
     logits = model(tokens)
     for t in range(1, 9):
         other = tokens.clone()
@@ -36,10 +38,11 @@ def test_the_future_is_unseen(make_model):
         assert not changed[:, :t].any() and changed[:, t:].all()
 
 
+@both_families
 @pytest.mark.parametrize("head", ["lm", "scalar"])
-def test_padding_on_the_right_changes_nothing(make_model, head):
+def test_padding_on_the_right_changes_nothing(make_model, head, shape):
     """Whatever stands in the padding, real tokens' outputs and all gradients are the same; a row is as if alone."""
-    model, (tokens, real) = make_model(head), ragged_tokens()
+    model, (tokens, real) = make_model(head, **shape), ragged_tokens()
     seen = []
     for filler in (0, 5, 12):
         model.zero_grad()
@@ -82,6 +85,57 @@ def test_explicit_attention_equals_the_fused_kernel(masked):
     torch.testing.assert_close(grads, gradients(attention), rtol=1e-4, atol=1e-4)
 
 
+# The Llama family, naively
+
+
+def naive_llama(state, ids, c):
+    """Logits of one row by loops over tokens, heads and pairs of channels, from the formulas: float64 lists of numbers.
+
+    RMSNorm x / sqrt(mean x^2 + eps) w; pair i at place t turned by t theta^(-2i/D); softmax(q k / sqrt(D)) over what is
+    not later, query head h with head h // (H / K) of keys and values; down(silu(gate) up).
+    """
+    H, K, D = c.n_head, c.n_kv_head, c.head_size
+
+    def norm(x, name):
+        return x / (x.pow(2).mean() + c.norm_eps).sqrt() * state[f"{name}.weight"]
+
+    def turned(x, t):
+        out = x.clone()
+        for i in range(D // 2):
+            angle = t * c.rope_theta ** (-2 * i / D)
+            out[i] = x[i] * math.cos(angle) - x[i + D // 2] * math.sin(angle)
+            out[i + D // 2] = x[i] * math.sin(angle) + x[i + D // 2] * math.cos(angle)
+        return out
+
+    stream = [state["wte.weight"][i] for i in ids]
+    for n in range(c.n_layer):
+        qs, ks, vs = [], [], []
+        for t, x in enumerate(stream):
+            y = state[f"h.{n}.attn.c_attn.weight"] @ norm(x, f"h.{n}.ln_1") + state[f"h.{n}.attn.c_attn.bias"]
+            heads = [y[i * D:(i + 1) * D] for i in range(H + 2 * K)]
+            qs.append([turned(norm(q, f"h.{n}.attn.q_norm"), t) for q in heads[:H]])
+            ks.append([turned(norm(k, f"h.{n}.attn.k_norm"), t) for k in heads[H:H + K]])
+            vs.append(heads[H + K:])
+        for t in range(len(ids)):
+            seen = []
+            for h in range(H):
+                scores = torch.stack([qs[t][h] @ ks[u][h // (H // K)] for u in range(t + 1)]) / math.sqrt(D)
+                weights = scores.exp() / scores.exp().sum()
+                seen.append(sum(w * vs[u][h // (H // K)] for u, w in enumerate(weights)))
+            stream[t] = stream[t] + state[f"h.{n}.attn.c_proj.weight"] @ torch.cat(seen)
+            y = state[f"h.{n}.mlp.c_fc.weight"] @ norm(stream[t], f"h.{n}.ln_2")
+            gate, up = y[:c.n_inner], y[c.n_inner:]
+            stream[t] = stream[t] + state[f"h.{n}.mlp.c_proj.weight"] @ (gate / (1 + (-gate).exp()) * up)
+    return torch.stack([state["lm_head.weight"] @ norm(x, "ln_f") for x in stream])
+
+
+def test_llama_equals_a_naive_implementation(make_model):
+    """Biases, norms of queries and keys, shared heads of a width of their own, an output of its own."""
+    model, (tokens, _) = make_model(dtype=torch.float64, **LLAMA), ragged_tokens()
+    expected = torch.stack([naive_llama(model.state_dict(), row, model.config) for row in tokens])
+    torch.testing.assert_close(model(tokens), expected, rtol=1e-5, atol=1e-5)  # angles are float32
+
+
 def packs(model):
     """For the model, whose logits are replaced, and each of its modules, whose pass is: is it?"""
     return ["logits" in model.__dict__, *("forward" in m.__dict__ for m in model.modules())]
@@ -90,21 +144,22 @@ def packs(model):
 @pytest.mark.skipif(not CAN_PACK, reason="not an x86 CPU with oneDNN")
 @pytest.mark.parametrize("setting", ["highest", "medium"])
 @pytest.mark.parametrize("rows", [1, 4, 40])
-def test_packed_weights_give_the_same_logits(make_model, precision, setting, rows):
+@both_families
+def test_packed_weights_give_the_same_logits(make_model, precision, setting, rows, shape):
     """Of several tokens a row and of one; afterwards, and after an error too, no copy of the weights is left and
     gradients flow as before."""
     precision(setting)
     if kernels.matmul_error() > kernels.MATMUL_ERROR:
         pytest.skip("this CPU rounds float32 to bfloat16 then")
-    model, (tokens, _) = make_model(n_embd=128), ragged_tokens()
-    model.wte.weight.data *= 0.2
+    model, (tokens, _) = make_model(n_embd=128, **shape), ragged_tokens()
+    model.unembedding.data *= 0.2
     tokens = tokens.repeat(10, 1)[:rows]
     plain = model(tokens)
     with packed(model):
-        assert sum(packs(model)) == 1 + 4 * 2  # the head; of each block three layers and the MLP
+        assert sum(packs(model)) == 1 + 4 * 2  # the head; of each block three layers and GPT-2's MLP or the fourth
         torch.testing.assert_close(model(tokens), plain.detach(), rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(model(tokens[:, :1]), plain[:, :1].detach(), rtol=1e-4, atol=1e-4)
-        model.h[1].mlp.forward = lambda x: 0 * x
+        model.h[1].mlp.c_proj.forward = lambda x: x.new_zeros(*x.shape[:-1], 128)
         assert (model(tokens) - plain).abs().max() > 0.1  # it is the copies that are multiplied with
     with pytest.raises(ZeroDivisionError), packed(model):
         1 / 0
@@ -112,9 +167,10 @@ def test_packed_weights_give_the_same_logits(make_model, precision, setting, row
 
 
 @pytest.mark.skipif(not CAN_PACK or not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="no bfloat16 by oneDNN")
-def test_packed_weights_of_bfloat16(make_model):
+@both_families
+def test_packed_weights_of_bfloat16(make_model, shape):
     """Under autocast the copies are bfloat16's, and the logits are as near to float32's as autocast's own are."""
-    model, (tokens, _) = make_model(), ragged_tokens()
+    model, (tokens, _) = make_model(**shape), ragged_tokens()
     with torch.no_grad():
         exact = model(tokens)
         with torch.autocast("cpu", torch.bfloat16):
@@ -146,10 +202,11 @@ def test_score_is_the_scalar_at_the_last_real_token(make_model):
     assert len(set(scores.tolist())) == 4
 
 
+@both_families
 @pytest.mark.parametrize("head", ["lm", "scalar"])
-def test_selected_tokens_alone_are_as_among_all(make_model, head):
+def test_selected_tokens_alone_are_as_among_all(make_model, head, shape):
     """The last block works for the selected tokens only: their states, and every gradient, are those of a whole pass."""
-    model, (tokens, _) = make_model(head, n_layer=3), ragged_tokens()
+    model, (tokens, _) = make_model(head, n_layer=3, **shape), ragged_tokens()
     mask = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(2)) < 0.4
     mask[1] = False  # a row without any
     found = []
@@ -172,14 +229,16 @@ def test_gain_and_bias_set_the_scale(make_model):
     assert model.scalar(torch.randn(2, 16)).tolist() == [0.0, 0.0]
 
 
-def test_with_head_carries_what_fits(make_model):
-    """lm -> scalar: the trunk and a zero head. scalar -> scalar: head and scale too. Nothing is shared."""
+@both_families
+def test_with_head_carries_what_fits(make_model, shape):
+    """lm -> lm: all. lm -> scalar: the trunk and a zero head. scalar -> scalar: head and scale too. Nothing is shared."""
     tokens, _ = ragged_tokens()
-    model = make_model("lm")
+    model = make_model("lm", **shape)
+    assert torch.equal(model.with_head("lm")(tokens), model(tokens))
     value = model.with_head("scalar")
     torch.testing.assert_close(value.hidden(tokens), model.hidden(tokens))
     assert not value(tokens).any()
-    reward = make_model("scalar")
+    reward = make_model("scalar", **shape)
     reward.gain.fill_(2.0), reward.bias.fill_(-3.0)
     copy = reward.with_head("scalar")
     torch.testing.assert_close(copy(tokens), reward(tokens), rtol=0, atol=0)
@@ -220,11 +279,14 @@ def test_dropout_reaches_every_part(make_model):
 # Initial weights
 
 
+@both_families
 @pytest.mark.parametrize("n_layer", [2, 8])
-def test_initial_scales(n_layer):
-    """N(0, 0.02); what adds to the residual stream is divided by sqrt(2 n_layer); biases 0, LayerNorms 1."""
-    model = GPT(GPTConfig(n_layer, 2, 64, 500, 64), "scalar").init_weights(torch.Generator().manual_seed(0))
-    for name, p in model.named_parameters():
+def test_initial_scales(n_layer, shape):
+    """N(0, 0.02); what adds to the residual stream is divided by sqrt(2 n_layer); biases 0, norms 1."""
+    config = GPTConfig(**{"n_layer": n_layer, "n_head": 2, "n_embd": 64, "vocab_size": 500, "block_size": 64} | shape)
+    model = GPT(config, "scalar").init_weights(torch.Generator().manual_seed(0))
+    output = [] if config.tied else [("lm_head.weight", GPT(config).init_weights(torch.Generator()).lm_head.weight)]
+    for name, p in [*model.named_parameters(), *output]:
         if name.endswith("bias"):
             assert not p.any(), name
         elif p.dim() == 1:
@@ -255,16 +317,37 @@ def test_initial_weights_are_the_generator_s():
     assert not torch.equal(a["wte.weight"], c["wte.weight"]) and not torch.equal(a["wpe.weight"], c["wpe.weight"])
 
 
-def test_output_is_tied_to_the_embedding(make_model):
+@pytest.mark.parametrize("shape", [{}, LLAMA | {"tied": True}], ids=["gpt2", "llama"])
+def test_output_is_tied_to_the_embedding(make_model, shape):
     """One matrix reads and writes tokens: the language model has no head of its own, and logits are hidden @ wte.T."""
-    model, (tokens, _) = make_model(), ragged_tokens()
+    model, (tokens, _) = make_model(**shape), ragged_tokens()
     assert not [name for name in model.state_dict() if "head" in name]
     hidden = model.hidden(tokens)
     torch.testing.assert_close(model.logits(hidden), hidden @ model.wte.weight.T)
 
 
-def test_log_probabilities_stay_float32_under_autocast(make_model):
+@both_families
+def test_log_probabilities_stay_float32_under_autocast(make_model, shape):
     """With bfloat16 matmuls, logits and scalars still come out as float32."""
     tokens, _ = ragged_tokens()
     with torch.autocast("cpu", torch.bfloat16):
-        assert make_model()(tokens).dtype == make_model("scalar")(tokens).dtype == torch.float32
+        assert make_model(**shape)(tokens).dtype == make_model("scalar", **shape)(tokens).dtype == torch.float32
+
+
+# Sizes
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"n_head": 3}, ["n_embd 16", "n_head 3"]),
+    ({"n_kv_head": 1}, ["n_kv_head 1", "GPT-2", "2"]),
+    ({"tied": False}, ["tied", "GPT-2"]),
+    ({"family": "mamba"}, ["'mamba'", "gpt2", "llama"]),
+    ({**LLAMA, "n_kv_head": 3}, ["n_head 4", "n_kv_head 3"]),
+    ({**LLAMA, "head_size": 5}, ["head_size 5"]),
+    ({"family": "llama", "n_head": 3, "n_embd": 9}, ["head_size 3"]),
+])
+def test_sizes_that_make_no_network(changes, words):
+    """Refused by name and value: GPT-2's family takes nothing of Llama's, whose heads must fit each other and halve."""
+    with pytest.raises(ValueError) as error:
+        GPTConfig(**{"n_layer": 1, "n_head": 2, "n_embd": 16, "vocab_size": 13, "block_size": 8} | changes)
+    assert all(word in str(error.value) for word in words)

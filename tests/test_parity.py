@@ -1,8 +1,10 @@
 """Parity with implementations that others wrote: transformers, TRL. Weights are random and large, rows ragged."""
 import math
+from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from minirlhf import objectives as O
@@ -88,6 +90,110 @@ def test_greedy_answers_equal_gpt2_s(make_model, dtype):
     ours = generate(model, prompts, 20, 0, temperature=0)
     tokens = pad_sequence([torch.tensor(p[::-1]) for p in prompts], True).flip(1)
     theirs = hugging_face(model, "GPT2LMHeadModel").generate(
+        tokens, attention_mask=(tokens != 0).long(), max_new_tokens=20, do_sample=False, pad_token_id=0)
+    for answer, other in zip(ours.responses(), theirs[:, 6:].tolist()):
+        assert answer == other[:len(answer)] and not any(other[len(answer):])
+        assert len(answer) == 20 or answer[-1] == 0
+    assert max(map(len, ours.responses())) == 20
+
+
+# transformers' Llama, Qwen2 and Qwen3
+
+
+LLAMA = {"family": "llama", "n_head": 4, "n_inner": 24, "rope_theta": 50.0, "norm_eps": 1e-3}
+KINDS = {  # what each has that the others lack
+    "LlamaForCausalLM": {"n_kv_head": 2}, "LlamaForCausalLM plain": {"n_inner": 0, "n_kv_head": 0},
+    "LlamaForCausalLM own size": {"n_kv_head": 1, "head_size": 6, "tied": False},
+    "Qwen2ForCausalLM": {"n_kv_head": 2, "qkv_bias": True}, "Qwen2ForCausalLM untied": {"qkv_bias": True, "tied": False},
+    "Qwen3ForCausalLM": {"n_kv_head": 2, "head_size": 8, "qk_norm": True},
+    "Qwen3ForCausalLM untied": {"n_kv_head": 1, "head_size": 2, "qk_norm": True, "tied": False}}
+
+
+def their_names(model):
+    """[(name in the Llama family's files, ours, rows of ours or None)]: two of our matrices hold several of theirs."""
+    c, names = model.config, [("model.embed_tokens.weight", "wte.weight", None), ("model.norm.weight", "ln_f.weight", None)]
+    names += [("lm_head.weight", "lm_head.weight", None)] if model.head == "lm" and not c.tied else []
+    names += [("score.weight", "score_head.weight", None)] if model.head == "scalar" else []
+    q, kv, inner = c.n_head * c.head_size, c.n_kv_head * c.head_size, c.n_inner
+    parts = {"self_attn.q_proj": ("attn.c_attn", slice(q)), "self_attn.k_proj": ("attn.c_attn", slice(q, q + kv)),
+             "self_attn.v_proj": ("attn.c_attn", slice(q + kv, None)), "self_attn.o_proj": ("attn.c_proj", None),
+             "mlp.gate_proj": ("mlp.c_fc", slice(inner)), "mlp.up_proj": ("mlp.c_fc", slice(inner, None)),
+             "mlp.down_proj": ("mlp.c_proj", None), "input_layernorm": ("ln_1", None),
+             "post_attention_layernorm": ("ln_2", None)}
+    for name in ("q_norm", "k_norm") if c.qk_norm else ():
+        parts[f"self_attn.{name}"] = f"attn.{name}", None
+    for n in range(c.n_layer):
+        names += [(f"model.layers.{n}.{theirs}.weight", f"h.{n}.{ours}.weight", rows)
+                  for theirs, (ours, rows) in parts.items()]
+        names += [(f"model.layers.{n}.{theirs}.bias", f"h.{n}.{ours}.bias", rows)
+                  for theirs, (ours, rows) in parts.items() if c.qkv_bias and "c_attn" in ours]
+    return names
+
+
+def their_llama(model, kind, **options):
+    """transformers' model of the same weights. Its norms round float64 to float32: here they take torch's instead."""
+    transformers = pytest.importorskip("transformers")
+    kind, c, state = kind.split()[0], model.config, model.state_dict()
+    classes = getattr(transformers, kind), getattr(transformers, kind.split("For")[0] + "Config")
+    theirs = classes[0](classes[1](
+        vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=c.n_inner, num_hidden_layers=c.n_layer,
+        num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head, head_dim=c.head_size, rms_norm_eps=c.norm_eps,
+        max_position_embeddings=c.block_size, rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
+        tie_word_embeddings=c.tied, bos_token_id=0, eos_token_id=0, **options)).eval().to(model.wte.weight.dtype)
+    theirs.load_state_dict({name: state[ours] if rows is None else state[ours][rows]
+                            for name, ours, rows in their_names(model)}, strict=not c.tied)
+    theirs.tie_weights()
+    for norm in theirs.modules():
+        if type(norm).__name__.endswith("RMSNorm") and model.wte.weight.dtype == torch.float64:
+            norm.forward = partial(F.rms_norm, normalized_shape=norm.weight.shape, weight=norm.weight, eps=c.norm_eps)
+    return theirs
+
+
+def compare_llama_gradients(model, theirs, dtype):
+    own, others = dict(model.named_parameters()), dict(theirs.named_parameters())
+    for name, ours, rows in their_names(model):
+        grad, other = own[ours].grad if rows is None else own[ours].grad[rows], others[name].grad
+        assert other.norm() > 0 and (grad - other).norm() <= EXACT[dtype]["rtol"] * other.norm(), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_language_model_equals_the_llama_family_s(make_model, kind, dtype):
+    """transformers' models, same weights, ragged rows: the same logits and the same gradients, whether or not heads
+    share keys, have a width of their own, biases, norms, or an output of its own."""
+    model, (tokens, real) = make_model(dtype=dtype, **LLAMA | KINDS[kind]), ragged_tokens()
+    theirs = their_llama(model, kind)
+    expected = theirs(tokens, attention_mask=real.long()).logits[real]
+    logits = model(tokens)[real]
+    assert logits.std() > 1
+    torch.testing.assert_close(logits, expected, **EXACT[dtype])
+    weights = torch.randn(expected.shape, dtype=dtype, generator=torch.Generator().manual_seed(1))
+    for out in (logits, expected):
+        (out * weights).sum().backward()
+    compare_llama_gradients(model, theirs, dtype)
+
+
+def test_scalar_head_equals_llama_for_sequence_classification(make_model):
+    """The last real token is read: same scores and gradients, bias and scale aside."""
+    model, (tokens, real) = make_model("scalar", vocab_size=14, **LLAMA, n_kv_head=2), ragged_tokens()
+    theirs = their_llama(model, "LlamaForSequenceClassification", num_labels=1, pad_token_id=13)
+    expected = theirs(tokens.masked_fill(~real, 13), attention_mask=real.long()).logits.squeeze(1)
+    scores = model.score(tokens, LENGTHS) - model.score_head.bias
+    torch.testing.assert_close(scores, expected, **EXACT[torch.float32])
+    for out in (scores, expected):
+        out.pow(2).sum().backward()
+    compare_llama_gradients(model, theirs, torch.float32)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_greedy_answers_equal_the_llama_family_s(make_model, kind):
+    """Ragged prompts, cached: transformers' generate, prompts padded on the left as it needs, takes the same tokens."""
+    model = make_model(**LLAMA | KINDS[kind])
+    model.unembedding.data[0] *= 0.2  # eos is seldom the likeliest
+    prompts = [[1], [2, 3, 4, 5, 6, 7], [8, 9, 10], [12, 12]]
+    ours = generate(model, prompts, 20, 0, temperature=0)
+    tokens = pad_sequence([torch.tensor(p[::-1]) for p in prompts], True).flip(1)
+    theirs = their_llama(model, kind).generate(
         tokens, attention_mask=(tokens != 0).long(), max_new_tokens=20, do_sample=False, pad_token_id=0)
     for answer, other in zip(ours.responses(), theirs[:, 6:].tolist()):
         assert answer == other[:len(answer)] and not any(other[len(answer):])
