@@ -1138,14 +1138,14 @@ def two_ranks(folder, *commands):
 
 
 @pytest.mark.parametrize("stage, wrong, rank, words", [
-    ("sft", ["--data_dir", "nowhere"], 1, "nowhere/sft.train.jsonl: no such file"),  # in the middle
-    ("ppo", ["--batch_size", "0"], 0, "--batch_size 0"),  # before they have met
-    ("rm", ["--out_dir", "out/rm"], 0, "out/rm holds a run"),  # which only the first can see
+    ("sft", ["--overwrite", "--data_dir", "nowhere"], 1, "nowhere/sft.train.jsonl: no such file"),  # in the middle
+    ("ppo", ["--overwrite", "--batch_size", "0"], 0, "--batch_size 0"),  # before they have met
+    ("rm", [], 0, "out/rm holds a run"),  # which only the first can see
 ])
 def test_one_rank_is_refused(finished, stage, wrong, rank, words):
-    """Row 55: all ranks end, each with one line, status 2, and leave nothing."""
-    before, commands = tree(finished), [fresh(stage), fresh(stage)]
-    commands[rank] += wrong
+    """Row 55: all ranks end, each with one line, status 2; an old run that --overwrite would replace is as it was."""
+    before, commands = tree(finished), [again(stage, *wrong[:1]) for _ in range(2)]
+    commands[rank] += wrong[1:]
     found = two_ranks(finished, *commands)
     assert [status for status, _ in found] == [2, 2] and tree(finished) == before
     assert words in found[rank][1] and f"rank {1 - rank} of 2: stopped, for another rank" in found[1 - rank][1]
