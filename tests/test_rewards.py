@@ -206,7 +206,7 @@ def test_booleans_are_numbers(function):
 
 
 @pytest.mark.parametrize("value, words", [
-    ("None", "returned NoneType; expected a list of 2 numbers"), ("3.0", "returned a float; expected"),
+    ("None", "returned None; expected a list of 2 numbers"), ("3.0", "returned a float; expected"),
     ("'12'", "returned a str"), ("b'12'", "returned a bytes"), ("bytearray(2)", "returned a bytearray"),
     ("{1.0, 2.0}", "returned a set"), ("{0: 1.0, 1: 2.0}", "returned a dict"), ("{0: 1., 1: 2.}.keys()", "a dict_keys"),
     ("memoryview(b'12')", "returned a memoryview"), ("lambda: 0", "returned a function"),
@@ -490,7 +490,9 @@ class Options(RunOptions):
 
 @pytest.fixture
 def run(tmp_path):
-    """A run that has begun, in tmp_path/out, and its folder."""
+    """A run that has begun, in tmp_path/out, where signals do what they usually do in Python."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     with Run(Options(out_dir=str(tmp_path / "out")), "ppo") as run:
         run.start_logs(0)
         yield run
