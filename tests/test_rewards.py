@@ -568,11 +568,11 @@ def test_a_signal_at_the_fork_is_not_lost(run, monkeypatch):
 
 
 def test_signals_are_held_while_it_forks(run):
-    """Both, in the parent and in the child, until the handlers of the child are back; then none."""
-    seen = []
-    os.register_at_fork(before=lambda: seen.append(0))  # called before those of runtime
+    """Both, from before the fork until after it, in parent and child; then none."""
+    vars(runtime.FORKING).clear()
     pid = fork(lambda: os._exit(len(signal.pthread_sigmask(signal.SIG_BLOCK, ()))))
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0 and seen
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert runtime.FORKING.mask == signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()
     runtime.before_fork()
     assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set(runtime.STOPS)
     runtime.after_fork()
