@@ -404,6 +404,23 @@ def test_a_changed_file_is_read_again(function):
     assert f(TWO).tolist() == [2, 2] and f.function.__module__ == "mine"
 
 
+def test_a_file_that_is_edited_during_the_run_is_not(function, tmp_path):
+    """What is loaded stays, whatever is imported later."""
+    f = function("def f(prompts, completions): return [1, 1]")
+    (tmp_path / "mine.py").write_text("f = 3")
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("one_that_is_not_there")
+    assert sys.modules["mine"].f is f.function
+
+
+def test_a_worker_s_other_imports_do_not_fail_with_a_file(tmp_path):
+    """What cannot be loaded again there is raised where it is asked for, not at the worker's next import."""
+    (tmp_path / "broken.py").write_text("1 / 0")
+    sys.path.append(str(tmp_path / "broken.py"))
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("one_that_is_not_there")
+
+
 def test_relative_imports_in_a_package(function, tmp_path):
     """A file among others with __init__.py is package.module: `from .near import x`, `from .. import y` work."""
     for folder, text in (("pack", "y = 1\n"), ("pack/sub", "")):
@@ -506,7 +523,7 @@ def fork(child, behind=False):
     pid = ctypes.CDLL(None).fork() if behind else os.fork()
     if not pid:
         try:
-            os.close(2)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
             child()
         except KeyboardInterrupt:
             os._exit(7)
