@@ -185,7 +185,7 @@ def in_a_row(returned, n):
     if len(getattr(returned, "shape", [n])) != 1:
         return None, f"returned a {kind} of shape {tuple(returned.shape)}; expected {n} numbers, of shape ({n},)"
     if isinstance(returned, (str, bytes, bytearray, memoryview, Mapping, Set)) or not hasattr(returned, "__iter__"):
-        return None, f"returned {'' if returned is None else 'a '}{kind}; expected a list of {n} numbers"
+        return None, f"returned {'None' if returned is None else f'a {kind}'}; expected a list of {n} numbers"
     values = list(islice(returned.tolist() if hasattr(returned, "tolist") else returned, n + 1))  # it may be endless
     if len(values) != n:
         found = len(returned) if hasattr(returned, "__len__") else f"more than {n}" if len(values) > n else len(values)

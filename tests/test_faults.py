@@ -1195,7 +1195,7 @@ def test_equal_rewards_are_warned_about_once(folder, command):
     ("return [1.0]", ["returned 1 scores for"]),
     ("return [1.0] * (len(prompts) - 1) + [float('nan')]", ["row 5", "nan"]),
     ("return [1.0] * (len(prompts) - 1) + ['x']", ["row 5", "expected a number, found str"]),
-    ("return None", ["raised TypeError"]),
+    ("return None", ["returned None; expected a list of"]),
     ("return [10 ** 400] * len(prompts)", ["row 0", "expected a number, found int"]),
 ])
 def test_a_bad_reward_function(finished, rejected, body, words):

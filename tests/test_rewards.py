@@ -206,7 +206,7 @@ def test_booleans_are_numbers(function):
 
 
 @pytest.mark.parametrize("value, words", [
-    ("None", "returned NoneType; expected a list of 2 numbers"), ("3.0", "returned a float; expected"),
+    ("None", "returned None; expected a list of 2 numbers"), ("3.0", "returned a float; expected"),
     ("'12'", "returned a str"), ("b'12'", "returned a bytes"), ("bytearray(2)", "returned a bytearray"),
     ("{1.0, 2.0}", "returned a set"), ("{0: 1.0, 1: 2.0}", "returned a dict"), ("{0: 1., 1: 2.}.keys()", "a dict_keys"),
     ("memoryview(b'12')", "returned a memoryview"), ("lambda: 0", "returned a function"),
@@ -404,6 +404,23 @@ def test_a_changed_file_is_read_again(function):
     assert f(TWO).tolist() == [2, 2] and f.function.__module__ == "mine"
 
 
+def test_a_file_that_is_edited_during_the_run_is_not(function, tmp_path):
+    """What is loaded stays, whatever is imported later."""
+    f = function("def f(prompts, completions): return [1, 1]")
+    (tmp_path / "mine.py").write_text("f = 3")
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("one_that_is_not_there")
+    assert sys.modules["mine"].f is f.function
+
+
+def test_a_worker_s_other_imports_do_not_fail_with_a_file(tmp_path):
+    """What cannot be loaded again there is raised where it is asked for, not at the worker's next import."""
+    (tmp_path / "broken.py").write_text("1 / 0")
+    sys.path.append(str(tmp_path / "broken.py"))
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("one_that_is_not_there")
+
+
 def test_relative_imports_in_a_package(function, tmp_path):
     """A file among others with __init__.py is package.module: `from .near import x`, `from .. import y` work."""
     for folder, text in (("pack", "y = 1\n"), ("pack/sub", "")):
@@ -490,7 +507,9 @@ class Options(RunOptions):
 
 @pytest.fixture
 def run(tmp_path):
-    """A run that has begun, in tmp_path/out, and its folder."""
+    """A run that has begun, in tmp_path/out, where signals do what they usually do in Python."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     with Run(Options(out_dir=str(tmp_path / "out")), "ppo") as run:
         run.start_logs(0)
         yield run
@@ -504,7 +523,7 @@ def fork(child, behind=False):
     pid = ctypes.CDLL(None).fork() if behind else os.fork()
     if not pid:
         try:
-            os.close(2)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
             child()
         except KeyboardInterrupt:
             os._exit(7)
@@ -566,11 +585,11 @@ def test_a_signal_at_the_fork_is_not_lost(run, monkeypatch):
 
 
 def test_signals_are_held_while_it_forks(run):
-    """Both, in the parent and in the child, until the handlers of the child are back; then none."""
-    seen = []
-    os.register_at_fork(before=lambda: seen.append(0))  # called before those of runtime
+    """Both, from before the fork until after it, in parent and child; then none."""
+    vars(runtime.FORKING).clear()
     pid = fork(lambda: os._exit(len(signal.pthread_sigmask(signal.SIG_BLOCK, ()))))
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0 and seen
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert runtime.FORKING.mask == signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()
     runtime.before_fork()
     assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set(runtime.STOPS)
     runtime.after_fork()
