@@ -215,7 +215,12 @@ def sample(policies, judges, a):
 
 def read_texts(path):
     """-> [("file:line", record)], and what each record holds: a prompt and its completions, best first."""
-    records = [*read_records(path)]
+    records = []
+    for where, record in read_records(path):
+        try:
+            records.append((where, runtime.finite(record)))
+        except RecursionError:
+            fail(f"{where}: a column is nested too deeply to be written back")
     where, first = records[0]
     if present(first, "chosen", "rejected", "completions"):
         return records, load_preferences(path)
@@ -319,13 +324,13 @@ def score_records(judges, a, batch_size=256):
                 row = records[k][1]
                 for end, mark in zip(ends, marks):
                     row = row | score_columns(row, mark, end)
-                output.write(json.dumps(runtime.finite(row), ensure_ascii=False) + "\n")
+                output.write(json.dumps(row, ensure_ascii=False) + "\n")
             progress(stop)
         if a.output is None:
             say()
         for judge, all_rows, scores in zip(judges, rows, found):
             flat = [mark for record in scores for mark in record if mark is not None]
-            say(f"{judge.path}: {len(flat):,} texts, {summary(flat)}" + (
+            say(f"{judge.path}: {len(flat):,} text{'s' * (len(flat) != 1)}, {summary(flat)}" + (
                 f"; {accuracy(texts, all_rows, scores)}" if any(len(p.completions) > 1 for p in texts) else ""))
 
 
