@@ -284,7 +284,7 @@ def score(judge, rows, run):
 
 
 def accuracy(texts, rows, scores):
-    """Over all pairs that stage 2 would learn from: "ordered rightly 0.756 (95% 0.731-0.780) of 1,234 pairs"."""
+    """Over all pairs that stage 2 would learn from: "right on 0.756 of 1,234 pairs (95% 0.731-0.780)"."""
     pairs = [(rows[k][i], rows[k][j], scores[k][i], scores[k][j]) for k, p in enumerate(texts) for i, j in p.pairs()
              if rows[k][i] and rows[k][j] and rows[k][i].ids != rows[k][j].ids]
     if not pairs:
