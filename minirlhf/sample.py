@@ -215,7 +215,12 @@ def sample(policies, judges, a):
 
 def read_texts(path):
     """-> [("file:line", record)], and what each record holds: a prompt and its completions, best first."""
-    records = [*read_records(path)]
+    records = []
+    for where, record in read_records(path):
+        try:
+            records.append((where, runtime.finite(record)))
+        except RecursionError:
+            fail(f"{where}: a column is nested too deeply to be written back")
     where, first = records[0]
     if present(first, "chosen", "rejected", "completions"):
         return records, load_preferences(path)
@@ -279,7 +284,7 @@ def score(judge, rows, run):
 
 
 def accuracy(texts, rows, scores):
-    """Over all pairs that stage 2 would learn from: "ordered rightly 0.756 (95% 0.731-0.780) of 1,234 pairs"."""
+    """Over all pairs that stage 2 would learn from: "right on 0.756 of 1,234 pairs (95% 0.731-0.780)"."""
     pairs = [(rows[k][i], rows[k][j], scores[k][i], scores[k][j]) for k, p in enumerate(texts) for i, j in p.pairs()
              if rows[k][i] and rows[k][j] and rows[k][i].ids != rows[k][j].ids]
     if not pairs:
@@ -319,13 +324,13 @@ def score_records(judges, a, batch_size=256):
                 row = records[k][1]
                 for end, mark in zip(ends, marks):
                     row = row | score_columns(row, mark, end)
-                output.write(json.dumps(runtime.finite(row), ensure_ascii=False) + "\n")
+                output.write(json.dumps(row, ensure_ascii=False) + "\n")
             progress(stop)
         if a.output is None:
             say()
         for judge, all_rows, scores in zip(judges, rows, found):
             flat = [mark for record in scores for mark in record if mark is not None]
-            say(f"{judge.path}: {len(flat):,} texts, {summary(flat)}" + (
+            say(f"{judge.path}: {len(flat):,} text{'s' * (len(flat) != 1)}, {summary(flat)}" + (
                 f"; {accuracy(texts, all_rows, scores)}" if any(len(p.completions) > 1 for p in texts) else ""))
 
 

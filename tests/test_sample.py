@@ -3,6 +3,7 @@ standard input and standard output that are not as they should be."""
 import functools
 import io
 import json
+import math
 import os
 import random
 import sys
@@ -154,7 +155,7 @@ def test_what_is_too_long_has_no_score_or_is_trimmed(folder, capsys, way):
         assert "1 of 2 longer than 32 tokens: trimmed at the left, or cut\n" in out
     else:
         assert first is None and "1 of 2 longer than 32 tokens: dropped, their score is null\n" in out
-        assert "out/rm: 1 texts" in out
+        assert "out/rm: 1 text, " in out
 
 
 def test_several_reward_models_have_a_column_each(folder, capsys):
@@ -193,6 +194,16 @@ def test_a_score_does_not_depend_on_what_stands_beside_it(folder):
     assert [s for (s,) in backwards] == close(together) and len(set(together)) > 15
 
 
+def test_what_json_cannot_say_is_null_when_written_back(folder, capsys):
+    """NaN and half a character in a column; texts are shown on one line."""
+    write(folder / "r.jsonl", [{"prompt": "a\n", "completion": " \ud83d \x1b[1m", "x": [math.nan], "y": "\ud83d"}])
+    sample.main(["out/rm", "--prompts", "r.jsonl", "--output", "s.jsonl"])
+    (row,) = rows(folder / "s.jsonl")
+    assert (row["x"], row["y"], row["completion"]) == ([None], "\ufffd", " \ufffd \x1b[1m")
+    sample.main(["out/rm", "--prompts", "r.jsonl"])
+    assert "\na\\n ...\n" in (out := capsys.readouterr().out) and "| \ufffd \\x1b[1m\n" in out
+
+
 @pytest.mark.parametrize("record, expected", [
     ({"prompt": "a", "label": False, "completion": " b"}, ("a", [" b"])),  # a bad answer may be scored
     ({"text": "a b"}, ("", ["a b"])),
@@ -213,6 +224,7 @@ def test_all_forms_of_records_are_read(folder, record, expected):
     (["out/rm", "--prompts", "mixed.jsonl"], "mixed.jsonl:2: 'completion' is missing; the record has: 'prompt'"),
     (["out/rm", "--prompts", "c.jsonl", "--n", "1"], "--n: has no effect on reward models"),
     (["out/rm", "--prompts", "c.jsonl", "--prompt", "a"], "--prompt: has no effect on reward models"),
+    (["out/rm", "--prompts", "deep.jsonl"], "deep.jsonl:1: a column is nested too deeply to be written back"),
     (["out/rm", "out/rm", "--prompts", "c.jsonl"], "out/rm: named twice"),
     (["out/sft", "other/rm", "--prompts", "c.jsonl"], "out/sft and other/rm have different tokenizers"),
     (["out/rm", "--prompts", "long.jsonl"], "no text fits the context of out/rm, 32 tokens"),
@@ -239,6 +251,7 @@ def test_what_is_refused(folder, models, refused, argv, words):
     write(folder / "mixed.jsonl", [{"prompt": "a", "completion": " b"}, {"prompt": "a"}])
     write(folder / "long.jsonl", [{"prompt": "a", "completion": " cat dog" * 40}])
     write(folder / "sft.train.jsonl", [{"prompt": "a", "completion": " b"}])
+    (folder / "deep.jsonl").write_text('{"prompt": "a", "completion": "b", "x": %s}' % ("[" * 700 + "]" * 700))
     os.symlink("c.jsonl", folder / "link.jsonl")
     os.link(folder / "c.jsonl", folder / "hard.jsonl")
     os.link(models / "out" / "sft" / "ckpt.pt", folder / "model.jsonl")
