@@ -62,6 +62,7 @@ def rows_of(rng, part):
                        for i in range(3)]
         preferences += [{"prompt": "the", "chosen": " " + text(1), "rejected": " " + text(5)} for i in range(5)]
         preferences += [{"prompt": "", "completions": ["tied", "ties"], "scores": [1, 1]},
+                        {"prompt": "", "completions": ["even", "ever"], "scores": [2, 2]},
                         {"prompt": "", "chosen": long, "rejected": "short"}]
     else:
         texts = [text(1 + i % 4) + str(i) for i in range(7)] + ["dog sat 7"]
@@ -72,7 +73,7 @@ def rows_of(rng, part):
                         "kind": "person" if k % 2 else "mean"}
                        for k, ((i, j), m, o) in enumerate(zip(pairs, margins, others))]
     prompts = [{"prompt": text(1 + i % 3) + part[0] + str(i)} for i in range(many)]
-    return {"sft": sft, "preferences": preferences, "prompts": prompts}
+    return {"sft": sft, "preferences": preferences, "prompts": prompts[:4] if part == "train" else prompts}
 
 
 class World:
@@ -91,6 +92,7 @@ class World:
         patch.setattr(time, "perf_counter", lambda: self.now)
         patch.setattr(runtime, "say", self.said.append)
         patch.setattr(evaluate, "say", lambda text="": self.said.append(text))
+        patch.setattr(evaluate.accuracy_with_interval, "__defaults__", (0, 50))  # replicates
         self.watch(kernels, "pick_matmul", lambda n: 3.0)
         self.watch(runtime, "optimizer_step", lambda n: 0.125)
 
@@ -355,6 +357,15 @@ def test_what_is_best_so_far(tmp_path, sft, monkeypatch):
     assert all(torch.equal(payload["training"]["model"][name], states[3][name]) for name in states[3])
 
 
+def test_samples_of_sft(sft):
+    """Each evaluation shows what follows the first four held-out prompts, and keeps it with its step."""
+    prompts, kept = [r["prompt"] for r in sft.records["prompts", "val"][:4]], sft.samples("sft")
+    assert [(r["step"], r["prompt"]) for r in kept] == [(step, p) for step in (3, 6, 8) for p in prompts]
+    shown = [line.strip("\n") for line in sft.sft[0] + sft.sft[1] if line.startswith("    ") and " |" in line]
+    assert shown == [f"    {r['prompt']} |{r['completion']}" for r in kept]
+    assert len({r["completion"] for r in kept[-4:]}) > 1
+
+
 # ---- stage 2
 
 def pairs_of(record):
@@ -414,8 +425,8 @@ def test_the_counts_that_a_reward_model_begins_with(rm):
     read = sum(len(tokenizer.encode(p)) + len(tokenizer.encode(t)) + 2 for p, t in texts)
     assert after(lines, "records with") == ["8", "19", "14", "12"] == [
         f"{len(x)}" for x in (kept, texts, sum(map(pairs_of, kept), []), rm.records["preferences", "val"])]
-    assert after(lines, "training texts") == ["1", "23", "48"]
-    assert after(lines, "dropped, too long") == ["1"] and after(lines, "not tied") == ["1"]
+    assert after(lines, "training texts") == ["1", "25", "48"]
+    assert after(lines, "dropped, too long") == ["1"] and after(lines, "not tied") == ["2"]
     assert after(lines, "steps of") == ["1", "5", "3", f"{read // 3}"]
 
 
@@ -433,7 +444,7 @@ def quantile(values, share):
     return values[low] + (at - low) * (values[min(low + 1, len(values) - 1)] - values[low])
 
 
-def naive_interval(points, names, replicates=400):
+def naive_interval(points, names, replicates=50):
     """Texts drawn with replacement, a pair counted as often as both its texts were: 95 % of the means lie between."""
     g, texts, means = torch.Generator().manual_seed(0), sorted({t for pair in names for t in pair}), []
     for _ in range(replicates):
@@ -557,7 +568,8 @@ def test_the_scale_of_the_reward(rm):
     assert after(rm.rm[1], "scale: ") == ["131", f"{mean:.3f}", f"{std:.3f}", "0", "1"]
     scores = [scalar(model, p + r) for p, r in drawn]
     assert (statistics.fmean(scores), statistics.pstdev(scores)) == close((0, 1), 1e-3)
-    assert len({(*p, *r) for p, r in drawn}) > 100  # drawn anew for each prompt and batch
+    assert len({(*p, *r) for p, r in drawn}) > 60 and prompts[128:] == prompts[:3]
+    assert drawn[128:] != drawn[:3]  # the second batch has other draws
 
 
 def test_pairs_that_are_shown(rm):
@@ -671,7 +683,7 @@ def test_the_steps_of_ppo(ppo):
 def test_what_ppo_begins_and_ends_with(ppo):
     """Prompts, steps, epochs and minibatches; megabytes of the checkpoint, and the time of this process."""
     lines, model = ppo.ppo[0], models()[0]
-    assert after(lines, "prompts for training") == ["5", "9"]
+    assert after(lines, "prompts for training") == ["4", "9"]
     assert after(lines, "answers of up to") == ["1", "4", "6", "6", "2", "2"]
     assert after(lines, "policy: ")[0] == f"{sum(len(p.flatten()) for p in model.parameters()):,}"
     assert after(ppo.ppo[1], "goes on from step")[-1] == "2"
@@ -705,6 +717,10 @@ def test_held_out_answers(ppo):
     for (policy, prompts, *_), rollout, _ in ppo.first["generate"]:
         for ids, answer, told in zip(prompts, rollout.responses(), rollout.sampler_logprobs):
             assert -float(told.sum()) == close(sum(surprises(policy, ids + answer, len(ids), 0.7)), 1e-3)
+    trained = checkpoint.load("out/ppo", ["ppo"], torch.device("cpu"))[0]
+    for k, ((policy, *_), _, _) in enumerate(ppo.answers):  # at the start, at step 3, at step 4 and in the report
+        same = [all(map(torch.equal, policy.parameters(), m.parameters())) for m in (ref, trained)]
+        assert same == [k not in (2, 3, 4), k in (3, 4)]
     texts = [[r["completion"] for r in rows] for _, rows, _ in ppo.answers]
     assert texts[0] == texts[1]
     assert len({*map(tuple, [texts[0][:3], *texts[5:]])}) == 4
@@ -887,9 +903,12 @@ def test_figures_over_two_ranks(request, tmp_path, monkeypatch, stage):
     main, arguments = {"sft": (train_sft.main, SFT), "rm": (train_rm.main, RM), "ppo": (train_ppo.main, PPO)}[stage]
     calls = request.getfixturevalue(stage).calls["update" if stage == "ppo" else f"{stage} steps"]
     before = len(calls)
+    for owner, name in ((train_rm, "set_scale"), (evaluate.AgainstSFT, "closing_report")):  # the steps are enough
+        monkeypatch.setattr(owner, name, lambda *a: (_ for _ in ()).throw(InterruptedError))
     monkeypatch.setattr(runtime.Run, "share", lambda run, rows: rows[::2])
     monkeypatch.setattr(runtime.Run, "total", lambda run, t: 2 * t)
-    main([*arguments, "--eval_interval", "99", "--out_dir", str(tmp_path / "out")])
+    with contextlib.suppress(InterruptedError):
+        main([*arguments, "--eval_interval", "99", "--out_dir", str(tmp_path / "out")])
     records = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     seen = seconds = 0
     assert len(calls) - before == {"sft": 8, "rm": 5, "ppo": 4}[stage]
@@ -899,6 +918,9 @@ def test_figures_over_two_ranks(request, tmp_path, monkeypatch, stage):
             assert len(lengths) == 3 and record["completions/mean_length"] == close(sum(lengths) / 3)
             assert record["tokens_per_second"] == close(6 * sum(lengths) / 3 / record["seconds"])
             assert record["eps"] == close(6 / record["seconds"]) and record["episode"] == 6 * (k + 1)
+            change = 1 + min(max(record["objective/kl"] / 0.5 - 1, -0.2), 0.2) * 6 / 10_000
+            assert k == 3 or records[k + 1]["objective/kl_coef"] == pytest.approx(
+                record["objective/kl_coef"] * change, rel=1e-6)
             continue
         model, batch = given
         if stage == "sft":
@@ -998,7 +1020,7 @@ def test_ties_in_held_out_accuracy():
     better, worse = torch.tensor([2.0, 0, 1, 1]), torch.tensor([1.0, 1, 1, 1])
     names = [("a", "b"), ("b", "c"), ("c", "d"), ("a", "d")]
     low, high = naive_interval([1, 0, 0.5, 0.5], names)
-    assert evaluate.accuracy_with_interval(better, worse, names) == close((0.5, low, high))
+    assert evaluate.accuracy_with_interval(better, worse, names, 0, 50) == close((0.5, low, high))
 
 
 # ---- --check
@@ -1046,7 +1068,7 @@ def test_the_derived_figures_of_the_benchmark(monkeypatch):
     monkeypatch.setattr(benchmark, "matmul_peak", lambda device, dtype: (100.0, {"mkl": 100.0}))
     monkeypatch.setattr(benchmark, "read_bandwidth", lambda device: 20.0)
     run = types.SimpleNamespace(dtype=torch.float32, device=torch.device("cpu"))
-    monkeypatch.setattr(benchmark, "time_ppo", lambda o, w, iters: (run, [[1, 2, 10], [3, 8, 20], [2, 5, 60]], 99.0))
+    monkeypatch.setattr(benchmark, "time_ppo", lambda o, w, iters: (run, [[3, 8, 20], [1, 2, 10], [2, 5, 60]], 99.0))
     monkeypatch.setattr(benchmark, "time_step", lambda o, w, iters, batch: (run, [4.0, 1.0, 2.0, 16.0], 50.0))
     said = []
     monkeypatch.setattr(benchmark, "say", said.append)
