@@ -34,7 +34,7 @@ import torch
 import train_ppo
 import train_rm
 import train_sft
-from minirlhf import kernels, runtime
+from minirlhf import kernels, runtime, sizes
 from minirlhf.checkpoint import outline
 from minirlhf.config import all_printed, fail, launch, parse, ranks, say
 from minirlhf.data import Row
