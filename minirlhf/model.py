@@ -118,7 +118,7 @@ class Attention(nn.Module):
         extend: takes this layer's new keys and values (B, T, K, D) into a cache, returns all of them (B, S, K, D).
         rope: what `turns` gives, where positions are rotary.
         """
-        (B, T, C), (H, K, D) = x.shape, self.sizes
+        (B, T, _), (H, K, D) = x.shape, self.sizes
         qkv = self.c_attn(x).contiguous()  # attention's kernels want D to be the innermost
         q, k, v = qkv.view(B, T, H + 2 * K, D).split([H, K, K], 2)  # (B, T, H or K, D)
         if rope is not None:

@@ -320,7 +320,7 @@ STATE = [
     ("train_sft.py", '"held_out": best_figures}, best_weights)', '"held_out": best_figures})'),
     ("train_sft.py", '"held_out": best_figures}, best_weights)', '"held_out": held_out}, best_weights)'),
     ("train_sft.py", 'checkpoint.build(*source, run.device, o.dropout)', 'checkpoint.build(*source, run.device)'),
-    ("train_sft.py", 'tokenizer.vocab_size, o.block_size, o.dropout)', 'tokenizer.vocab_size, o.block_size)'),
+    ("train_sft.py", 'o.block_size, o.dropout, o.family)', 'o.block_size, 0.0, o.family)'),
     ("train_sft.py", '            runtime.set_rate(optimizers, factor)\n', ''),
     ("train_sft.py", 'min(o.response_length, model.config.block_size - max(map(len, prompts)))',
      'model.config.block_size - max(map(len, prompts))'),
@@ -356,9 +356,9 @@ STATE = [
      'endless_batch(len(prompts), o.batch_size, o.seed, step - first)'),
     ("train_ppo.py", 'endless_batch(len(prompts), o.batch_size, o.seed, step)',
      'endless_batch(len(prompts), o.batch_size, 0, step)'),
-    ("train_ppo.py", 'policy = ref.with_head("lm")  #', 'policy = ref  #'),  # the reference is trained too
-    ("train_ppo.py", 'value = (reward.model if from_rm else ref).with_head("scalar")',
-     'value = reward.model if from_rm else ref.with_head("scalar")'),  # so is the reward
+    ("minirlhf/checkpoint.py", 'return ref.with_head("lm"), ref,', 'return ref, ref,'),  # the reference is trained too
+    ("train_ppo.py", 'value = (reward.model if from_rm else policy).with_head("scalar")',
+     'value = reward.model if from_rm else policy.with_head("scalar")'),  # so is the reward
     ("train_ppo.py", 'from_rm = reward.model is not None and o.value_init == "rm"',
      'from_rm = reward.model is not None'),
     ("train_ppo.py", '            if scheduled or stopping:\n', '            if scheduled:\n'),
@@ -396,7 +396,7 @@ STATE = [
     ("minirlhf/runtime.py", '                os.fsync(f.fileno())\n        sync_folder(self.out_dir)\n',
      '                os.fsync(f.fileno())\n'),
     ("minirlhf/runtime.py", '            sync_folder(os.path.dirname(folder))', '            pass'),
-    ("minirlhf/runtime.py", 'for name in ("config.json", *KEPT):', 'for name in (*KEPT, "config.json"):'),
+    ("minirlhf/runtime.py", 'old += ["config.json", *self.held()]', 'old += [*self.held(), "config.json"]'),
     ("minirlhf/runtime.py", 'KEPT = ("ckpt.previous.pt", "ckpt.pt", *LOGS)',
      'KEPT = (*LOGS, "ckpt.previous.pt", "ckpt.pt")'),
     ("minirlhf/runtime.py", 'if error.errno != errno.EINVAL:', 'if True:'),
@@ -418,7 +418,7 @@ STATE = [
     ("minirlhf/checkpoint.py", 'training["model"] = self.model.state_dict()', 'training["model"] = best'),
     ("minirlhf/checkpoint.py", 'load_weights(self.model, state.pop("model", payload["model"]), path)',
      'state.pop("model", None), load_weights(self.model, payload["model"], path)'),  # goes on from the best
-    ("minirlhf/check.py", 'self.failed += failing > 0', 'self.failed += not holds'),  # of this rank
+    ("minirlhf/check.py", 'self.failed + (failing > 0)', 'self.failed + (not holds)'),  # of this rank
     ("minirlhf/check.py", 'raise SystemExit(1 if self.failed else 0)', 'raise SystemExit(0)'),
     ("minirlhf/check.py", 'self(claim, gap <= self.limit,', 'self(claim, not gap > self.limit,'),  # true of NaN
     ("minirlhf/check.py", 'return torch.where(t < lengths[:, None], tokens, other.to(tokens.device))', 'return tokens'),
@@ -427,11 +427,11 @@ STATE = [
     ("minirlhf/check.py", 'for size in (len(rows), 1):', 'for size in (1, 1):'),
     ("minirlhf/check.py", '        for group in optimizer.param_groups:\n            group["lr"] = 0.0\n', ''),
     ("minirlhf/check.py", 'return all(torch.equal(p, q)', 'return any(torch.equal(p, q)'),
-    ("minirlhf/check.py", 'not different and other_tokenizer.ranks == tokenizer.ranks', 'not different'),
-    ("minirlhf/check.py", 'not different and other_tokenizer.ranks == tokenizer.ranks',
-     'other_tokenizer.ranks == tokenizer.ranks'),
+    ("minirlhf/check.py", 'not different and other_tokenizer.same_ids(tokenizer)', 'not different'),
+    ("minirlhf/check.py", 'not different and other_tokenizer.same_ids(tokenizer)',
+     'other_tokenizer.same_ids(tokenizer)'),
     ("minirlhf/check.py", 'for size in (len(parts), 1)]', 'for size in (1, 1)]'),
-    ("minirlhf/check.py", '    if not first:\n', '    if True:\n'),
+    ("minirlhf/check.py", '    if not first and not o.reference:\n', '    if True:\n'),
     ("minirlhf/check.py", '("value network", value), ("reward model", reward.model)',
      '("value network", policy), ("reward model", value)'),
     ("minirlhf/check.py", '    model.eval()\n    padding(checks, model, batch, "model")',

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train_ppo
 from conftest import LLAMA
-from minirlhf import benchmark, kernels, runtime
+from minirlhf import benchmark, kernels
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TINY = benchmark.Work(3, 16, 2, 29, batch=4, prompt=3, response=5, epochs=2, minibatches=2)
