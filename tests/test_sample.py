@@ -158,6 +158,18 @@ def test_what_is_too_long_has_no_score_or_is_trimmed(folder, capsys, way):
         assert "out/rm: 1 text, " in out
 
 
+def test_a_pair_of_which_one_is_too_long_has_one_score_and_no_accuracy(folder, capsys):
+    """Dropped: null in its own column. Cut: two texts that differ only behind the cut are no pair, as in stage 2."""
+    long = " cat dog" * 40
+    write(folder / "p.jsonl", [{"prompt": "a", "chosen": long + "x", "rejected": " b"}])
+    write(folder / "q.jsonl", [{"prompt": "a", "chosen": long + "x", "rejected": long + "y"}])
+    sample.main(["out/rm", "--prompts", "p.jsonl", "--output", "s.jsonl"])
+    (row,) = rows(folder / "s.jsonl")
+    assert row["score_chosen"] is None and row["score_rejected"] == close(by_hand("out/rm", "a", " b"))
+    sample.main(["out/rm", "--prompts", "q.jsonl", "--long_prompts", "trim"])
+    assert capsys.readouterr().out.count("no pair of texts that differ and are not tied") == 2
+
+
 def test_several_reward_models_have_a_column_each(folder, capsys):
     """By their paths; each reads the text with its own tokenizer."""
     records = [{"prompt": "the", "completion": text(random.Random(k))} for k in range(5)]
