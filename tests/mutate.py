@@ -18,7 +18,7 @@ NEAREST = {"minirlhf/objectives.py": ["objectives", "train_ppo"], "minirlhf/gene
            "minirlhf/model.py": ["model", "generate", "parity"], "minirlhf/data.py": ["data"],
            "train_ppo.py": ["train_ppo", "figures"], "train_sft.py": ["figures"], "train_rm.py": ["figures", "train_rm"],
            "minirlhf/evaluate.py": ["train_ppo", "train_rm", "figures"], "minirlhf/prepare.py": ["prepare"],
-           "minirlhf/check.py": ["figures"],
+           "minirlhf/sample.py": ["figures"], "minirlhf/check.py": ["figures"],
            "minirlhf/benchmark.py": ["figures", "benchmark"],
            "minirlhf/kernels.py": ["model", "runtime"], "minirlhf/checkpoint.py": ["checkpoint", "faults"],
            "minirlhf/runtime.py": ["runtime", "figures", "train_ppo", "faults"]}
@@ -459,6 +459,7 @@ EVALUATE_FIGURES = [
     ("self.answers(self.ref, self.prompts[:self.few], draw)", "self.answers(policy, self.prompts[:self.few], draw)"),
     ('"sft_completion": before["completion"], "sft_score": before["score"]})',
      '"sft_completion": row["completion"], "sft_score": before["score"]})'),
+    ('a_row = {name: float(x / sums["rows"])', "a_row = {name: float(x / len(batch.scores))"),
     ('"score": batch.scores,\n', '"score": batch.final_rewards,\n'),
     ('"rows": torch.ones_like(batch.scores), "kl": k1(batch.logprobs, batch.ref_logprobs)',
      '"rows": torch.ones_like(batch.scores), "kl": k1(batch.ref_logprobs, batch.logprobs)'),
@@ -466,6 +467,14 @@ EVALUATE_FIGURES = [
     ('{record[\'objective/kl\']:.2f} (k3 "', '{record[\'objective/kl_k3\']:.2f} (k3 "'),
     ("{record['policy/clipfrac_avg']:.3f}", "{record['val/clipfrac_avg']:.3f}"),
     ("{record['policy/entropy_avg']:.2f}  clip", "{record['objective/entropy']:.2f}  clip"),
+    ("d[drawn].mean(1).quantile(torch.tensor([0.025, 0.975]", "d[drawn].mean(1).quantile(torch.tensor([0.05, 0.95]"),
+    ("for draw in range(len(draws), n)]", "for draw in range(n - len(draws))]"),
+    ("math.exp(-f['ref_logprob_per_token'])", "math.exp(f['ref_logprob_per_token'])"),
+    ("paired_difference(found[one], found[other], name)", "paired_difference(found[other], found[one], name)"),
+    ("paired_difference(found[one], found[other], name)", "paired_difference(found[one], found[other])"),
+    ('("temperature", 1.0), ("response_length", 48)', '("response_length", 48)'),
+    ("columns = {a.baseline: summary(base, base), **", "columns = {**"),
+    ("len(ordered) * k // 3:len(ordered) * (k + 1) // 3", "len(ordered) // 3 * k:len(ordered) // 3 * (k + 1)"),
 ]
 INTERVALS = [
     ("def wilson_interval(successes, n, z=1.96):", "def wilson_interval(successes, n, z=1.645):"),
@@ -529,6 +538,13 @@ PREPARE = [
      '"margin": round(chosen.mean - rejected.mean),\n                            "domains"'),
     ("if i < j and chosen.mean > rejected.mean and", "if i < j and chosen.mean >= rejected.mean and"),
 ]
+SAMPLE = [
+    ("long = sum(len(ids) > room for _, ids in rows) // a.n", "long = sum(len(ids) > room for _, ids in rows)"),
+    ("long = sum(len(ids) > room for _, ids in rows) // a.n", "long = sum(len(ids) >= room for _, ids in rows) // a.n"),
+    ("for prompt in prompts for _ in range(a.n)]", "for _ in range(a.n) for prompt in prompts]"),
+    ('"finished": finished}', '"finished": not finished}'),
+    ('a.temperature, runtime.generator(a.seed, at, 0, "sample"))', '1.0, runtime.generator(a.seed, at, 0, "sample"))'),
+]
 CHECK = [
     ("gap = float((a - b).float().pow(2).mean().sqrt() / a", "gap = float((a - b).float().mean().abs() / a"),
     ("/ a.float().std(correction=0).clamp_min(1e-12))", "/ a.float().abs().mean().clamp_min(1e-12))"),
@@ -561,7 +577,7 @@ MUTATIONS = [(file, *pair) for file, pairs in (
     ("minirlhf/kernels.py", KERNELS), ("minirlhf/checkpoint.py", CHECKPOINT),
     ("minirlhf/runtime.py", RUNTIME), ("train_sft.py", SFT), ("train_rm.py", RM), ("train_ppo.py", PPO_FIGURES),
     ("minirlhf/evaluate.py", EVALUATE_FIGURES), ("minirlhf/objectives.py", INTERVALS),
-    ("minirlhf/runtime.py", RATES_AND_TIMES), ("minirlhf/prepare.py", PREPARE),
+    ("minirlhf/runtime.py", RATES_AND_TIMES), ("minirlhf/prepare.py", PREPARE), ("minirlhf/sample.py", SAMPLE),
     ("minirlhf/check.py", CHECK), ("minirlhf/benchmark.py", BENCHMARK)) for pair in pairs]
 
 
