@@ -835,6 +835,7 @@ def test_the_figures_of_evaluate(ppo):
     found = json.loads((ppo.folder / "found.json").read_text())
     base, ours, theirs, one, two = (rows for _, rows, _ in ppo.calls["answer"])
     assert found["temperature"] == 0.7 and found["response_length"] == 6 and found["num_prompts"] == 8
+    assert len({tuple(r["completion"] for r in rows) for rows in (base, one, two)}) == 3  # other draws each
     assert all(given[5].temperature == 0.7 for given, _, _ in ppo.calls["answer"])
     same_summary(found["policies"]["out/ppo"], ours, base)
     same_summary(found["policies"]["out/sft"], theirs, base)
@@ -876,12 +877,13 @@ def test_the_figures_of_evaluate(ppo):
 def test_completions_of_sample(ppo, monkeypatch, capsys):
     """--n completions a prompt of each checkpoint, other draws each; finished where eos was drawn; long prompts are
     counted once, however many completions they have."""
-    rollouts, inner = [], sample.generate
-    monkeypatch.setattr(sample, "generate", lambda *a, **k: rollouts.append(inner(*a, **k)) or rollouts[-1])
-    sample.main("out/sft out/ppo --prompts data/prompts.val.jsonl --n 3 --response_length 40 --temperature 2 "
-                "--output s.jsonl".split())
-    tokenizer, error = models()[1], capsys.readouterr().err
+    rollouts, inner, (model, tokenizer, _) = [], sample.generate, models()
     prompts = [r["prompt"] for r in ppo.records["prompts", "val"]]
+    lengths = sorted(len(tokenizer.encode_prompt(p)) for p in prompts)
+    monkeypatch.setattr(sample, "generate", lambda *a, **k: rollouts.append(inner(*a, **k)) or rollouts[-1])
+    sample.main(f"out/sft out/ppo --prompts data/prompts.val.jsonl --n 3 --response_length {48 - lengths[4]} "
+                "--temperature 2 --output s.jsonl".split())
+    error = capsys.readouterr().err
     rows = [json.loads(line) for line in (ppo.folder / "s.jsonl").read_text().splitlines()]
     drawn = [rollout.responses() for rollout in rollouts]
     expected = [{"checkpoint": path, "prompt": prompts[k // 3], "completion": tokenizer.decode(ids[k]),
@@ -890,8 +892,12 @@ def test_completions_of_sample(ppo, monkeypatch, capsys):
     assert [{k: r[k] for k in expected[0]} for r in rows] == expected and len({r["finished"] for r in rows}) == 2
     assert all(len({r["completion"] for r in rows if r["checkpoint"] == "out/sft" and r["prompt"] == p}) > 1
                for p in prompts)
-    long = sum(len(tokenizer.encode_prompt(p)) > 8 for p in prompts)
-    assert 0 < long < 9 and [numbers(line) for line in error.splitlines()] == [[f"{long}", "8"]] * 2
+    ids = tokenizer.encode_prompt(prompts[0])
+    if len(ids) <= lengths[4]:
+        nats = sum(surprises(model, ids + drawn[0][0], len(ids), 2.0))
+        assert -float(rollouts[0].sampler_logprobs[0].sum()) == close(nats, 1e-3)
+    long = sum(n > lengths[4] for n in lengths)
+    assert 0 < long < 9 and [numbers(line) for line in error.splitlines()] == [[f"{long}", f"{lengths[4]}"]] * 2
 
 
 # ---- ranks
