@@ -387,7 +387,8 @@ def read_json(path):
 def pointer(path):
     """What to say of a file that Git LFS left in the place of data."""
     with open(path, "rb") as f:
-        return "; it is a Git LFS pointer: git lfs pull" if f.read(19) == b"version https://git" else ""
+        start = f.read(100)
+    return "; it is a Git LFS pointer: git lfs pull" if start.startswith(b"version ") and b"git-lfs" in start else ""
 
 
 def read_folder(folder):

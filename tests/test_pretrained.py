@@ -345,7 +345,7 @@ def test_tensors_that_do_not_fit(folder, refused, change, words):
 
 @pytest.mark.parametrize("spoil, words", [
     (lambda raw: raw[:-1], ["cut short"]), (lambda raw: raw + b"\0", ["cut short"]), (lambda raw: b"", ["not a whole"]),
-    (lambda raw: b"version https://git-lfs.github.com/spec/v1\n", ["Git LFS pointer"]),
+    (lambda raw: b"version git-lfs/spec/v1\noid sha256:0\n", ["Git LFS pointer"]),
     (lambda raw: struct.pack("<Q", 1 << 40) + raw[8:], ["not a whole"]),
     (lambda raw: raw[:8] + b"x" + raw[9:], ["not JSON"]), (lambda raw: raw.replace(b"[16]", b"[17]", 1), ["bytes"]),
     (lambda raw: raw.replace(b'"data_offsets"', b'"data_offsetz"', 1), ["does not say where"]),
