@@ -9,6 +9,7 @@ are read in pieces, each straight to its place, so that they are in memory once;
 
 Left out: mapping the file, whose pages would count as memory until the system wants them back.
 """
+import contextlib
 import json
 import math
 import os
@@ -27,8 +28,8 @@ from minirlhf.model import GPTConfig
 PIECE = 1 << 20  # numbers that are widened at once
 LARGEST_JSON, LARGEST_HEADER = 256 << 20, 100_000_000  # bytes
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-BLOCKS = {"F32": (1, 4), "F16": (1, 2), "BF16": (1, 2), "Q8_0": (32, 34), "Q4_0": (32, 18), "Q4_1": (32, 20)}  # how
-# many numbers a block holds, and its bytes
+BLOCKS = {"F32": (1, 4), "F16": (1, 2), "BF16": (1, 2), "Q8_0": (32, 34), "Q4_0": (32, 18), "Q4_1": (32, 20)}
+# of each way to store numbers: how many make a block, and its bytes
 
 
 def refuse(message):
@@ -54,10 +55,10 @@ def load(path, head=None, block_size=0):
     """A folder or .gguf file -> (GPT on the CPU in eval mode, what its tokenizer is made of, info).
 
     head: "lm" or "scalar" where only that will do. block_size: a shorter context than the model's own; 0 = its own.
-    The second is `tokenizer_files`' or the "tokenizer.ggml." part of GGUF's metadata. info: source, model_type, context,
-    vocab_size, kinds of tensors. Exits 2 where the model is not whole or cannot be represented exactly.
+    The second is what `tokenizer_files` gives, or the "tokenizer.ggml." part of GGUF's metadata. info: source,
+    model_type, context, vocab_size, kinds of tensors. Exits 2 where the model is not whole or cannot be represented exactly.
     """
-    with fitting(path):
+    with fitting(path), readable(path):
         gguf = os.path.isfile(path)
         if gguf:
             metadata, stored = read_gguf(path)
@@ -77,6 +78,15 @@ def load(path, head=None, block_size=0):
     return model.eval(), tokenizer, info
 
 
+@contextlib.contextmanager
+def readable(path):
+    """A file that the system does not let us read is refused by name."""
+    try:
+        yield
+    except OSError as error:
+        refuse(f"{error.filename or path}: {error.strerror or error}")
+
+
 # ---- what the sizes may be
 
 class Values:
@@ -86,7 +96,8 @@ class Values:
         self.of, self.path, self.shown = of, path, dict(shown)
 
     def refuse(self, key, reason):
-        refuse(f"{self.path}: {self.shown.get(key, key)} {str(json.dumps(self.of.get(key), default=str))[:60]}: {reason}")
+        value = json.dumps(self.of.get(key), default=str)[:60]
+        refuse(f"{self.path}: {self.shown.get(key, key)} {value}: {reason}")
 
     def must_be(self, key, accepted, reason):
         """accepted: values that are fine, the first of them where the key is missing or null."""
@@ -113,8 +124,8 @@ class Values:
 
 
 OTHERS = {"gpt_neo": "attends within local windows and does not divide by sqrt(D)", "gptj": "rotates part of each head",
-          "gpt_neox": "rotates part of each head", "gpt_bigcode": "shares one head of keys", "mistral": "slides a window",
-          "opt": "uses ReLU", "openai-gpt": "puts its norms after the blocks", "gemma": "scales its embeddings"}
+          "gpt_neox": "rotates part of each head", "gpt_bigcode": "shares one head of keys",
+          "mistral": "slides a window", "opt": "uses ReLU", "openai-gpt": "puts its norms after the blocks", "gemma": "scales its embeddings"}
 NEVER = {"quantization_config": "packed weights; take the model's unpacked ones, or a .gguf file",
          "auto_map": "its forward pass is code of its own", "num_experts": "mixtures of experts are not known here",
          "num_local_experts": "mixtures of experts are not known here", "attn_mult": "scales attention (muP)",
@@ -127,7 +138,8 @@ def sizes(values) -> GPTConfig:
     """What a config describes, if it is what this program computes. Exits 2 naming key, value and reason."""
     family = values.of.get("model_type")
     if family not in ("gpt2", "llama", "qwen2", "qwen3"):
-        values.refuse("model_type", f"{OTHERS.get(str(family), 'not known here')}; gpt2, llama, qwen2 and qwen3 are known")
+        reason = OTHERS.get(str(family), "not known here")
+        values.refuse("model_type", f"{reason}; gpt2, llama, qwen2 and qwen3 are known")
     for key, value in values.of.items():
         if (key in NEVER or key.startswith("mup_")) and value not in (None, {}, [], False):
             values.refuse(key, NEVER.get(key, "scales something (muP)"))
@@ -289,7 +301,8 @@ def compare_shapes(wanted, stored, path):
     """Exits 2 unless the tensors are exactly these, in a way of storing numbers that is known."""
     wrong = [f"lacks {name}" for name in wanted.keys() - stored.keys()]
     wrong += [f"{name} is not a part of such a model" + (
-        ": it scales rotary positions" if name.startswith("rope_freqs") else "") for name in stored.keys() - wanted.keys()]
+        ": it scales rotary positions" if name.startswith("rope_freqs") else "")
+        for name in stored.keys() - wanted.keys()]
     for name in wanted.keys() & stored.keys():
         tensor = stored[name]
         if tensor.shape != wanted[name]:
@@ -345,8 +358,8 @@ def in_file(path, kind, shape, offset):
 
 
 def widen(raw, kind):
-    """Bytes -> a flat float32 tensor. A block of 32 holds a half-precision scale d, in Q4_1 a minimum m, and integers q:
-    d q in Q8_0, d (q - 8) in Q4_0, d q + m in Q4_1; of 16 bytes of 4 bits the low halves come first."""
+    """Bytes -> a flat float32 tensor. A block of 32 holds a half-precision scale d, in Q4_1 a minimum m, and whole
+    numbers q: d q in Q8_0, d (q - 8) in Q4_0, d q + m in Q4_1; of 16 bytes of 4 bits the low halves come first."""
     if kind in DTYPES:
         return torch.frombuffer(bytearray(raw), dtype=DTYPES[kind]).float()
     blocks = np.frombuffer(raw, np.uint8).reshape(-1, BLOCKS[kind][1])
@@ -387,7 +400,8 @@ def read_json(path):
 def pointer(path):
     """What to say of a file that Git LFS left in the place of data."""
     with open(path, "rb") as f:
-        return "; it is a Git LFS pointer: git lfs pull" if f.read(19) == b"version https://git" else ""
+        start = f.read(100)
+    return "; it is a Git LFS pointer: git lfs pull" if start.startswith(b"version ") and b"git-lfs" in start else ""
 
 
 def read_folder(folder):
@@ -573,7 +587,7 @@ def read_gguf(path):
 
 
 def of_gguf(metadata, tied, path):
-    """GGUF's metadata -> Values under config.json's names. What is not known here could change the function: refused."""
+    """GGUF's metadata -> Values under config.json's names. A size that is not known here could change the function."""
     family = metadata.get("general.architecture")
     values, shown = {"model_type": family}, {"model_type": "general.architecture"}
     if family not in ("gpt2", "llama", "qwen2", "qwen3"):
@@ -597,5 +611,7 @@ def of_gguf(metadata, tied, path):
                               ("rope.scaling.type", "none")):
             if metadata.get(f"{family}.{key}", accepted) != accepted:
                 refuse(f"{path}: {family}.{key} {metadata[f'{family}.{key}']}: must be {accepted}")
+        values.setdefault("num_key_value_heads", None)
         values["tie_word_embeddings"] = tied
+    Values(values, path, shown).number("layer_norm_epsilon" if family == "gpt2" else "rms_norm_eps", kind=float)
     return Values(values, path, shown)

@@ -205,7 +205,7 @@ def test_score_is_the_scalar_at_the_last_real_token(make_model):
 @both_families
 @pytest.mark.parametrize("head", ["lm", "scalar"])
 def test_selected_tokens_alone_are_as_among_all(make_model, head, shape):
-    """The last block works for the selected tokens only: their states, and every gradient, are those of a whole pass."""
+    """The last block works for the selected tokens only: their states, and all gradients, are those of a whole pass."""
     model, (tokens, _) = make_model(head, n_layer=3, **shape), ragged_tokens()
     mask = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(2)) < 0.4
     mask[1] = False  # a row without any
@@ -231,7 +231,7 @@ def test_gain_and_bias_set_the_scale(make_model):
 
 @both_families
 def test_with_head_carries_what_fits(make_model, shape):
-    """lm -> lm: all. lm -> scalar: the trunk and a zero head. scalar -> scalar: head and scale too. Nothing is shared."""
+    """lm -> lm: all. lm -> scalar: the trunk, a zero head. scalar -> scalar: head and scale too. Nothing is shared."""
     tokens, _ = ragged_tokens()
     model = make_model("lm", **shape)
     assert torch.equal(model.with_head("lm")(tokens), model(tokens))

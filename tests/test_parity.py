@@ -104,14 +104,16 @@ LLAMA = {"family": "llama", "n_head": 4, "n_inner": 24, "rope_theta": 50.0, "nor
 KINDS = {  # what each has that the others lack
     "LlamaForCausalLM": {"n_kv_head": 2}, "LlamaForCausalLM plain": {"n_inner": 0, "n_kv_head": 0},
     "LlamaForCausalLM own size": {"n_kv_head": 1, "head_size": 6, "tied": False},
-    "Qwen2ForCausalLM": {"n_kv_head": 2, "qkv_bias": True}, "Qwen2ForCausalLM untied": {"qkv_bias": True, "tied": False},
+    "Qwen2ForCausalLM": {"n_kv_head": 2, "qkv_bias": True},
+    "Qwen2ForCausalLM untied": {"qkv_bias": True, "tied": False},
     "Qwen3ForCausalLM": {"n_kv_head": 2, "head_size": 8, "qk_norm": True},
     "Qwen3ForCausalLM untied": {"n_kv_head": 1, "head_size": 2, "qk_norm": True, "tied": False}}
 
 
 def their_names(model):
     """[(name in the Llama family's files, ours, rows of ours or None)]: two of our matrices hold several of theirs."""
-    c, names = model.config, [("model.embed_tokens.weight", "wte.weight", None), ("model.norm.weight", "ln_f.weight", None)]
+    c = model.config
+    names = [("model.embed_tokens.weight", "wte.weight", None), ("model.norm.weight", "ln_f.weight", None)]
     names += [("lm_head.weight", "lm_head.weight", None)] if model.head == "lm" and not c.tied else []
     names += [("score.weight", "score_head.weight", None)] if model.head == "scalar" else []
     q, kv, inner = c.n_head * c.head_size, c.n_kv_head * c.head_size, c.n_inner

@@ -218,7 +218,8 @@ def test_what_transformers_saves_gives_the_same_logits(tmp_path, name, tied):
     torch.manual_seed(0)
     sizes = dict(n_embd=16, n_layer=2, n_head=4, n_positions=32) if family == "GPT2" else dict(
         hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=32, tie_word_embeddings=tied, rope_parameters={"rope_type": "default", "rope_theta": 50.0})
+        max_position_embeddings=32, tie_word_embeddings=tied,
+        rope_parameters={"rope_type": "default", "rope_theta": 50.0})
     if family == "Qwen3":
         sizes["head_dim"] = 6
     model = getattr(transformers, name)(getattr(transformers, f"{family}Config")(
@@ -239,7 +240,8 @@ def test_what_transformers_saves_gives_the_same_logits(tmp_path, name, tied):
 def test_transformers_reads_the_same_from_gguf(tmp_path, make_model, kind):
     """Its own reader, which does not read the size of heads or GPT-2's context, gives the logits that ours gives."""
     transformers, _ = pytest.importorskip("transformers"), pytest.importorskip("gguf")
-    model = make_model(**KINDS[kind] | {"n_embd": 32, "block_size": 1024} | ({} if kind == "gpt2" else {"head_size": 8}))
+    usual = {"n_embd": 32, "block_size": 1024} | ({} if kind == "gpt2" else {"head_size": 8})
+    model = make_model(**KINDS[kind] | usual)
     (tmp_path / "x.gguf").write_bytes(gguf(kind, model, "Q8_0"))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="x.gguf").eval()
     tokens = torch.randint(13, (3, 9), generator=torch.Generator().manual_seed(0))
@@ -345,7 +347,7 @@ def test_tensors_that_do_not_fit(folder, refused, change, words):
 
 @pytest.mark.parametrize("spoil, words", [
     (lambda raw: raw[:-1], ["cut short"]), (lambda raw: raw + b"\0", ["cut short"]), (lambda raw: b"", ["not a whole"]),
-    (lambda raw: b"version https://git-lfs.github.com/spec/v1\n", ["Git LFS pointer"]),
+    (lambda raw: b"version git-lfs/spec/v1\noid sha256:0\n", ["Git LFS pointer"]),
     (lambda raw: struct.pack("<Q", 1 << 40) + raw[8:], ["not a whole"]),
     (lambda raw: raw[:8] + b"x" + raw[9:], ["not JSON"]), (lambda raw: raw.replace(b"[16]", b"[17]", 1), ["bytes"]),
     (lambda raw: raw.replace(b'"data_offsets"', b'"data_offsetz"', 1), ["does not say where"]),
@@ -366,7 +368,9 @@ def test_a_safetensors_file_that_is_not_whole(folder, refused, spoil, words):
     ({"llama.expert_count": 4}, ["llama.expert_count 4"]), ({"general.architecture": "gemma"}, ["gemma"]),
     ({"llama.rope.scaling.type": "yarn"}, ["yarn", "none"]), ({"llama.rope.dimension_count": 4}, ["4", "6"]),
     ({"llama.block_count": None}, ["lacks llama.block_count"]), ({"llama.block_count": 3}, ["lacks blk.2."]),
-    ({"llama.attention.head_count": "4"}, ['llama.attention.head_count "4"']), ({"general.alignment": 0}, ["alignment"]),
+    ({"llama.attention.head_count": "4"}, ['llama.attention.head_count "4"']),
+    ({"general.alignment": 0}, ["alignment"]),
+    ({"llama.attention.layer_norm_rms_epsilon": None}, ["lacks llama.attention.layer_norm_rms_epsilon"]),
     ({"llama.attention.value_length": 8}, ["value_length 8"]), ({"llama.vocab_size": 14}, ["(13, 16), not (14, 16)"]),
 ])
 def test_metadata_that_is_not_computed_exactly(tmp_path, make_model, refused, changes, words):
@@ -459,6 +463,16 @@ def test_any_values(numbers, tmp_path, whole):
                 own = model.state_dict()
                 assert all(torch.equal(tensor, own[name]) for name, tensor in loaded.state_dict().items())
             shutil.rmtree(path)
+
+
+def test_what_cannot_be_read_is_named(folder, refused, tmp_path):
+    """No folder, no weights, a folder in a file's place."""
+    assert "nothing/config.json" in refused(pretrained.load, str(tmp_path / "nothing"))
+    path, _ = folder()
+    os.remove(os.path.join(path, "model.safetensors"))
+    assert "holds neither model.safetensors nor pytorch_model.bin" in refused(pretrained.load, path)
+    os.mkdir(os.path.join(path, "merges.txt")), os.mkdir(os.path.join(path, "pytorch_model.bin"))
+    assert "holds neither" in refused(pretrained.load, path)
 
 
 def test_a_folder_of_ours_is_not_another_program_s(tmp_path, folder):
