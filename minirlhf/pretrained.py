@@ -56,7 +56,7 @@ def load(path, head=None, block_size=0):
 
     head: "lm" or "scalar" where only that will do. block_size: a shorter context than the model's own; 0 = its own.
     The second is what `tokenizer_files` gives, or the "tokenizer.ggml." part of GGUF's metadata. info: source,
-    model_type, context, vocab_size, kinds of tensors. Exits 2 where the model is not whole or cannot be represented exactly.
+    model_type, context, vocab_size, kinds of tensors. Exits 2 where the model is not whole or cannot be computed exactly.
     """
     with fitting(path), readable(path):
         gguf = os.path.isfile(path)
@@ -125,7 +125,8 @@ class Values:
 
 OTHERS = {"gpt_neo": "attends within local windows and does not divide by sqrt(D)", "gptj": "rotates part of each head",
           "gpt_neox": "rotates part of each head", "gpt_bigcode": "shares one head of keys",
-          "mistral": "slides a window", "opt": "uses ReLU", "openai-gpt": "puts its norms after the blocks", "gemma": "scales its embeddings"}
+          "mistral": "slides a window", "opt": "uses ReLU", "openai-gpt": "puts its norms after the blocks",
+          "gemma": "scales its embeddings"}
 NEVER = {"quantization_config": "packed weights; take the model's unpacked ones, or a .gguf file",
          "auto_map": "its forward pass is code of its own", "num_experts": "mixtures of experts are not known here",
          "num_local_experts": "mixtures of experts are not known here", "attn_mult": "scales attention (muP)",
