@@ -287,19 +287,21 @@ COMMON = {
     "device": row("cpu:0", "said"), "dtype": row("bfloat16", "weights", "steps"), "seed": row(5, "weights", "steps"),
     "compile": Alone("test_compile"), "resume": Alone("test_resume_and_overwrite"),
     "overwrite": Alone("test_resume_and_overwrite"), "check": Alone("test_check_is_said_to_be_one"),
-    "out_dir": Alone("test_resume_and_overwrite")}
+    "out_dir": Alone("test_resume_and_overwrite"), "keep_checkpoints": Alone("test_further_files")}
 TRAINING = {
     "dropout": row(0.5, "weights", "steps"), "num_train_epochs": row(2, "weights", "steps"),
     "batch_size": row(2, "weights", "steps"), "micro_batch_size": row(1, "passes", "rounding"),
     "optimizer": row("adamw", "weights", "steps"), "learning_rate": row(0.2, "weights", "steps"),
     "muon_learning_rate": row(0.2, "weights", "steps"), "weight_decay": row(5.0, "weights", "steps"),
+    "lr_schedule": row("constant", "weights", "steps"),
     "warmup_ratio": row(1.0, "weights", "steps"), "max_grad_norm": row(0.01, "weights", "steps"),
     "eval_interval": row(1, "evals", "samples"), "log_interval": row(1, "said"),
     "long_prompts": row("trim", "weights", "steps"), "data_dir": row("{folder}/other", "weights", "steps")}
 EFFECTS = {
     "sft": COMMON | TRAINING | {
         "init_from": row("{folder}/sft", "weights", "steps"), "tokenizer": row("gpt2", "weights", "steps"),
-        "vocab_size": row(258, "weights", "steps"), "n_layer": row(2, "weights", "steps"),
+        "vocab_size": row(258, "weights", "steps"), "family": row("llama", "weights", "steps"),
+        "n_layer": row(2, "weights", "steps"),
         "n_head": row(1, "weights", "steps"), "n_embd": row(4, "weights", "steps"),
         "block_size": row(24, "weights", "steps"), "response_length": row(2, "samples")},
     "rm": COMMON | TRAINING | {
@@ -309,6 +311,7 @@ EFFECTS = {
     "ppo": COMMON | {
         "data_dir": row("{folder}/other", "weights", "steps"),
         "init_from": row("{folder}/other_sft", "weights", "steps"),
+        "reference": row("{folder}/other_sft", "weights", "steps"),
         "reward_model": row("{folder}/other_rm", "weights", "steps"),
         "reward": row("{folder}/reward.py:length", "weights", "steps"),
         "judge": row("{folder}/reward.py:length", "evals"), "value_init": row("sft", "weights", "steps"),
@@ -321,12 +324,13 @@ EFFECTS = {
         "whiten_rewards": row(True, "weights", "steps"), "gamma": row(0.5, "weights", "steps"),
         "lam": row(0.1, "weights", "steps"), "num_ppo_epochs": row(1, "weights", "steps"),
         "num_mini_batches": row(4, "weights", "steps"), "micro_batch_size": row(1, "passes", "rounding"),
-        "learning_rate": row(0.01, "weights", "steps"), "max_grad_norm": row(0.01, "weights", "steps"),
+        "learning_rate": row(0.01, "weights", "steps"), "value_learning_rate": row(0.01, "weights", "steps"),
+        "lr_schedule": row("constant", "weights", "steps"), "max_grad_norm": row(0.01, "weights", "steps"),
         "cliprange": row(0.001, "weights", "steps"), "cliprange_value": row(0.001, "weights", "steps"),
         "vf_coef": row(1e-4, "weights", "steps"), "ent_coef": row(1.0, "weights", "steps"),
         "value_warmup": row(1, "weights", "steps"), "max_update_kl": row(1e-6, "weights", "steps"),
         "max_ref_kl": row(1e-4, "weights", "steps"), "eval_interval": row(1, "evals", "samples"),
-        "num_eval_prompts": row(3, "evals")}}
+        "num_eval_prompts": row(3, "evals"), "save_rollouts": Alone("test_further_files")}}
 
 
 def look(ended, passes):
@@ -423,6 +427,16 @@ def test_resume_and_overwrite(tiny, stage):
     assert resumed.code == 0 and "finished" in resumed.said and equal(first.payload()["model"], weights)
     over = tiny.train(stage, "--overwrite", "--seed", "8", out=first.folder)
     assert over.code == 0 and not equal(over.payload()["model"], weights)
+
+
+@EVERY
+def test_further_files(tiny, stage):
+    """--keep_checkpoints 1 leaves the last step's under its number too, --save_rollouts the answers; nothing else."""
+    ended = tiny.train(stage, "--keep_checkpoints", "1", *["--save_rollouts"] * (stage == "ppo"))
+    names = {path.name for path in ended.folder.iterdir()} - {"ckpt.pt", "config.json", "metrics.jsonl", "samples.jsonl",
+                                                              "ckpt.previous.pt"}
+    last = f"ckpt.{ended.payload()['training']['step']:06}.pt"
+    assert names == {last} | ({"rollouts.jsonl"} if stage == "ppo" else set())
 
 
 def test_check_is_said_to_be_one(tiny):
