@@ -15,6 +15,7 @@ import math
 import os
 import re
 import struct
+import warnings
 from functools import partial
 from typing import Callable, NamedTuple
 
@@ -472,7 +473,8 @@ def read_pickle(path):
     """torch.save's {name: tensor}, whose shapes are read first. Only tensors and plain values are let in."""
     def unpickle(device):
         try:
-            tensors = torch.load(path, map_location=device, weights_only=True)
+            with warnings.catch_warnings(action="ignore"):  # of pickles that torch did not write
+                tensors = torch.load(path, map_location=device, weights_only=True)
         except Exception as error:
             refuse(f"{path}: refused or damaged ({(str(error).splitlines() or [type(error).__name__])[0][:150]})"
                  + pointer(path))

@@ -2,6 +2,7 @@
 import io
 import json
 import os
+import pickle
 import shutil
 import struct
 
@@ -463,6 +464,30 @@ def test_any_values(numbers, tmp_path, whole):
                 own = model.state_dict()
                 assert all(torch.equal(tensor, own[name]) for name, tensor in loaded.state_dict().items())
             shutil.rmtree(path)
+
+
+class Trap:
+    def __reduce__(self):
+        return os.mkdir, ("trapped",)
+
+
+@pytest.mark.parametrize("content, words", [
+    ({"transformer.wte.weight": Trap()}, ["refused or damaged"]), ([1], ["more than plain tensors"]),
+    ({"transformer.wte.weight": 3}, ["more than plain tensors"]), ({7: torch.zeros(1)}, ["more than plain tensors"]),
+    ({"transformer.wte.weight": torch.zeros(13, 16).to_sparse()}, ["more than plain tensors"]),
+    ({"transformer.wte.weight": torch.zeros(13, 16, dtype=torch.int64)}, ["2 layers of 1 tensors"]),
+])
+def test_a_pickle_that_holds_something_else(folder, refused, tmp_path, monkeypatch, content, words):
+    """Code is not run, whichever protocol it comes in; what is no tensor is not taken for one."""
+    monkeypatch.chdir(tmp_path)
+    path, _ = folder()
+    os.remove(os.path.join(path, "model.safetensors"))
+    for write in (lambda file: torch.save(content, file), lambda file: file.write(pickle.dumps(content, 4))):
+        with open(os.path.join(path, "pytorch_model.bin"), "wb") as f:
+            write(f)
+        error = refused(pretrained.load, path)
+        assert path in error and (words[0] in error or "refused or damaged" in error)
+        assert not os.path.exists("trapped")
 
 
 def test_what_cannot_be_read_is_named(folder, refused, tmp_path):
