@@ -53,7 +53,7 @@ def by_pip(file, requirement, sha256, folder, *options):
                 os.replace(got, Path(folder, file))
                 return Path(folder, file), ""
             return None, f"its SHA-256 is {found}"
-    return None, next((line for line in reversed(said) if line.lower().startswith("error")), [*said, "no message"][-1])
+    return None, next((line for line in reversed(said) if line.lower().startswith("error")), ["no message", *said][-1])
 
 
 def _watch(folder, done):

@@ -241,7 +241,8 @@ def test_a_run_that_goes_on_is_checked(tiny, checked, broken):
 def test_what_fails_on_another_rank_fails():
     """The first rank prints: it says FAIL, and on how many ranks, where its own figures are sound; all exit with 1."""
     said = []
-    run = SimpleNamespace(say=said.append, total=lambda t: t + 2, world=4, dtype=torch.float32, hardware="cpu x 4")
+    run = SimpleNamespace(say=said.append, total=lambda t: t + 2, world=4, dtype=torch.float32, hardware="cpu x 4",
+                          stop=0)
     checks = check.Checks(run)
     checks("this holds", True, "0.0", "chance")
     run.total = lambda t: t
@@ -258,7 +259,7 @@ def test_limits():
     """What rounding may do is 1e-4 of a standard deviation in float32, 0.03 in bfloat16; not a number is a failure."""
     found = []
     for dtype in (torch.float32, torch.bfloat16):
-        checks = check.Checks(SimpleNamespace(say=print, total=lambda t: t, world=1, dtype=dtype, hardware=""))
+        checks = check.Checks(SimpleNamespace(say=print, total=lambda t: t, world=1, dtype=dtype, hardware="", stop=0))
         a = torch.linspace(-1, 1, 101)
         for gap in (2e-5, 2e-4, 1e-2, 0.1, float("nan")):
             checks.failed = 0

@@ -995,10 +995,10 @@ def test_gradient_norms_are_those_before_clipping(make_model):
 def test_the_first_and_last_rates_of_a_schedule():
     """Of 7 steps, 3 of them warm-up: 1/3, 2/3, 1, then the cosine from its top; the last one is not 0. The warm-up is
     at least one step, at most all of them."""
-    assert [runtime.warmup_cosine(step, 7, 0.4) for step in range(7)] == close([
+    assert [runtime.rate_factor("cosine", step, 7, 0.4) for step in range(7)] == close([
         1 / 3, 2 / 3, 1, 1, (1 + math.cos(math.pi / 4)) / 2, 0.5, (1 + math.cos(3 * math.pi / 4)) / 2])
-    assert [runtime.warmup_cosine(step, 2, 0.0) for step in range(2)] == [1, 1]
-    assert [runtime.warmup_cosine(step, 2, 1.0) for step in range(2)] == [0.5, 1]
+    assert [runtime.rate_factor("cosine", step, 2, 0.0) for step in range(2)] == [1, 1]
+    assert [runtime.rate_factor("cosine", step, 2, 1.0) for step in range(2)] == [0.5, 1]
     model = torch.nn.Linear(2, 2)
     optimizers = [torch.optim.SGD([{"params": [model.weight], "lr": 4.0}, {"params": [model.bias], "lr": 2.0}])]
     for group in optimizers[0].param_groups:
@@ -1033,7 +1033,8 @@ def test_ties_in_held_out_accuracy():
 
 def checks(dtype):
     said = []
-    return check.Checks(types.SimpleNamespace(say=said.append, dtype=dtype, hardware="cpu")), said
+    run = types.SimpleNamespace(say=said.append, dtype=dtype, hardware="cpu", stop=0, world=1, total=lambda t: t)
+    return check.Checks(run), said
 
 
 def test_differences_that_check_gives():

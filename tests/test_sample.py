@@ -240,7 +240,6 @@ def test_all_forms_of_records_are_read(folder, record, expected):
     (["out/rm", "out/rm", "--prompts", "c.jsonl"], "out/rm: named twice"),
     (["out/sft", "other/rm", "--prompts", "c.jsonl"], "out/sft and other/rm have different tokenizers"),
     (["out/rm", "--prompts", "long.jsonl"], "no text fits the context of out/rm, 32 tokens"),
-    (["out/sft", "--prompt", "a", "--n", "1000000000"], "--n 1000000000: at most 1000000"),
     (["out/sft", "--prompt", "a", "--response_length", "31"], "--response_length 31: leaves no room for a prompt"),
     (["out/sft", "--prompt", "a", "--response_length", "99"], "out/sft, 32 tokens; at most 30"),
     (["out/rm", "--prompts", "c.jsonl", "--output", "c.jsonl"], "--output c.jsonl: is c.jsonl, which this command"),
@@ -463,7 +462,7 @@ def test_a_result_in_a_file_is_a_success(folder, monkeypatch, state):
 
 @pytest.mark.parametrize("output, words", [
     ("p.jsonl", "is p.jsonl, which this command reads"), ("link.json", "is p.jsonl, which this command reads"),
-    ("model.json", "is out/rm/ckpt.pt, which this command reads"), ("f.json", "is f.py, which this command reads"),
+    ("model.json", "is out/rm/ckpt.pt, which this command reads"), ("f.json", "f.py, which this command reads"),
     ("notes.txt", "exists and is no .json file"), ("config.json", "belongs to the run"), ("out", "Is a directory")])
 def test_evaluate_does_not_write_over_what_it_reads(folder, models, refused, output, words):
     """Prompts, models and the file of a reward function, under any name."""

@@ -548,12 +548,11 @@ def test_ranks_draw_their_own_numbers(tiny, asked, monkeypatch, stage):
     answers are those of rank 0 everywhere, and so are batches, which ranks share."""
     own, common = [], []
     for rank in (0, 1):
-        monkeypatch.setenv("RANK", str(rank))
         real = runtime.Run.__init__
 
         def with_rank(run, options, name):
             real(run, options, name)
-            run.main, run.made = True, []
+            run.rank = rank
         monkeypatch.setattr(runtime.Run, "__init__", with_rank)
         folder = tiny.folder / "out" / f"rank {rank} of {stage}"
         folder.mkdir(parents=True)
