@@ -19,7 +19,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from minirlhf import checkpoint, evaluate  # noqa: E402
+from minirlhf import checkpoint, evaluate, rewards  # noqa: E402
 from minirlhf.model import GPT, GPTConfig  # noqa: E402
 
 torch.set_num_threads(1)  # the models are small, and a machine that does other things slows two threads down most
@@ -226,6 +226,16 @@ class Command:
         Command.running.remove(self.process)
         self.process.close()
         return 128 - status if status < 0 else status, *(Path(log).read_text("utf-8") for log in self.logs)
+
+
+@pytest.fixture(autouse=True)
+def no_reward_file_outlives_its_test():
+    path = [*sys.path]
+    yield
+    for loaded in rewards.LOADED.values():
+        sys.modules.pop(loaded.module.__name__, None)
+    rewards.LOADED.clear(), rewards.TRIED.clear()
+    sys.path[:] = path
 
 
 @pytest.fixture(autouse=True)

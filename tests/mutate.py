@@ -20,7 +20,6 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 KILLERS = ROOT / ".mutate_cache"
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch", "pytest"])
 NEAREST = {"minirlhf/objectives.py": ["objectives", "train_ppo"], "minirlhf/generate.py": ["generate", "parity"],
            "minirlhf/model.py": ["model", "generate", "parity"], "minirlhf/data.py": ["data"],
            "train_sft.py": ["figures", "state", "check"], "train_rm.py": ["figures", "train_rm", "state", "check"],
@@ -812,6 +811,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", metavar="TEXT", help="the mutations whose file or line holds TEXT")
     only = parser.parse_args().only
+    CONTEXT.set_forkserver_preload(["torch", "pytest"])
     if misplaced():
         sys.exit("\n".join(f"{file} does not hold this once: {old}" for file, old in misplaced()))
     chosen = [m for m in MUTATIONS if only in m[0] or only in m[1]]
