@@ -305,7 +305,8 @@ def test_errors_of_use(folder, stages, stage, arguments, expected):
 
 
 @pytest.mark.parametrize("stage, options", [
-    ("sft", [*SFT, "--num_train_epochs", "1"]), ("rm", RM), ("ppo", [*PPO, "--total_episodes", "320"])])
+    ("sft", [*SFT, "--num_train_epochs", "1"]), ("rm", [*RM, "--num_train_epochs", "0.5"]),
+    ("ppo", [*PPO, "--total_episodes", "224"])])
 def test_resume_is_exact(folder, stages, stage, options):
     """Stopped by SIGTERM midway and resumed, each stage ends with the weights and metrics of the uninterrupted run."""
     import torch

@@ -399,7 +399,8 @@ def test_standard_input_that_is_no_terminal(folder, monkeypatch, capsys, content
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
     sample.main(["out/sft", "--output", "s.jsonl"])
     assert "prompt> " not in capsys.readouterr().out
-    assert [row["prompt"] for row in rows(folder / "s.jsonl")] == prompts if prompts else not os.path.exists("s.jsonl")
+    written = [row["prompt"] for row in rows(folder / "s.jsonl")] if os.path.exists("s.jsonl") else []
+    assert written == prompts
 
 
 def test_the_file_of_standard_input_is_not_written_over(folder):

@@ -796,6 +796,6 @@ def test_two_tokens_share_the_credit():
     def score(y):
         return {0: 0.5, 1: -1.0, 2: 1.0, 3: 0.5, 4: 0.0}[y[0]] * (1.5 if y[-1] in (2, 3) else -0.5)
 
-    ref, policy = converge(score, 0.7, 2, steps=80, rows=512)
+    ref, policy = converge(score, 0.7, 2, steps=60, rows=384)
     assert distance(ref, ref, score, 0.7) > 0.25
     assert distance(policy, ref, score, 0.7) < 0.03
