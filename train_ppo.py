@@ -266,9 +266,9 @@ def main(argv=None):
         # ---- a new run, or one that goes on
         training = checkpoint.Training(
             run, tokenizer, policy, optimizers, {
-                f"the prompts of {o.data_dir}": paths, f"--init_from {o.init_from}": [checkpoint.file_of(o.init_from)],
+                f"the prompts of {o.data_dir}": paths, f"--init_from {o.init_from}": checkpoint.files_of(o.init_from),
                 f"the reward {o.reward or o.reward_model}": rewards.files(o.reward or o.reward_model),
-                **({f"--reference {o.reference}": [checkpoint.file_of(o.reference)]} if o.reference else {})},
+                **({f"--reference {o.reference}": checkpoint.files_of(o.reference)} if o.reference else {})},
             value_model=value)
         first, kept = training.restore(saved, steps)
         kl_coef, guard = o.kl_coef, evaluate.DivergenceGuard(o, ref_name=ref_name)

@@ -165,7 +165,7 @@ def main(argv=None):
         # ---- a new run, or one that goes on
         training = checkpoint.Training(run, tokenizer, model, optimizers, {
             f"{o.data_dir}/{o.preferences}.*.jsonl": paths, "prompts.train.jsonl": scale_paths,
-            f"--init_from {o.init_from}": [checkpoint.file_of(o.init_from)]})
+            f"--init_from {o.init_from}": checkpoint.files_of(o.init_from)})
         first, kept = training.restore(saved, steps)
         saved = None
         longer = kept.get("finished") and first < steps

@@ -125,28 +125,29 @@ def main(argv=None):
     if os.path.normpath(o.data_dir) == Options.data_dir:
         prepare.ensure(o.data_dir)
     with runtime.Run(o, "sft") as run:
-        if not saved and o.init_from == "scratch":
+        scratch = not saved and o.init_from == "scratch"
+        if scratch:
             sizes.check_model(o, run.device)
         parts, paths = read_demonstrations(o)
         # ---- tokenizer and model: new, or a checkpoint's
-        source = saved or (checkpoint.Saved(checkpoint.read(o.init_from, checkpoint.POLICIES), o.init_from)
-                           if o.init_from != "scratch" else None)
-        if source:
-            model, tokenizer = checkpoint.build(*source, run.device, o.dropout)
-            found = {"family": "gpt2", "tokenizer": tokenizer.name, **source.payload["config"],
-                     **source.payload["options"]}
+        if not scratch:
+            shorter = o.block_size if "block_size" in given.given else 0
+            model, tokenizer, payload = (*checkpoint.build(*saved, run.device, o.dropout), saved.payload) if saved else (
+                checkpoint.load(o.init_from, checkpoint.POLICIES, run.device, o.dropout, shorter))
+            found = {"family": "gpt2", "tokenizer": o.tokenizer, **payload["config"], **payload["options"]}
             own = {name: found[name] for name in SIZES}
             for name in own.keys() & given.given:
                 if getattr(o, name) != own[name]:
-                    fail(f"--{name} {getattr(o, name)}: {source.path} has {own[name]}; leave the option out")
+                    fail(f"--{name} {getattr(o, name)}: {saved.path if saved else o.init_from} has {own[name]}; leave "
+                         "the option out")
             run.options = o = replace(o, **own)
         else:
             tokenizer = Tokenizer.gpt2() if o.tokenizer == "gpt2" else Tokenizer.train(
                 (d.prompt + d.completion for d in parts[0]), o.vocab_size, say=run.say)
             config = GPTConfig(o.n_layer, o.n_head, o.n_embd, tokenizer.vocab_size, o.block_size, o.dropout, o.family)
-        block_size = (model.config if source else config).block_size
+        block_size = (config if scratch else model.config).block_size
         train_rows, val_rows, val, about_data = encode_demonstrations(parts, paths, o, tokenizer, block_size)
-        if not source:
+        if scratch:
             try:
                 model = GPT(config).init_weights(runtime.generator(o.seed, 0, 0, "init")).to(run.device)
             except RuntimeError as error:  # no room
@@ -165,7 +166,7 @@ def main(argv=None):
                 best, best_weights = float(kept["info"]["nats_per_token"]), kept["best"]
                 best_figures = kept["info"]["held_out"]
                 evaluate.describe(best_figures)
-        source = saved = kept = None
+        payload = saved = kept = None
         if first >= steps:
             run.say(f"{o.out_dir}: this run is finished ({first} steps)")
             return

@@ -35,11 +35,10 @@ import train_ppo
 import train_rm
 import train_sft
 from minirlhf import kernels, runtime, sizes
-from minirlhf.checkpoint import outline
 from minirlhf.config import all_printed, fail, launch, parse, ranks, say
 from minirlhf.data import Row
 from minirlhf.generate import compile_model
-from minirlhf.model import GPT, GPTConfig
+from minirlhf.model import GPT, GPTConfig, outline
 from minirlhf.rewards import RewardModel
 
 NO_EOS = -1  # no token has this id

@@ -22,10 +22,11 @@ from typing import NamedTuple
 
 import torch
 
-from minirlhf import runtime
-from minirlhf.config import check_ranges, fail, one_line, ranks, say
+from minirlhf import fetch, pretrained, runtime
+from minirlhf import tokenizer as tokenizers
+from minirlhf.config import check_ranges, fail, fitting, one_line, ranks, say
 from minirlhf.data import fingerprint
-from minirlhf.model import GPT, GPTConfig
+from minirlhf.model import GPT, GPTConfig, outline
 from minirlhf.runtime import sync_folder
 from minirlhf.tokenizer import Tokenizer
 
@@ -37,7 +38,6 @@ LENGTH = {"sft": "num_train_epochs", "rm": "num_train_epochs", "ppo": "total_epi
 PARTS = {"stage": str, "config": dict, "head": str, "tokenizer": dict, "model": dict, "options": dict, "info": dict,
          "training": dict}
 SEAL = b"\x20\0"  # the last two bytes of a zip file without a comment are 0; these announce one of 32 bytes
-WRONG = (LookupError, TypeError, ValueError, AttributeError, AssertionError, ArithmeticError, RuntimeError)
 
 
 class Damaged(Exception):
@@ -186,6 +186,22 @@ def file_of(path):
     return os.path.join(path, "ckpt.pt") if os.path.isdir(path) else path
 
 
+def files_of(path):
+    """All files that a model is made of: its checkpoint, or those of another program."""
+    path = located(path)
+    return pretrained.files(path) if is_foreign(path) else [file_of(path)]
+
+
+def located(path):
+    """The path of a model that is named: "smollm2", where no file has this name, is fetched."""
+    return fetch.smollm2() if path == "smollm2" and not os.path.exists(path) else path
+
+
+def is_foreign(path):
+    """Whether a path names a model of another program."""
+    return path.endswith(".gguf") or not os.path.isfile(file_of(path)) and pretrained.is_foreign(path)
+
+
 def read(path, stages):
     """A file, or the folder of a ckpt.pt -> the payload on the CPU, verified.
 
@@ -222,15 +238,6 @@ def verified(payload, path, stages):
     return payload
 
 
-@contextlib.contextmanager
-def fitting(path):
-    """What goes wrong within comes from the file's contents: exits 2 naming it."""
-    try:
-        yield
-    except WRONG as error:
-        fail(f"{path}: does not fit: {type(error).__name__}: {' '.join(str(error).split())[:400]}")
-
-
 def build(payload, path, device, dropout=0.0):
     """-> (model, tokenizer) of a payload, strictly: exits 2 on missing or extra weights, or other shapes."""
     with fitting(path):
@@ -249,19 +256,6 @@ def build(payload, path, device, dropout=0.0):
         model = GPT(config, head)
     load_weights(model, payload["model"], path)
     return model.to(device), tokenizer
-
-
-class Uninitialised(torch.overrides.TorchFunctionMode):
-    """Embeddings that are made within get no weights: for meta tensors torch would import torch._dynamo, 2 s."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        return kwargs["tensor"] if function is torch.nn.init.normal_ else function(*args, **(kwargs or {}))
-
-
-def outline(config, head):
-    """A model of shapes alone: it takes no memory, whatever sizes a wrong config asks for."""
-    with torch.device("meta"), Uninitialised():
-        return GPT(config, head)
 
 
 def check_shapes(model, state, path):
@@ -295,11 +289,28 @@ def load_optimizers(optimizers, states, path):
                     fail(f"{path}: does not fit: {wrong[0]} of a weight of shape {tuple(p.shape)}")
 
 
-def load(path, stages, device):
-    """-> (model in eval mode, tokenizer, payload)."""
-    payload = read(path, stages)
-    model, tokenizer = build(payload, path, device)
-    return model.eval(), tokenizer, payload
+def load(path, stages, device, dropout=0.0, block_size=0):
+    """A checkpoint, or a model of another program -> (model in eval mode, tokenizer, payload).
+
+    Another program's language model counts as an SFT model, its classifier as a reward model; block_size, if not 0,
+    shortens its context. Exits 2 as `read` and `pretrained.load` do.
+    """
+    path = located(path)
+    if not is_foreign(path):
+        payload = read(path, stages)
+        model, tokenizer = build(payload, path, device, dropout)
+        return model.eval(), tokenizer, payload
+    head = "scalar" if stages == ["rm"] else None if "rm" in stages else "lm"
+    model, found, info = pretrained.load(path, head, block_size)
+    tokenizer = (tokenizers.from_gguf(path, {f"tokenizer.ggml.{k}": v for k, v in found.items()})
+                 if path.endswith(".gguf") else tokenizers.from_folder(path, model.config.vocab_size))
+    if tokenizer.vocab_size != model.config.vocab_size:
+        fail(f"{path}: its tokenizer has {tokenizer.vocab_size} tokens, its model {model.config.vocab_size}")
+    model.config.dropout = dropout
+    for block in model.h:
+        block.attn.dropout = block.mlp.dropout = dropout
+    stage = "rm" if model.head == "scalar" else "sft"
+    return model.to(device), tokenizer, {"stage": stage, "config": sizes_of(model.config), "options": {}, "info": info}
 
 
 def load_pair(init_from, reference, device):

@@ -16,6 +16,7 @@ later on the command line wins; a name may stand once in a file.
 Left out: nesting, YAML and overriding by environment. A run's options fit one flat list.
 """
 import argparse
+import contextlib
 import difflib
 import functools
 import inspect
@@ -29,6 +30,7 @@ from datetime import timedelta
 from typing import Literal, NoReturn, get_args, get_origin
 
 RANGE = re.compile(r"\s*([\[(])(-?[\d.]+?)?\.\.(-?[\d.]+)?([\])])$")
+WRONG = (LookupError, TypeError, ValueError, AttributeError, AssertionError, ArithmeticError, RuntimeError)
 
 
 def fail(message: str) -> NoReturn:
@@ -40,6 +42,15 @@ def fail(message: str) -> NoReturn:
 def one_line(message):
     """A file's name may hold a newline."""
     return " ".join(message.splitlines())
+
+
+@contextlib.contextmanager
+def fitting(path):
+    """What goes wrong within comes from the file's contents: exits 2 naming it."""
+    try:
+        yield
+    except WRONG as error:
+        fail(f"{path}: does not fit: {type(error).__name__}: {' '.join(str(error).split())[:400]}")
 
 
 def say(text=""):

@@ -555,7 +555,7 @@ def main(argv=None):
     prompts, long = encode_prompts(tokenizer, texts, room, a.long_prompts)
     if not prompts:
         fail(f"{a.prompts}: no prompt fits {room} tokens; use --long_prompts trim or a shorter --response_length")
-    reads = [a.prompts, *map(checkpoint.file_of, [a.baseline, *a.policies])]
+    reads = [a.prompts, *(file for path in (a.baseline, *a.policies) for file in checkpoint.files_of(path))]
     for spec in filter(None, (a.reward_model, a.judge)):
         reads += rewards.files(spec)
     with runtime.Output(a.output, ".json", reads) as output:

@@ -22,9 +22,8 @@ from typing import Callable, NamedTuple
 import numpy as np
 import torch
 
-from minirlhf.checkpoint import fitting, outline
-from minirlhf.config import fail
-from minirlhf.model import GPTConfig
+from minirlhf.config import fail, fitting
+from minirlhf.model import GPTConfig, outline
 
 PIECE = 1 << 20  # numbers that are widened at once
 LARGEST_JSON, LARGEST_HEADER = 256 << 20, 100_000_000  # bytes
@@ -498,6 +497,15 @@ def read_pickle(path):
             for name, t in unpickle("meta").items()}
 
 
+def files(path):
+    """The files that a folder's or .gguf file's model is made of."""
+    if os.path.isfile(path):
+        return [path]
+    return [os.path.join(path, name) for name in sorted(os.listdir(path))
+            if name.endswith((".safetensors", ".bin")) or name in ("config.json", "merges.txt", "vocab.json")
+            or name.endswith(".index.json") or name.startswith("tokenizer") and name.endswith(".json")]
+
+
 def tokenizer_files(folder):
     """{name: contents} of the tokenizer's files that there are: JSON as values, merges.txt as text."""
     found = {name: read_json(os.path.join(folder, name)) for name in (
@@ -579,10 +587,10 @@ def read_gguf(path):
     for name, shape, kind, offset in sorted(entries, key=lambda entry: entry[3]):
         if kind not in TYPES:
             refuse(f"{path}: {name[:80]} is stored as type {kind} of GGUF; known here: {', '.join(TYPES.values())}")
-        numbers, block = BLOCKS[TYPES[kind]]
-        if not shape or shape[-1] % numbers or name in stored or offset < end or offset % alignment:
+        count, block = BLOCKS[TYPES[kind]]
+        if not shape or shape[-1] % count or name in stored or offset < end or offset % alignment:
             refuse(f"{path}: damaged: {name[:80]} of shape {shape} at byte {offset}")
-        end = offset + math.prod(shape) // numbers * block
+        end = offset + math.prod(shape) // count * block
         stored[name] = in_file(path, TYPES[kind], shape, begin + offset)
     if begin + end > size:
         refuse(f"{path}: has {size} bytes, its header tells of {begin + end}: cut short")

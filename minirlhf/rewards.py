@@ -352,7 +352,7 @@ def load(spec, option, policy, tokenizer, policy_path, run):
 def files(spec):
     """The files that a reward is made of: what a resumed run must find unchanged."""
     if not is_function(spec):
-        return [checkpoint.file_of(spec)]
+        return checkpoint.files_of(spec)
     found, new = [], [os.path.abspath(spec.rpartition(":")[0])]
     while new:
         found.append(new.pop())

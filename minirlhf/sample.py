@@ -113,7 +113,7 @@ def suffixes(judges, one_is_plain=True):
 def opened(a, also=()):
     """The file of --output, as lines; `also`: what the command reads besides checkpoints and --prompts."""
     prompts = [a.prompts] if a.prompts else []
-    return runtime.Output(a.output, ".jsonl", [*map(checkpoint.file_of, a.checkpoints), *prompts, *also])
+    return runtime.Output(a.output, ".jsonl", [*(file for path in a.checkpoints for file in checkpoint.files_of(path)), *prompts, *also])
 
 
 # ---- policies complete prompts

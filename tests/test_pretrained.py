@@ -5,15 +5,20 @@ import os
 import pickle
 import shutil
 import struct
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
 from conftest import LLAMA
-from minirlhf import pretrained
+import train_ppo
+import train_rm
+import train_sft
+from minirlhf import checkpoint, evaluate, fetch, pretrained, sample
 from minirlhf.model import GPT, GPTConfig
 from minirlhf.pretrained import widen
+from minirlhf.tokenizer import BYTE_OF
 from test_fuzz import attempt, case, cases, mutated, mutated_value
 
 GPT2_CONFIG = {"model_type": "gpt2", "n_layer": 2, "n_head": 2, "n_embd": 16, "vocab_size": 13, "n_positions": 32}
@@ -505,3 +510,63 @@ def test_a_folder_of_ours_is_not_another_program_s(tmp_path, folder):
     assert pretrained.is_foreign(folder()[0]) and pretrained.is_foreign("x.gguf")
     (tmp_path / "config.json").write_text(json.dumps({"stage": "sft", "seed": 1}))
     assert not pretrained.is_foreign(str(tmp_path)) and not pretrained.is_foreign(str(tmp_path / "nothing"))
+
+
+# ---- where a model is named
+
+
+@pytest.fixture
+def speaker(folder, tmp_path, monkeypatch):
+    """A folder with a model of the Llama family and a tokenizer of all bytes, and a data folder."""
+    monkeypatch.setitem(KINDS, "llama", KINDS["llama"] | {"vocab_size": 259})
+    path, model = folder("llama")
+    letters = {letter: i for i, letter in enumerate(BYTE_OF)}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({
+        "added_tokens": [{"id": 258, "content": "<|endoftext|>"}], "normalizer": None, "post_processor": None,
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False},
+        "model": {"type": "BPE", "vocab": letters | {"th": 256, "the": 257}, "merges": ["t h", "th e"]}}))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
+    (tmp_path / "data").mkdir()
+    rows = {"sft": {"prompt": "the", "completion": " cat"}, "prompts": {"prompt": "the"},
+            "preferences": {"prompt": "the", "chosen": " cat", "rejected": " dog"}}
+    for name, row in rows.items():
+        for split in ("train", "val"):
+            (tmp_path / "data" / f"{name}.{split}.jsonl").write_text((json.dumps(row) + "\n") * 8)
+    return str(path), model
+
+
+def test_a_model_of_another_program_goes_through_all_stages(speaker, tmp_path, monkeypatch, capsys):
+    """--init_from of each stage, sample and evaluate take it as they take an SFT model; what is trained is a checkpoint
+    like any other, which resumes; --block_size shortens the context."""
+    path, model = speaker
+    monkeypatch.chdir(tmp_path)
+    run = ["--data_dir", "data", "--device", "cpu", "--response_length", "4", "--batch_size", "4"]
+    train_sft.main(["--init_from", path, "--out_dir", "out/sft", "--block_size", "16", *run])
+    train_sft.main(["--resume", "--out_dir", "out/sft"])
+    assert "this run is finished" in capsys.readouterr().out
+    trained, tokenizer, payload = checkpoint.load("out/sft", ["sft"], torch.device("cpu"))
+    assert trained.config.family == "llama" and trained.config.block_size == 16 < model.config.block_size
+    assert tokenizer.encode("the") == [257] and payload["options"]["init_from"] == path
+    train_sft.main(["--init_from", path, "--out_dir", "out/long", *run])
+    train_rm.main(["--init_from", path, "--out_dir", "out/rm", "--num_scale_samples", "4", *run])
+    train_ppo.main(["--init_from", "out/long", "--reference", path, "--reward_model", "out/rm", "--out_dir", "out/ppo",
+                    "--total_episodes", "8", "--value_warmup", "0", *run])
+    sample.main([path, "out/ppo", "out/rm", "--prompt", "the", "--response_length", "4"])
+    evaluate.main(["out/ppo", "--baseline", path, "--reward_model", "out/rm", "--prompts", "data/prompts.val.jsonl"])
+    assert f"{path} " in capsys.readouterr().out
+
+
+def test_what_is_named_must_be_of_the_right_kind(speaker, refused, tmp_path, monkeypatch):
+    """A classifier is no SFT model, a language model no reward model, a size cannot be chosen, no file no model; a model
+    of another size than its tokenizer is refused."""
+    path, _ = speaker
+    load = partial(checkpoint.load, device=torch.device("cpu"))
+    assert "holds a language model, expected a sequence classifier" in refused(load, path, ["rm"])
+    monkeypatch.chdir(tmp_path)
+    base = ["--data_dir", "data", "--device", "cpu", "--init_from", path]
+    assert f"--n_layer 5: {path} has " in refused(train_sft.main, [*base, "--n_layer", "5"])
+    assert "--block_size 999: " in refused(train_sft.main, [*base, "--block_size", "999"])
+    monkeypatch.setattr(fetch, "smollm2", lambda: path)
+    assert load("smollm2", ["sft"])[2]["stage"] == "sft" and path in checkpoint.files_of("smollm2")[0]
+    (tmp_path / "smollm2").mkdir()
+    assert "no such checkpoint" in refused(load, "smollm2", ["sft"])
