@@ -20,16 +20,16 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 KILLERS = ROOT / ".mutate_cache"
 CONTEXT = multiprocessing.get_context("forkserver")
-NEAREST = {"minirlhf/objectives.py": ["objectives", "train_ppo"], "minirlhf/generate.py": ["generate", "parity"],
-           "minirlhf/model.py": ["model", "generate", "parity"], "minirlhf/data.py": ["data"],
+NEAREST = {"minirlhf/objectives.py": ["objectives", "train_ppo"], "minirlhf/data.py": ["data"],
+           "minirlhf/model.py": ["model", "train_ppo", "generate", "parity"],
+           "minirlhf/generate.py": ["generate", "train_ppo", "parity"], "minirlhf/kernels.py": ["model", "runtime"],
            "train_sft.py": ["figures", "state", "check"], "train_rm.py": ["figures", "train_rm", "state", "check"],
-           "train_ppo.py": ["train_ppo", "figures", "state"],
-           "minirlhf/evaluate.py": ["train_ppo", "train_rm", "figures", "state"], "minirlhf/prepare.py": ["prepare"],
-           "minirlhf/sample.py": ["figures", "state", "sample"], "minirlhf/check.py": ["figures", "check"],
-           "minirlhf/benchmark.py": ["figures", "benchmark"], "minirlhf/kernels.py": ["model", "runtime"],
-           "minirlhf/checkpoint.py": ["checkpoint", "state", "faults"], "minirlhf/config.py": ["config"],
+           "train_ppo.py": ["figures", "train_ppo", "state"], "minirlhf/prepare.py": ["prepare"],
+           "minirlhf/evaluate.py": ["figures", "train_ppo", "train_rm", "state"], "minirlhf/sizes.py": ["faults"],
+           "minirlhf/checkpoint.py": ["state", "checkpoint", "faults"], "minirlhf/check.py": ["check", "figures"],
            "minirlhf/runtime.py": ["runtime", "figures", "state", "train_ppo", "faults"],
-           "minirlhf/sizes.py": ["faults"]}
+           "minirlhf/sample.py": ["figures", "state", "sample"], "minirlhf/benchmark.py": ["figures", "benchmark"],
+           "minirlhf/config.py": ["config"]}
 
 OBJECTIVES = [
     ("mean = sum_x / n", "mean = sum_x / mask.numel()"),  # over padding
@@ -321,7 +321,7 @@ STATE = [
      'best = float(kept["info"]["nats_per_token"])'),
     ("train_sft.py", '"held_out": best_figures}, best_weights)', '"held_out": best_figures})'),
     ("train_sft.py", '"held_out": best_figures}, best_weights)', '"held_out": held_out}, best_weights)'),
-    ("train_sft.py", 'checkpoint.build(*source, run.device, o.dropout)', 'checkpoint.build(*source, run.device)'),
+    ("train_sft.py", 'checkpoint.POLICIES, run.device, o.dropout, shorter)', 'checkpoint.POLICIES, run.device, 0.0, shorter)'),
     ("train_sft.py", 'o.block_size, o.dropout, o.family)', 'o.block_size, 0.0, o.family)'),
     ("train_sft.py", '            runtime.set_rate(optimizers, factor)\n', ''),
     ("train_sft.py", 'min(o.response_length, model.config.block_size - max(map(len, prompts)))',
