@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from minirlhf import checkpoint, evaluate, kernels, prepare, rewards, runtime, sizes
+from minirlhf import adapters, checkpoint, evaluate, kernels, prepare, rewards, runtime, sizes
 from minirlhf.config import RunOptions, fail, launch, parse, ranks, warn_idle
 from minirlhf.data import blank_ends, encode_prompts, endless_batch, load_prompts, repeats
 from minirlhf.generate import Rollout, compile_model, generate
@@ -78,6 +78,8 @@ class Batch(Rollout):
     entropies: torch.Tensor = None  # of the policy; for the log only
     values: torch.Tensor = None  # of the value network
     scores: torch.Tensor = None  # (B,) of the reward model or function
+    below: torch.Tensor = None  # (B, T, C) what enters the policy's first block that learns, or None: it is the first
+    value_below: torch.Tensor = None  # the same of the value network
     final_rewards: torch.Tensor = None  # CREDIT: (B,) the score, clipped, less the penalty for a missing eos
     penalised_kl: torch.Tensor = None  # log-ratio of policy to reference, less its baseline
     rewards: torch.Tensor = None  # -kl_coef * penalised_kl, and final_rewards at the last decision
@@ -97,14 +99,16 @@ def roll_out(policy, prompts, index, eos, step, o, run):
 @torch.no_grad()
 def score_rollout(batch, policy, ref, value, reward, o, run):
     """Adds log-probabilities of what was sampled under policy and reference, entropies, values, scores."""
+    adapters.add_states_below(batch, policy, value, o.micro_batch_size, run)
     columns = []
     for part in microbatches(batch, torch.arange(len(batch.lengths), device=run.device), o):
         with run.autocast():
-            logprobs, all_logprobs = policy.logprobs(part.tokens, part.decisions, o.temperature)  # (N,), (N, V)
+            logprobs, all_logprobs = policy.logprobs(part.tokens, part.decisions, o.temperature, part.below)  # (N, V)
             entropies = entropy(all_logprobs)
             del all_logprobs
-            ref_logprobs, _ = ref.logprobs(part.tokens, part.decisions, o.temperature)
-            columns.append((logprobs, ref_logprobs, entropies, value.values(part.tokens, part.decisions)))
+            ref_logprobs, _ = ref.logprobs(part.tokens, part.decisions, o.temperature, part.below)
+            values = value.values(part.tokens, part.decisions, part.value_below)
+            columns.append((logprobs, ref_logprobs, entropies, values))
     batch.logprobs, batch.ref_logprobs, batch.entropies, batch.values = (  # parts follow one another row by row
         batch.grid(torch.cat(column)) for column in zip(*columns))
     batch.scores = reward(batch, o.micro_batch_size)
@@ -141,7 +145,7 @@ def update(batch, policy, value, optimizers, step, epochs, o, run):
                 for part in parts:
                     old_logprobs, advantages = part.flat(part.logprobs), part.flat(part.advantages)  # (N,)
                     with run.autocast():
-                        logprobs, all_logprobs = policy.logprobs(part.tokens, part.decisions, o.temperature)
+                        logprobs, all_logprobs = policy.logprobs(part.tokens, part.decisions, o.temperature, part.below)
                         bonus = o.ent_coef * entropy(all_logprobs) if o.ent_coef else 0.0
                     del all_logprobs
                     loss, clipped = policy_loss(logprobs, old_logprobs, advantages, o.cliprange)
@@ -160,7 +164,7 @@ def update(batch, policy, value, optimizers, step, epochs, o, run):
             for part in parts:
                 old_values, returns = part.flat(part.values), part.flat(part.returns)
                 with run.autocast():
-                    values = value.values(part.tokens, part.decisions)
+                    values = value.values(part.tokens, part.decisions, part.value_below)
                 loss, clipped = value_loss(values, old_values, returns, o.cliprange_value)
                 (o.vf_coef * loss.sum() / n).backward()
                 add(value_sums, value_loss=loss.detach(), value_clipped=clipped)
@@ -198,14 +202,15 @@ def means(sums, count, ratios):
 def make_optimizers(policy, value, o):
     """AdamW for each of the two networks, so that each keeps its own gradient norm. No weight decay."""
     rates = o.learning_rate, o.value_learning_rate or o.learning_rate
-    return [kernels.AdamW([{"params": [*model.parameters()], "peak": rate}], lr=rate, eps=1e-5, weight_decay=0.0,
-                          fused=True) for model, rate in zip((policy, value), rates)]
+    return [kernels.AdamW([{"params": [p for p in model.parameters() if p.requires_grad], "peak": rate}], lr=rate,
+                          eps=1e-5, weight_decay=0.0, fused=True) for model, rate in zip((policy, value), rates)]
 
 
 def read_options(argv):
     """-> Options, and what --resume goes on from. Exits 2 on options that exclude each other."""
     o, saved = checkpoint.resume(parse(Options, argv), "ppo", (
-        "seed", "reward", "value_init", "batch_size", "temperature", "response_length", "long_prompts", "lr_schedule"))
+        "seed", "reward", "value_init", "batch_size", "temperature", "response_length", "long_prompts", "lr_schedule",
+        *adapters.OPTIONS))
     sizes.check_batch(o)
     _, world = ranks()
     if o.batch_size % (o.num_mini_batches * world):
@@ -220,6 +225,7 @@ def read_options(argv):
     if rewards.is_function(o.reward_model) and not o.reward:
         fail(f"--reward_model {o.reward_model}: a function is named by --reward")
     warn_idle(o, "reward", bool(o.reward), "reward_model", "reward_clip", "value_init")
+    adapters.check_options(o)
     warn_idle(o, "kl_coef 0", not o.kl_coef, "kl_baseline")
     warn_idle(o, "vf_coef 0", not o.vf_coef, "cliprange_value", "value_learning_rate")
     return o, saved, steps
@@ -252,13 +258,15 @@ def main(argv=None):
         prepare.ensure(o.data_dir)
     with runtime.Run(o, "ppo") as run:
         # ---- the policy, its frozen reference, what scores an answer, the value network
-        policy, ref, tokenizer, ref_name = checkpoint.load_pair(o.init_from, o.reference, run.device)
+        start, ref, tokenizer, ref_name = checkpoint.load_pair(o.init_from, o.reference, run.device)
+        policy = adapters.learner(start, "lm", o, runtime.generator(o.seed, 0, 0, "policy"))
         kernels.pick_matmul(policy)
         reward = rewards.load(o.reward or o.reward_model, "--reward" if o.reward else "--reward_model", ref, tokenizer,
                               o.init_from, run)
         judge = rewards.load(o.judge, "--judge", ref, tokenizer, o.init_from, run) if o.judge else None
         from_rm = reward.model is not None and o.value_init == "rm"
-        value = (reward.model if from_rm else policy).with_head("scalar")
+        value = adapters.learner(reward.model if from_rm else start, "scalar", o,
+                                 runtime.generator(o.seed, 0, 0, "value"))
         prompts, val_prompts, about_prompts, paths = read_prompts(o, tokenizer, policy.config.block_size)
         sizes.check_rollout(f"--batch_size {o.batch_size}", policy, o.batch_size // run.world, o.response_length + 2)
         optimizers = make_optimizers(policy, value, o)
@@ -285,7 +293,7 @@ def main(argv=None):
             check.ppo(policy, ref, value, reward, tokenizer, prompts[:64], first, o, run)
         run.announce("PPO", [
             *about_prompts,
-            f"policy: {runtime.count_parameters(policy):,} parameters from {o.init_from}; reference of the KL: "
+            f"policy: {runtime.describe_parameters(policy)} from {o.init_from}; reference of the KL: "
             f"{o.reference or 'the same model'}",
             f"value network: from {o.reward_model if from_rm else o.init_from}; reward: {o.reward or o.reward_model}",
             f"{run.hardware}; {steps} steps of {o.batch_size} answers of up to {o.response_length} tokens, "

@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from minirlhf import checkpoint, evaluate, kernels, prepare, runtime
+from minirlhf import adapters, checkpoint, evaluate, kernels, prepare, runtime
 from minirlhf.config import RunOptions, fail, launch, parse, warn_idle
 from minirlhf.data import (Order, Row, blank_ends, doubtful_columns, encode_prompts, encode_row, load_preferences,
                            load_prompts, repeats, too_long)
@@ -143,15 +143,17 @@ def read_scale_prompts(o, tokenizer, block_size):
 
 def main(argv=None):
     o, saved = checkpoint.resume(parse(Options, argv), "rm", (
-        "seed", "batch_size", "optimizer", "long_prompts", "lr_schedule"))
+        "seed", "batch_size", "optimizer", "long_prompts", "lr_schedule", *adapters.OPTIONS))
+    adapters.check_options(o)
     warn_idle(o, "optimizer adamw", o.optimizer == "adamw", "muon_learning_rate")
     if os.path.normpath(o.data_dir) == Options.data_dir:
         prepare.ensure(o.data_dir)
     with runtime.Run(o, "rm") as run:
         # ---- the SFT model's trunk under a new head
         sft, tokenizer = checkpoint.load(o.init_from, checkpoint.POLICIES, run.device)[:2]
-        model = sft.with_head("scalar", o.dropout).init_score(runtime.generator(o.seed, 0, 0, "head"))
-        if saved:
+        model = adapters.learner(sft, "scalar", o, runtime.generator(o.seed, 0, 0, "adapters"), o.dropout)
+        model.init_score(runtime.generator(o.seed, 0, 0, "head"))
+        if saved and not model.base:
             checkpoint.compatible((sft, tokenizer), o.init_from,
                                   checkpoint.build(*saved, run.device, o.dropout), saved.path)
         kernels.pick_matmul(model)
@@ -180,7 +182,7 @@ def main(argv=None):
         tokens_per_epoch = sum(len(row.ids) for rows, _, _ in train_set for row in rows)
         run.announce("RM", [
             *about_data, f"model: {model.config.n_layer} layers x {model.config.n_embd}, "
-            f"{runtime.count_parameters(model):,} parameters, trunk from {o.init_from}",
+            f"{runtime.describe_parameters(model)} trunk from {o.init_from}",
             f"{run.hardware}; {steps} steps of {o.batch_size} records, about "
             f"{tokens_per_epoch // order.steps_per_epoch:,} tokens each"], first)
         prefer_longer = sum((len(rows[i].ids) > len(rows[j].ids)) - (len(rows[i].ids) < len(rows[j].ids))

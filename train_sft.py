@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-from minirlhf import checkpoint, evaluate, kernels, prepare, runtime, sizes
+from minirlhf import adapters, checkpoint, evaluate, kernels, prepare, runtime, sizes
 from minirlhf.config import RunOptions, fail, launch, parse, warn_idle
 from minirlhf.data import (Order, blank_ends, collate, doubtful_columns, encode_prompts, encode_row, labels_of,
                            load_demonstrations, load_prompts, repeats, too_long)
@@ -116,7 +116,8 @@ def encode_demonstrations(parts, paths, o, tokenizer, block_size):
 def main(argv=None):
     given = parse(Options, argv)
     o, saved = checkpoint.resume(given, "sft", (
-        *SIZES, "seed", "batch_size", "optimizer", "long_prompts", "lr_schedule"))
+        *SIZES, "seed", "batch_size", "optimizer", "long_prompts", "lr_schedule", *adapters.OPTIONS))
+    adapters.check_options(o)
     warn_idle(o, "optimizer adamw", o.optimizer == "adamw", "muon_learning_rate")
     warn_idle(o, "tokenizer gpt2", o.tokenizer == "gpt2", "vocab_size")
     if o.n_embd % (o.n_head if o.family == "gpt2" else 2 * o.n_head):
@@ -131,9 +132,12 @@ def main(argv=None):
         parts, paths = read_demonstrations(o)
         # ---- tokenizer and model: new, or a checkpoint's
         if not scratch:
-            shorter = o.block_size if "block_size" in given.given else 0
-            model, tokenizer, payload = (*checkpoint.build(*saved, run.device, o.dropout), saved.payload) if saved else (
-                checkpoint.load(o.init_from, checkpoint.POLICIES, run.device, o.dropout, shorter))
+            partial = o.lora_rank or o.freeze_layers
+            shorter = o.block_size if saved or "block_size" in given.given else 0
+            model, tokenizer, payload = (*checkpoint.build(*saved, run.device, o.dropout), saved.payload) if saved and (
+                not partial) else checkpoint.load(o.init_from, checkpoint.POLICIES, run.device, o.dropout, shorter)
+            if partial:
+                model = adapters.learner(model, "lm", o, runtime.generator(o.seed, 0, 0, "adapters"), o.dropout)
             found = {"family": "gpt2", "tokenizer": o.tokenizer, **payload["config"], **payload["options"]}
             own = {name: found[name] for name in SIZES}
             for name in own.keys() & given.given:
@@ -158,7 +162,9 @@ def main(argv=None):
         optimizers = runtime.make_optimizers(model, o)
 
         # ---- a new run, or one that goes on
-        training = checkpoint.Training(run, tokenizer, model, optimizers, {f"the data of {o.data_dir}": paths})
+        training = checkpoint.Training(run, tokenizer, model, optimizers, {
+            f"the data of {o.data_dir}": paths, **({f"--init_from {o.init_from}": checkpoint.files_of(o.init_from)}
+                                                   if adapters.is_partial(model) else {})})
         first, kept = training.restore(saved, steps)
         best, best_weights, best_figures = math.inf, None, None  # the lowest held-out loss so far
         with checkpoint.fitting(o.out_dir):  # what cannot be described is refused now, not at the end
@@ -189,7 +195,7 @@ def main(argv=None):
             *about_data, f"{tokens_per_epoch:,} tokens an epoch, {trained:,} of them are trained; vocabulary "
             f"{tokenizer.vocab_size:,} ({tokenizer.name})",
             f"model: {model.config.n_layer} layers x {model.config.n_embd}, {model.config.n_head} heads, "
-            f"{runtime.count_parameters(model):,} parameters, from {o.init_from}",
+            f"{runtime.describe_parameters(model)} from {o.init_from}",
             f"{run.hardware}; {steps} steps of {o.batch_size} rows, about "
             f"{tokens_per_epoch // order.steps_per_epoch:,} tokens each; {o.optimizer}"], first)
 
@@ -229,7 +235,7 @@ def main(argv=None):
                 show_samples(model, run, tokenizer, shown, done, o)
                 if now < best:
                     best, best_figures = now, held_out
-                    best_weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+                    best_weights = {k: tensor.clone() for k, tensor in checkpoint.learned_state(model).items()}
             run.write("metrics.jsonl", record)
             if scheduled or stopping:
                 training.save(done, {"nats_per_token": best, "held_out": best_figures}, best_weights)

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import torch
 
-from minirlhf import checkpoint
+from minirlhf import adapters, checkpoint
 from minirlhf.data import Row, collate, encode_row
 from minirlhf.evaluate import score_all
 from minirlhf.generate import KVCache
@@ -125,7 +125,7 @@ def saved(checks, model, tokenizer, stage):
         checkpoint.save(path, stage=stage, model=model, tokenizer=tokenizer, options=checks.run.options, info={},
                         training={})
         other, other_tokenizer, _ = checkpoint.load(path, [stage], checks.run.device)
-    own, loaded = model.state_dict(), other.state_dict()
+    own, loaded = adapters.merged(model), other.state_dict()
     different = [name for name in own if not torch.equal(own[name], loaded[name])]
     checks("saved and loaded is the same to the last bit", not different and other_tokenizer.same_ids(tokenizer),
            f"{len(own)} tensors and {tokenizer.vocab_size:,} tokens" + ", ".join(["", *different[:3]]),

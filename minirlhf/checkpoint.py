@@ -3,7 +3,9 @@
     {"format", "stage", "config", "head", "tokenizer", "model", "options", "info", "environment", "training"}
 
 "model" is what other programs use (the best, or the last); "training" holds the last weights, the optimizers' state,
-the step and the data's fingerprint.
+the step and the data's fingerprint. Adapters on another program's model are kept by themselves: "model" then has what
+they learned, and "base" where that model is, its fingerprint, and adapters that were trained on it before. A file is a
+thirtieth as large so, and the published weights are never copied. Other adapters are merged into the weights.
 
 Invariant: the name always holds a whole file, whose SHA-256 stands at its end as the zip's comment; the good file
 before it is kept as ckpt.previous.pt. Files are read with weights_only=True, so that no code in them can run.
@@ -18,11 +20,12 @@ import shutil
 import time
 import zipfile
 from dataclasses import asdict, fields, replace
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
 
-from minirlhf import fetch, pretrained, runtime
+from minirlhf import adapters, fetch, pretrained, runtime
 from minirlhf import tokenizer as tokenizers
 from minirlhf.config import check_ranges, fail, fitting, one_line, ranks, say
 from minirlhf.data import fingerprint
@@ -30,7 +33,7 @@ from minirlhf.model import GPT, GPTConfig, outline
 from minirlhf.runtime import sync_folder
 from minirlhf.tokenizer import Tokenizer
 
-FORMAT = 1
+FORMAT = 2  # what this program reads; it writes 1 where no model of another program has adapters
 STAGES = {"sft": "an SFT model", "rm": "a reward model", "ppo": "a PPO policy"}
 MADE_BY = {"sft": "train_sft.py", "rm": "train_rm.py", "ppo": "train_ppo.py"}
 POLICIES = ["sft", "ppo"]  # what answers prompts, and can be trained further
@@ -56,9 +59,9 @@ def save(path, *, stage, model, tokenizer, options, info, training, environment=
     the folder gone.
     """
     began, temporary, size = time.perf_counter(), f"{path}.tmp", 0
-    payload = {"format": FORMAT, "stage": stage, "config": sizes_of(model.config), "head": model.head,
-               "tokenizer": tokenizer.state(), "model": weights or model.state_dict(), "options": asdict(options),
-               "info": info, "environment": environment or {}, "training": training}
+    payload = {"format": 2 if is_on_base(model) else 1, "stage": stage, "config": sizes_of(model.config),
+               "head": model.head, "tokenizer": tokenizer.state(), "options": asdict(options), "info": info,
+               "environment": environment or {}, "training": training, **contents(model, weights)}
     if name := not_finite(payload):
         raise SystemExit(f"error: {path}: not written, for {name} is no longer finite; try a lower --learning_rate; "
                          "what was there before is untouched")
@@ -88,6 +91,23 @@ def save(path, *, stage, model, tokenizer, options, info, training, environment=
         raise SystemExit(one_line(f"error: {path}: could not be written ({error}) after {size:,} bytes; what was there "
                                   "before is untouched"))
     return f"  saved {path}: {size / 1e6:.1f} MB in {time.perf_counter() - began:.2f} s"
+
+
+def is_on_base(model):
+    """Whether a file holds the model's adapters only, and not what they stand on."""
+    return bool(model.base) and any("model" not in entry for entry in model.base["adapters"])
+
+
+def contents(model, learned=None):
+    """What a file holds of a model. learned: its weights of another time, as `learned_state` gives them."""
+    if is_on_base(model):
+        return {"model": learned or learned_state(model), "base": model.base}
+    return {"model": adapters.merged(model, learned)}
+
+
+def learned_state(model):
+    """{name: tensor} of what a run changes in a model: all of it, or what is not frozen."""
+    return adapters.trained(model) if adapters.is_partial(model) else model.state_dict()
 
 
 def sizes_of(config):
@@ -250,6 +270,8 @@ def build(payload, path, device, dropout=0.0):
         tokenizer = Tokenizer.from_state(payload["tokenizer"])
         if tokenizer.vocab_size != config.vocab_size:
             fail(f"{path}: its tokenizer has {tokenizer.vocab_size} tokens, its model {config.vocab_size}")
+        if "base" in payload:
+            return on_base(payload, config, path).to(device), tokenizer
         if config.n_layer > len(payload["model"]):
             fail(f"{path}: does not fit: {config.n_layer} layers of {len(payload['model'])} weights")
         check_shapes(outline(config, head), payload["model"], path)
@@ -258,8 +280,62 @@ def build(payload, path, device, dropout=0.0):
     return model.to(device), tokenizer
 
 
+def on_base(payload, config, path):
+    """The model of a file that holds adapters only: another program's, to whose weights all of them are added."""
+    base, entries = payload["base"], []
+    model = published(found_base(base, path), None, config.block_size)[0]
+    for entry in base["adapters"]:
+        entry = {"model": payload["model"], **entry}
+        rank, layers = entry["lora_rank"], entry["lora_layers"]
+        if type(rank) is not int or any(name.endswith(".a") and len(t) != rank for name, t in entry["model"].items()):
+            fail(f"{path}: does not fit: adapters of rank {str(rank)[:40]}")
+        if type(layers) is not int or not 0 <= layers <= config.n_layer or entry["head"] not in ("lm", "scalar"):
+            fail(f"{path}: does not fit: adapters in {str(layers)[:40]} blocks, under the head {entry['head']!r:.40}")
+        settings = SimpleNamespace(lora_rank=rank, lora_alpha=float(entry["lora_alpha"]), lora_layers=layers,
+                                   freeze_layers=0)
+        adapted = adapters.learner(model, entry["head"], settings, torch.Generator())
+        load_weights(adapted, entry["model"], path)
+        model = adapters.merge(adapted)
+        entries.append(entry)
+    if replace(model.config, dropout=config.dropout) != config or model.head != payload["head"]:
+        fail(f"{path}: does not fit the model that it is made from, {base['path']}")
+    model.base = {**base, "adapters": entries}
+    return with_dropout(model, config.dropout)
+
+
+def found_base(base, path):
+    """The path of the model that a file's adapters stand on: where it was, beside the file, or in the cache of fetched
+    ones. Exits 2 where there is none with its contents."""
+    wanted = str(base["path"])
+    places = [wanted, *(os.path.join(folder, os.path.basename(wanted)) for folder in (
+        os.path.dirname(path) or ".", str(fetch.cache_folder())))]
+    if wanted == "smollm2":
+        places = [fetch.smollm2()]
+    there = [place for place in places if os.path.exists(place)]
+    for place in there:
+        if fingerprint(*pretrained.files(place)) == base["files"]:
+            return place
+    fail(f"{path}: holds adapters on {wanted}, which " + (
+        f"is another model now ({', '.join(there)})" if there else f"is not there, nor at {places[1]} or {places[2]}")
+        + "; put the model that they were trained on there")
+
+
+def published(path, head, block_size):
+    """Another program's model -> (model, its tokenizer, info). It knows its `base`: itself."""
+    model, found, info = pretrained.load(path, head, block_size)
+    model.base = {"path": path, "files": fingerprint(*pretrained.files(path)), "adapters": []}
+    return model, found, info
+
+
+def with_dropout(model, dropout):
+    model.config.dropout = dropout
+    for block in model.h:
+        block.attn.dropout = block.mlp.dropout = dropout
+    return model
+
+
 def check_shapes(model, state, path):
-    own, wrong = model.state_dict(), []
+    own, wrong = learned_state(model), []
     for name in own | state:
         wanted, found = (tuple(x[name].shape) if name in x else None for x in (own, state))
         if wanted != found:
@@ -273,7 +349,7 @@ def check_shapes(model, state, path):
 def load_weights(model, state, path):
     with fitting(path):
         check_shapes(model, state, path)
-        model.load_state_dict(state)
+        model.load_state_dict(state, strict=False)  # what is frozen is there already
 
 
 def load_optimizers(optimizers, states, path):
@@ -295,34 +371,32 @@ def load(path, stages, device, dropout=0.0, block_size=0):
     Another program's language model counts as an SFT model, its classifier as a reward model; block_size, if not 0,
     shortens its context. Exits 2 as `read` and `pretrained.load` do.
     """
-    path = located(path)
+    named, path = path, located(path)
     if not is_foreign(path):
         payload = read(path, stages)
         model, tokenizer = build(payload, path, device, dropout)
         return model.eval(), tokenizer, payload
     head = "scalar" if stages == ["rm"] else None if "rm" in stages else "lm"
-    model, found, info = pretrained.load(path, head, block_size)
+    model, found, info = published(path, head, block_size)
+    model.base["path"] = named if named != path else os.path.abspath(path)
     tokenizer = (tokenizers.from_gguf(path, {f"tokenizer.ggml.{k}": v for k, v in found.items()})
                  if path.endswith(".gguf") else tokenizers.from_folder(path, model.config.vocab_size))
     if tokenizer.vocab_size != model.config.vocab_size:
         fail(f"{path}: its tokenizer has {tokenizer.vocab_size} tokens, its model {model.config.vocab_size}")
-    model.config.dropout = dropout
-    for block in model.h:
-        block.attn.dropout = block.mlp.dropout = dropout
     stage = "rm" if model.head == "scalar" else "sft"
-    return model.to(device), tokenizer, {"stage": stage, "config": sizes_of(model.config), "options": {}, "info": info}
+    return with_dropout(model, dropout).to(device), tokenizer, {
+        "stage": stage, "config": sizes_of(model.config), "options": {}, "info": info}
 
 
 def load_pair(init_from, reference, device):
-    """-> the policy to train, its frozen reference, their tokenizer, and what the reference is called.
+    """-> the model that a policy starts from, its frozen reference, their tokenizer, and what the reference is called.
 
-    reference: its path, or "" where it is the model of init_from, of which the policy then is a copy. Exits 2 where
-    the two cannot be compared.
+    reference: its path, or "" where it is the model of init_from itself. Exits 2 where the two cannot be compared.
     """
     ref, tokenizer, payload = load(reference or init_from, POLICIES, device)
     called = "SFT" if payload["stage"] == "sft" else "reference"
     if not reference:
-        return ref.with_head("lm"), ref, tokenizer, called
+        return ref, ref, tokenizer, called
     del payload  # so that no more than one is in memory
     policy, own_tokenizer = load(init_from, POLICIES, device)[:2]
     compatible((policy, own_tokenizer), init_from, (ref, tokenizer), reference)
@@ -380,7 +454,7 @@ class Training:
                     self.run.say(f"resume: warning: {what} has changed since the run of {path} began")
                 elif was != now:
                     fail(f"--resume: {what} is not what the run of {path} began with")
-            best = payload["model"] if "model" in state else None
+            best = state.pop("best", payload["model"] if "model" in state else None)
             load_weights(self.model, state.pop("model", payload["model"]), path)
             for name, network in self.networks.items():
                 load_weights(network, state.pop(name), path)
@@ -401,10 +475,13 @@ class Training:
         if self.run.main:
             self.run.sync()
             training = {"step": step, "data": self.fingerprints, **state,
-                        **{name: network.state_dict() for name, network in self.networks.items()},
+                        **{name: learned_state(network) for name, network in self.networks.items()},
                         "optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
-            if best is not None:
-                training["model"] = self.model.state_dict()
+            merged = adapters.is_partial(self.model) and not is_on_base(self.model)
+            if best is not None or merged:
+                training["model"] = learned_state(self.model)
+            if best is not None and merged:
+                training["best"] = best
             keep, name = self.run.options.keep_checkpoints, f"ckpt.{step:06}.pt"
             others = [other for other in self.run.numbered().values() if other != name] if keep else []
             self.run.say(save(self.run.path("ckpt.pt"), stage=self.run.stage, model=self.model, weights=best,

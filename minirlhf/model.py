@@ -231,11 +231,21 @@ class GPT(nn.Module):
 
     # ---- from tokens to hidden states (B, T, C)
 
-    def hidden(self, tokens, cache=None, positions=None, select=None):
+    first = 0  # the first block that learns: adapters.learner sets it; what lies below is the same at every step
+    base = None  # another program's model that this one is made from: checkpoint sets it
+
+    @torch.no_grad()
+    def below(self, tokens):
+        """What enters block `first`: tokens (B, T) -> (B, T, C), or None where that is the first of all."""
+        return self.hidden(tokens, last=self.first) if self.first else None
+
+    def hidden(self, tokens, cache=None, positions=None, select=None, below=None, last=None):
         """Hidden states after the last norm: tokens (B, T) -> (B, T, C), or of some places alone (N, C).
 
         cache: a generate.KVCache, in which the tokens take the slots `positions` (B or 1, T).
         select: `flat_indices` of the states that are wanted; of the others the last block makes only keys and values.
+        below: what enters block `first`, where that is not 0, so that nothing below it is computed. last: the block
+        whose input is returned.
         """
         T = tokens.shape[1]
         if positions is None:
@@ -245,22 +255,23 @@ class GPT(nn.Module):
             slots = torch.arange(T if cache is None else cache.filled, device=tokens.device)
             unseen = slots > positions[:, None, :, None]  # (B or 1, 1, T, S)
             mask = torch.zeros(unseen.shape, device=tokens.device).masked_fill_(unseen, -torch.inf)
-        x, rope = self.wte(tokens), None  # (B, T, C)
-        if self.config.family == "gpt2":
-            x = x + self.wpe(positions)
+        rope = None if self.config.family == "gpt2" else turns(positions, self.config)
+        from_below = below is not None and self.first
+        if not from_below:
+            x = self.wte(tokens)  # (B, T, C)
+            x = F.dropout(x + self.wpe(positions) if rope is None else x, self.config.dropout, self.training)
         else:
-            rope = turns(positions, self.config)
-        x = F.dropout(x, self.config.dropout, self.training)
-        for i, block in enumerate(self.h):
-            x = block(x, mask, partial(cache.extend, i, positions) if cache is not None else None,
-                      select if i + 1 == len(self.h) else None, rope)
-        return self.ln_f(x)
+            x = below
+        for i in range(self.first if from_below else 0, len(self.h) if last is None else last):
+            x = self.h[i](x, mask, partial(cache.extend, i, positions) if cache is not None else None,
+                          select if i + 1 == len(self.h) else None, rope)
+        return self.ln_f(x) if last is None else x
 
     compiled_hidden = decoder = None  # generate.compile_model sets them
 
-    def states(self, tokens, select):
+    def states(self, tokens, select, below=None):
         """Hidden states (N, C) of some places in tokens (B, T), by the compiled function where there is one."""
-        return (self.compiled_hidden or self.hidden)(tokens, select=select)
+        return (self.compiled_hidden or self.hidden)(tokens, select=select, below=below)
 
     # ---- from hidden states to what a head says
 
@@ -277,26 +288,27 @@ class GPT(nn.Module):
         """(..., C) -> (...), float32 or wider."""
         return at_least_float32(self.score_head(hidden).squeeze(-1)) * self.gain + self.bias
 
-    def logprobs(self, tokens, decisions, temperature=1.0):
+    def logprobs(self, tokens, decisions, temperature=1.0, below=None):
         """log pi of the tokens that were chosen, and of all tokens, at some decisions: -> (N,), (N, V), in nats.
 
         tokens (B, T); decisions (N,): places on the grid (B, T-1), where t chooses tokens[:, t+1]. The head runs on
-        them only. log pi = log-softmax(logits / temperature), the temperature that the sampler takes.
+        them only. log pi = log-softmax(logits / temperature), the temperature that the sampler takes. below: what
+        `below` gives of the tokens, if it is there already; so in `values` and `score`.
         """
-        states = self.states(tokens[:, :-1], decisions)  # (N, C)
+        states = self.states(tokens[:, :-1], decisions, None if below is None else below[:, :-1])  # (N, C)
         logits = self.logits(states / temperature)  # dividing C states costs less than dividing V logits
         logprobs = logits.log_softmax(-1)  # (N, V)
         return logprobs.gather(1, tokens[:, 1:].flatten()[decisions, None]).squeeze(1), logprobs
 
-    def values(self, tokens, decisions):
+    def values(self, tokens, decisions, below=None):
         """The scalar head at some decisions: tokens (B, T), decisions (N,) on the grid (B, T-1) -> (N,)."""
-        return self.scalar(self.states(tokens[:, :-1], decisions))
+        return self.scalar(self.states(tokens[:, :-1], decisions, None if below is None else below[:, :-1]))
 
-    def score(self, tokens, lengths):
+    def score(self, tokens, lengths, below=None):
         """The scalar head at each row's last real token: tokens (B, T), lengths (B,) -> (B,)."""
         B, T = tokens.shape
         last = torch.arange(B, device=tokens.device) * T + lengths - 1  # in (B T,)
-        return self.scalar(self.states(tokens, last))
+        return self.scalar(self.states(tokens, last, below))
 
     def forward(self, tokens):
         """(B, T) -> logits (B, T, V), or scalars (B, T)."""

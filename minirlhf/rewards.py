@@ -35,7 +35,7 @@ class RewardModel:
         scores = []
         for part in map(rollout.take, rows.split(micro_batch_size or len(rows))):
             with self.run.autocast():
-                scores.append(self.model.score(part.tokens, part.lengths))
+                scores.append(self.model.score(part.tokens, part.lengths, getattr(part, "value_below", None)))
         scores = torch.cat(scores)
         if not scores.isfinite().all():
             row = int(scores.isfinite().int().argmin())

@@ -371,6 +371,8 @@ class Run:
         if self.world > 1:
             with self.together():
                 for p in parameters:
+                    if not p.requires_grad:
+                        continue
                     if p.grad is None:
                         p.grad = torch.zeros_like(p)
                     torch.distributed.all_reduce(p.grad)
@@ -584,9 +586,10 @@ def make_optimizers(model, o):
 
     Each group carries its "peak" learning rate.   Loshchilov & Hutter 2019; Jordan et al. 2024 (Muon).
     """
-    matrices = [p for p in model.h.parameters() if p.dim() == 2]
-    others = [p for name, p in model.named_parameters() if p.dim() == 2 and not name.startswith("h.")]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
+    learns = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    matrices = [p for name, p in learns.items() if p.dim() == 2 and name.startswith("h.")]
+    others = [p for name, p in learns.items() if p.dim() == 2 and not name.startswith("h.")]
+    vectors = [p for p in learns.values() if p.dim() < 2]
     decayed = others if o.optimizer == "muon" else others + matrices
     optimizers = [AdamW([{"params": decayed, "weight_decay": o.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
                         lr=o.learning_rate, betas=(0.9, 0.95), fused=True)]
@@ -641,7 +644,8 @@ def clip_gradients(model, loss, where, o, check_weights=True):
     where: names the batch.
     """
     norm = torch.nn.utils.get_total_norm(p.grad for p in model.parameters() if p.grad is not None)
-    size = torch.nn.utils.get_total_norm(p.detach() for p in model.parameters()) if check_weights else 0.0
+    learns = [p.detach() for p in model.parameters() if p.requires_grad]
+    size = torch.nn.utils.get_total_norm(learns) if check_weights else 0.0
     found = float(loss), float(norm), float(size)
     if not all(map(math.isfinite, found)):
         fail_before_update(f"{where}: not finite (loss {found[0]:.4g}, norm of the gradient {found[1]:.4g}"
@@ -662,3 +666,9 @@ def optimizer_step(model, optimizers, loss, where, o, check_weights=True):
 
 def count_parameters(model):
     return sum(p.numel() for p in model.parameters())
+
+
+def describe_parameters(model):
+    """"1,234 parameters", and how many of them learn, where not all do."""
+    learn, every = sum(p.numel() for p in model.parameters() if p.requires_grad), count_parameters(model)
+    return f"{every:,} parameters" + (f", of which {learn:,} learn," if learn < every else "")
