@@ -5,6 +5,7 @@ record. Its accuracy is set against chance, against length alone, and against ho
 """
 import os
 import time
+import zlib
 from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
@@ -14,7 +15,7 @@ import torch
 from minirlhf import adapters, checkpoint, evaluate, kernels, prepare, runtime
 from minirlhf.config import RunOptions, fail, launch, parse, warn_idle
 from minirlhf.data import (Order, Row, blank_ends, doubtful_columns, encode_prompts, encode_row, load_preferences,
-                           load_prompts, repeats, too_long)
+                           load_prompts, repeats, spread, too_long)
 from minirlhf.evaluate import score_all
 from minirlhf.generate import compile_model, generate
 from minirlhf.objectives import bradley_terry_loss, wins
@@ -46,6 +47,7 @@ class Options(RunOptions):
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm; 0 = never [0..]
     # ---- evaluations, checkpoints, scale
     eval_interval: int = 250  # steps between evaluations and checkpoints; the last step always does [1..]
+    num_eval_texts: int = 0  # held-out texts of an evaluation, which takes all pairs of them; 0 = all [0..]
     log_interval: int = 10  # steps between log lines [1..]
     response_length: int = 48  # longest SFT sample in tokens, as in stage 3, when the scale is set [1..]
     num_scale_samples: int = 1024  # SFT samples whose scores shall have mean 0 and standard deviation 1 [2..1000000]
@@ -87,6 +89,15 @@ def batch_gradients(model, batch, eos, o, run):
     return *run.total(sums).tolist(), n_pairs
 
 
+def among(records, count):
+    """The records' pairs of `count` texts, evenly spread over all: texts that pairs share are scored once."""
+    texts = {tuple(row.ids) for rows, _, _ in records for row in rows}
+    few = {*spread(sorted(texts, key=lambda ids: zlib.crc32(str(ids).encode())), count)}
+    found = [(rows, [(i, j) for i, j in pairs if {tuple(rows[i].ids), tuple(rows[j].ids)} <= few], extra)
+             for rows, pairs, extra in records]
+    return [record for record in found if record[1]]
+
+
 @torch.no_grad()
 def set_scale(model, sft, run, tokenizer, prompts, o):
     """Gain and bias such that scores of SFT samples, cut as stage 3 cuts them, have mean 0 and standard deviation 1."""
@@ -117,6 +128,8 @@ def read_preferences(o, tokenizer, block_size):
             fail(f"{path}: no record is left: each is longer than the context of {block_size} tokens, or its texts "
                  "are the same or tied")
         sets.append(kept)
+        if name == "held-out" and o.num_eval_texts:
+            sets[-1] = among(kept, o.num_eval_texts) or kept
         if long := too_long(rows, block_size, o.long_prompts):
             lines.append(f"{name} texts: {long}")
         lines += [f"{name} records dropped, {why}: {count}" for why, count in dropped.items()]

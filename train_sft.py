@@ -13,7 +13,7 @@ import torch
 from minirlhf import adapters, checkpoint, evaluate, kernels, prepare, runtime, sizes
 from minirlhf.config import RunOptions, fail, launch, parse, warn_idle
 from minirlhf.data import (Order, blank_ends, collate, doubtful_columns, encode_prompts, encode_row, labels_of,
-                           load_demonstrations, load_prompts, repeats, too_long)
+                           load_demonstrations, load_prompts, repeats, spread, too_long)
 from minirlhf.generate import compile_model, generate
 from minirlhf.model import GPT, GPTConfig, flat_indices
 from minirlhf.objectives import sft_loss
@@ -51,6 +51,7 @@ class Options(RunOptions):
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm; 0 = never [0..]
     # ---- evaluations and checkpoints
     eval_interval: int = 250  # steps between evaluations, checkpoints and samples; the last step always does [1..]
+    num_eval_texts: int = 0  # held-out rows of an evaluation, evenly spread over all of them; 0 = all [0..]
     log_interval: int = 10  # steps between log lines [1..]
     response_length: int = 48  # longest sample in tokens [1..]
 
@@ -106,7 +107,8 @@ def encode_demonstrations(parts, paths, o, tokenizer, block_size):
             lines.append(f"{name} rows: {long}")
         lines += [*doubtful_columns(part, f"{name} rows"), *blank_ends([d.prompt for d in part],
                                                                        f"prompts of {name} rows")]
-        encoded.append([(d, row) for d, row in zip(part, rows) if row])
+        kept = [(d, row) for d, row in zip(part, rows) if row]
+        encoded.append(spread(kept, o.num_eval_texts) if name == "held-out" else kept)
     train_rows, (val, val_rows) = [row for _, row in encoded[0]], zip(*encoded[1])
     head = f"{len(train_rows):,} rows for training, {len(val_rows):,} held out, from {o.data_dir}"
     lines += repeats(*([(d.prompt, d.completion) for d in part] for part in parts), "demonstrations")

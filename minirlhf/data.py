@@ -390,6 +390,11 @@ def fingerprint(*paths) -> str:
     return digest.hexdigest()[:16]
 
 
+def spread(rows, count):
+    """`count` of the rows, evenly spread over all of them and in their order; all of them where count is 0 or more."""
+    return [rows[i * len(rows) // count] for i in range(count)] if 0 < count < len(rows) else rows
+
+
 def repeats(train, val, what):
     """Warnings, with counts, of rows repeated or shared by training and held-out data."""
     repeated, shared = len(train) - len(set(train)), len(set(train) & set(val))
