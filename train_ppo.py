@@ -22,6 +22,7 @@ from minirlhf.objectives import (adaptive_kl_coef, entropy, gae, k1, k2, k3, kl_
 @dataclass
 class Options(RunOptions):
     """Stage 3, PPO: SFT model + reward -> policy. Reads prompts.{train,val}.jsonl of --data_dir."""
+    stage = "ppo"
     # ---- models, data, output
     dtype: Literal["auto", "float32", "bfloat16"] = "float32"  # of matmuls; float32 lets sampler and trainer agree
     data_dir: str = "data/sentiment"  # folder of the prompts; the default is prepared when it is missing

@@ -27,6 +27,7 @@ class Options(RunOptions):
 
     Reads preferences.{train,val}.jsonl of --data_dir (another stem with --preferences).
     """
+    stage = "rm"
     # ---- model, data, output
     data_dir: str = "data/sentiment"  # folder of the preferences; the default is prepared when it is missing
     preferences: str = "preferences"  # stem of the two files: "judge" trains a judge on sentences this model never sees
@@ -254,9 +255,9 @@ def main(argv=None):
             run.say(line)
         training.save(steps, info, finished=True)
         path = run.path("ckpt.pt")
-        run.saved({Options.preferences: runtime.next_command("train_ppo.py", data_dir=o.data_dir, init_from=o.init_from,
-                                                             reward_model=path),
-                   "judge": runtime.next_command("train_ppo.py", judge=path) + " --resume"}.get(o.preferences, ""))
+        run.saved({Options.preferences: runtime.next_command("train_ppo.py", o, data_dir=o.data_dir,
+                                                             init_from=o.init_from, reward_model=path),
+                   "judge": runtime.next_command("train_ppo.py", o, judge=path) + " --resume"}.get(o.preferences, ""))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ SIZES = ("tokenizer", "vocab_size", "family", "n_layer", "n_head", "n_embd", "bl
 @dataclass
 class Options(RunOptions):
     """Stage 1, supervised fine-tuning: demonstrations -> SFT model. Reads sft.{train,val}.jsonl of --data_dir."""
+    stage = "sft"
     # ---- model, data, output
     data_dir: str = "data/sentiment"  # folder of sft.{train,val}.jsonl; the default is prepared when it is missing
     out_dir: str = "out/sft"  # where ckpt.pt, config.json, metrics.jsonl and samples.jsonl go
@@ -244,7 +245,7 @@ def main(argv=None):
             if stopping and done < steps:
                 run.exit_stopped()
         run.say(f"\nbest held-out loss: {evaluate.describe(best_figures)}")
-        run.saved(runtime.next_command("train_rm.py", data_dir=o.data_dir, init_from=run.path("ckpt.pt")))
+        run.saved(runtime.next_command("train_rm.py", o, data_dir=o.data_dir, init_from=run.path("ckpt.pt")))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ work, `--flag` alone means True. An unknown name is refused, abbreviations too, 
 
 `@file` reads options from a file, one a line, as in a nanoGPT config or flat TOML: `name = value  # comment`, also
 `--name value`, `--name=value` and `flag`; a value may stand in quotes, which hold anything but themselves. What comes
-later on the command line wins; a name may stand once in a file.
+later on the command line wins; a name may stand once in a file. Lines under `[sft]`, `[rm]` or `[ppo]` are for the
+script of that stage alone. Where no file has the name, `@scratch` is minirlhf/scratch.toml.
 
 Left out: nesting, YAML and overriding by environment. A run's options fit one flat list.
 """
@@ -157,6 +158,7 @@ def temperature_number(text):
 @dataclass
 class RunOptions:
     """What every stage has in common."""
+    stage = ""
     # ---- the run
     device: str = "auto"  # cpu, cuda, cuda:N, mps; auto takes the GPU when there is one
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matmuls; auto: bfloat16 where the chip has it
@@ -222,7 +224,7 @@ def parse(cls, argv=None):
             extra["metavar"] = kind.__name__.upper()
         group.add_argument(f"--{field.name}", type=kind, default=argparse.SUPPRESS,
                             help=(text + shown).replace("%", "%%"), **extra)
-    words, places = _words({field.name: field.type for field in fields(cls)}, sys.argv[1:] if argv is None else argv)
+    words, places = _words(cls, sys.argv[1:] if argv is None else argv)
     given = vars(parser.parse_args(words))
     if issubclass(cls, RunOptions):
         ranks()  # before anything is done by one of them
@@ -293,16 +295,30 @@ def _boolean(text):
 
 # ---- files of options
 
-def _words(kinds, argv):
+def presets():
+    """{name: path} of the files of options that come with the package."""
+    folder = os.path.dirname(os.path.abspath(__file__))
+    return {name[:-5]: os.path.join(folder, name) for name in sorted(os.listdir(folder)) if name.endswith(".toml")}
+
+
+def preset_values(cls, path):
+    """{name: value} of what a file of options sets in dataclass `cls`."""
+    kinds = {field.name: field.type for field in fields(cls)}
+    return {name: {bool: _boolean, int: int, float: float}.get(kinds[name], str)(text)
+            for name, text, _ in read_options(path, cls)}
+
+
+def _words(cls, argv):
     """-> (argv with what each @FILE holds in its place, {name: "FILE:LINE: "} of the values that files gave).
 
-    kinds: {option: type}. A word after an option that needs a value is its value, also where it begins with "@".
+    A word after an option that needs a value is its value, also where it begins with "@".
     """
+    kinds = {field.name: field.type for field in fields(cls)}
     words, places = [], {}
     for word in argv:
         name = words[-1][2:] if words and re.fullmatch(r"--\w+", words[-1]) else ""
         if word.startswith("@") and kinds.get(name, bool) is bool:
-            for name, text, place in read_options(word[1:], kinds):
+            for name, text, place in read_options(word[1:], cls):
                 if any(word.partition("=")[0] == f"--{name}" for word in words):
                     print(f"{place}{name} = {text} takes the place of the --{name} before the file", file=sys.stderr)
                 words.append(f"--{name}={text}")
@@ -315,8 +331,21 @@ def _words(kinds, argv):
     return words, places
 
 
-def read_options(path, kinds):
+def read_options(path, cls):
     """Yields (name, text of the value, "FILE:LINE: ") for each option in a file. Exits 2 on what is none."""
+    kinds, seen = {field.name: field.type for field in fields(cls)}, {}
+    if not os.path.lexists(path):
+        path = presets().get(path, path)
+    for number, line in lines_for(path, getattr(cls, "stage", "")):
+        name, text = _setting(line, f"{path}:{number}", kinds)
+        if name in seen:
+            fail(f"{path}:{number}: {name} stands in line {seen[name]} already; keep one of the two")
+        seen[name] = number
+        yield name, text, f"{path}:{number}: "
+
+
+def lines_for(path, stage):
+    """Yields (number, line) of a file of options that are for the script of a stage, or for all."""
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode) or status.st_size > 10 ** 6:
@@ -328,24 +357,25 @@ def read_options(path, kinds):
     except UnicodeDecodeError as error:
         fail(f"{path}:{error.object[:error.start].count(10) + 1}: not UTF-8 at byte {error.start}; save it as UTF-8")
     except OSError as error:
-        fail(f"@{path}: a file of options that cannot be read ({error.strerror})")
+        fail(f"@{path}: a file of options that cannot be read ({error.strerror})"
+             + did_you_mean(path, presets(), "@"))
     if "\0" in text:
         fail(f"@{path}: no text in UTF-8: it holds NUL bytes")
-    seen = {}
+    section = ""
     for number, line in enumerate(re.split(r"\r\n|\r|\n", text), 1):
-        if line.strip() and not line.strip().startswith("#"):
-            name, text = _setting(line.strip(), f"{path}:{number}", kinds)
-            if name in seen:
-                fail(f"{path}:{number}: {name} stands in line {seen[name]} already; keep one of the two")
-            seen[name] = number
-            yield name, text, f"{path}:{number}: "
+        line = line.strip()
+        heading = re.fullmatch(r"\[(sft|rm|ppo)\]\s*(#.*)?", line) if stage else None
+        section = heading[1] if heading else section
+        if line and not heading and section in ("", stage) and not line.startswith("#"):
+            yield number, line
 
 
 def _setting(line, where, kinds):
     """A line -> (name, text of the value); `where` is its file and number."""
     match = re.fullmatch(r"(--)?([\w.-]+)[ \t]*(=?)[ \t]*(.*)", line)
     if line.startswith("["):
-        fail(f"{where}: {line[:60]}: there are no sections; leave the line out, one `name = value` a line is all")
+        fail(f"{where}: {line[:60]}: there are no sections but [sft], [rm] and [ppo], for those scripts; leave the line "
+             "out, one `name = value` a line is all")
     if line.startswith("@"):
         fail(f"{where}: {line[:60]}: such a file names no other; put both on the command line")
     if not match or match[4] and not match[4].startswith("#") and not match[1] and not match[3]:

@@ -24,7 +24,7 @@ from dataclasses import asdict, fields, replace
 
 import torch
 
-from minirlhf.config import fail, one_line, ranks, say
+from minirlhf.config import fail, lines_for, one_line, preset_values, presets, ranks, say
 from minirlhf.data import clean
 from minirlhf.kernels import AdamW, Muon, keep_freed_memory
 from minirlhf.sizes import check_batch
@@ -508,11 +508,19 @@ def finite(value):
 
 
 def command_line(stage, options, **changes):
-    """"python train_STAGE.py --name value ...": the options that differ from their defaults, after `changes`."""
-    values = asdict(replace(options, **changes))
-    parts = [f"--{f.name}" if values[f.name] is True else option(f.name, values[f.name])
-             for f in fields(options) if values[f.name] != f.default]
-    return " ".join([start_of(f"train_{stage}.py"), *parts])
+    """"python train_STAGE.py --name value ...": the options that differ, after `changes`, from their defaults, or from
+    those of a file of options in the package if these are fewer."""
+    return " ".join([start_of(f"train_{stage}.py"), *shortest(options, **changes)])
+
+
+def shortest(options, **changes):
+    """The words of the shortest command line that gives these options."""
+    values, found = asdict(replace(options, **changes)), []
+    for name, path in [("", ""), *presets().items()]:
+        usual = {f.name: f.default for f in fields(options)} | (preset_values(type(options), path) if path else {})
+        found.append([f"@{name}"] * bool(path) + [
+            f"--{k}" if values[k] is True else option(k, values[k]) for k in usual if values[k] != usual[k]])
+    return min(found, key=len)
 
 
 def option(name, value):
@@ -541,10 +549,14 @@ def start_of(script):
 USUAL = {"data_dir": "data/sentiment", "init_from": "out/sft/ckpt.pt", "reward_model": "out/rm/ckpt.pt"}
 
 
-def next_command(script, **options):
-    """"python SCRIPT --name value ...", without options that have the stages' usual values."""
-    return " ".join([start_of(script), *(option(name, value) for name, value in options.items()
-                                         if value != USUAL.get(name))])
+def next_command(script, after, **options):
+    """"python SCRIPT --name value ...", without options that have the stages' usual values. after: the options of the
+    stage before, whose file of options, if they are those of one in the package, is for the next stage too."""
+    preset = [word for word in shortest(after) if word.startswith("@")]
+    usual = USUAL | {name.strip(): value.strip() for word in preset for name, _, value in (
+        line.partition("=") for _, line in lines_for(presets()[word[1:]], script[6:-3]))}
+    return " ".join([start_of(script), *preset, *(option(name, value) for name, value in options.items()
+                                                  if value != usual.get(name))])
 
 
 def clock(seconds):
