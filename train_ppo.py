@@ -79,8 +79,6 @@ class Batch(Rollout):
     entropies: torch.Tensor = None  # of the policy; for the log only
     values: torch.Tensor = None  # of the value network
     scores: torch.Tensor = None  # (B,) of the reward model or function
-    below: torch.Tensor = None  # (B, T, C) what enters the policy's first block that learns, or None: it is the first
-    value_below: torch.Tensor = None  # the same of the value network
     final_rewards: torch.Tensor = None  # CREDIT: (B,) the score, clipped, less the penalty for a missing eos
     penalised_kl: torch.Tensor = None  # log-ratio of policy to reference, less its baseline
     rewards: torch.Tensor = None  # -kl_coef * penalised_kl, and final_rewards at the last decision
@@ -100,7 +98,7 @@ def roll_out(policy, prompts, index, eos, step, o, run):
 @torch.no_grad()
 def score_rollout(batch, policy, ref, value, reward, o, run):
     """Adds log-probabilities of what was sampled under policy and reference, entropies, values, scores."""
-    adapters.add_states_below(batch, policy, value, o.micro_batch_size, run)
+    adapters.add_states_below(batch, policy, value, run, o.micro_batch_size)
     columns = []
     for part in microbatches(batch, torch.arange(len(batch.lengths), device=run.device), o):
         with run.autocast():
@@ -266,6 +264,7 @@ def main(argv=None):
                               o.init_from, run)
         judge = rewards.load(o.judge, "--judge", ref, tokenizer, o.init_from, run) if o.judge else None
         from_rm = reward.model is not None and o.value_init == "rm"
+        adapters.share_below(policy, reward.model)
         value = adapters.learner(reward.model if from_rm else start, "scalar", o,
                                  runtime.generator(o.seed, 0, 0, "value"))
         prompts, val_prompts, about_prompts, paths = read_prompts(o, tokenizer, policy.config.block_size)

@@ -157,18 +157,43 @@ def merge(model):
     return model.requires_grad_(True)
 
 
-@torch.no_grad()
-def add_states_below(batch, policy, value, rows, run):
-    """Two columns of a batch (B, T, C): what enters the first block that learns, of the policy and of the value network.
+def share_below(model, other):
+    """Where all weights below the first block that learns are those of another model too, that one takes the memory.
 
-    They are the same for the reference and the reward model, and in all epochs, and so are computed once. rows: how
-    many a pass takes. Nothing, where the first block learns.
+    So it is where a reward model's adapters stand in the same blocks as the policy's, or higher ones.
+    """
+    if other is None or not model.first or model.config != other.config:
+        return
+    own, theirs = (dict(below(m, model.first)) for m in (model, other))
+    if own.keys() == theirs.keys() and all(torch.equal(p, theirs[name]) for name, p in own.items()):
+        for name, p in own.items():
+            theirs[name].data = p.data
+
+
+def below(model, first):
+    """(name, parameter) of the embeddings and of the blocks below one."""
+    for name, p in model.named_parameters():
+        if name.startswith(("wte.", "wpe.")) or name.startswith("h.") and int(name.split(".")[1]) < first:
+            yield name, p
+
+
+@torch.no_grad()
+def add_states_below(batch, policy, value, run, rows=128):
+    """Two columns of a Rollout: what enters the first block that learns, of the policy and of the value network, whose
+    reward model may be given as well.
+
+    They are the same for the reference and the reward model, and in all epochs, and so are computed once: for both
+    networks, where they share memory. rows: how many a pass takes. Nothing, where the first block learns.
     """
     for name, model in (("below", policy), ("value_below", value)):
-        if model.first:
-            column = torch.zeros(*batch.tokens.shape, model.config.n_embd, device=batch.tokens.device)
-            for part in torch.arange(len(column), device=column.device).split(rows):
-                tokens = batch.take(part).tokens
-                with run.autocast():
-                    column[part, :tokens.shape[1]] = model.below(tokens).to(column.dtype)
-            setattr(batch, name, column)
+        if model is None or not model.first:
+            continue
+        if model is value and value.first == policy.first and value.wte.weight.data_ptr() == policy.wte.weight.data_ptr():
+            batch.value_below = batch.below
+            continue
+        column = torch.zeros(*batch.tokens.shape, model.config.n_embd, device=batch.tokens.device)
+        for part in torch.arange(len(column), device=column.device).split(rows):
+            tokens = batch.take(part).tokens
+            with run.autocast():
+                column[part, :tokens.shape[1]] = model.below(tokens).to(column.dtype)
+        setattr(batch, name, column)

@@ -9,7 +9,7 @@ from collections import Counter, defaultdict
 
 import torch
 
-from minirlhf import checkpoint, kernels, rewards, runtime
+from minirlhf import adapters, checkpoint, kernels, rewards, runtime
 from minirlhf.config import (Parser, RunOptions, all_printed, check_spelling, fail, launch, positive_int, say,
                              temperature_number)
 from minirlhf.data import collate, encode_prompts, label_of, load_prompts, number
@@ -196,9 +196,9 @@ def answer(policy, ref, scorers, prompts, tokenizer, o, run, draw=0, batch_size=
         with run.autocast():
             rollout = generate(policy, prompts[at:at + batch_size], o.response_length, tokenizer.eos, o.temperature,
                                runtime.generator(o.seed, at, 0, f"held-out {draw}"))
-            below = policy.below(rollout.tokens)  # the same of both, where the policy has adapters in higher blocks
-            logprobs, ref_logprobs = (rollout.grid(m.logprobs(rollout.tokens, rollout.decisions, o.temperature, below)[0])
-                                      for m in (policy, ref))
+            adapters.add_states_below(rollout, policy, getattr(scorers.get("score"), "model", None), run)
+            logprobs, ref_logprobs = (rollout.grid(m.logprobs(rollout.tokens, rollout.decisions, o.temperature,
+                                                              rollout.below)[0]) for m in (policy, ref))
         columns = {"k1": k1(logprobs, ref_logprobs).sum(1), "k3": k3(logprobs, ref_logprobs).sum(1),
                    "ref_logprob": ref_logprobs.sum(1), "length": rollout.response_mask.sum(1),
                    "finished": rollout.finished, **{name: scorer(rollout) for name, scorer in scorers.items()}}

@@ -87,6 +87,8 @@ class Rollout:
     finished: torch.Tensor  # (B,) bool: the response ended with eos within the limit
     sampler_logprobs: torch.Tensor  # (B, T-1) log-probabilities as the sampler saw them, 0 outside the response
     prompt_texts: list = None  # (B,) each prompt's whole text, where `data.Prompt` knows it
+    below: torch.Tensor = None  # (B, T, C) what enters the first block in which policy and reference differ, if known
+    value_below: torch.Tensor = None  # the same of value network and reward model
 
     @property
     def response_mask(self):
