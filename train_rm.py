@@ -36,22 +36,22 @@ class Options(RunOptions):
     dropout: float = 0.0  # in training only [0..1)
     long_prompts: Literal["drop", "trim"] = "drop"  # texts over the context: drop them, or trim the prompt at its left
     # ---- training
-    num_train_epochs: float = 1  # passes over the training data; more overfit fast (0..1000000]
-    batch_size: int = 16  # records (pairs or rankings) an optimizer step, over all ranks [1..]
-    micro_batch_size: int = 16  # records a backward pass: for memory; changes no gradient [1..]
-    optimizer: Literal["muon", "adamw"] = "muon"  # muon: torch.optim.Muon for the blocks' matrices, AdamW for the rest
-    learning_rate: float = 2e-3  # AdamW's peak [0..]
+    num_train_epochs: float = 0.02  # passes over the training data; more than 1 overfit fast (0..1000000]
+    batch_size: int = 4  # records (pairs or rankings) an optimizer step, over all ranks [1..]
+    micro_batch_size: int = 4  # records a backward pass: for memory; changes no gradient [1..]
+    optimizer: Literal["muon", "adamw"] = "adamw"  # muon: torch.optim.Muon for the blocks' matrices, AdamW for the rest
+    learning_rate: float = 5e-4  # AdamW's peak [0..]
     muon_learning_rate: float = 1e-2  # Muon's peak [0..]
-    weight_decay: float = 0.1  # on matrices only [0..]
+    weight_decay: float = 0.0  # on matrices only [0..]
     warmup_ratio: float = 0.05  # share of the steps in which the rate rises [0..1]
     lr_schedule: Literal["linear", "cosine", "constant"] = "cosine"  # how it falls to 0; constant runs can be prolonged
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm; 0 = never [0..]
     # ---- evaluations, checkpoints, scale
     eval_interval: int = 250  # steps between evaluations and checkpoints; the last step always does [1..]
-    num_eval_texts: int = 0  # held-out texts of an evaluation, which takes all pairs of them; 0 = all [0..]
-    log_interval: int = 10  # steps between log lines [1..]
+    num_eval_texts: int = 500  # held-out texts of an evaluation, which takes all pairs of them; 0 = all [0..]
+    log_interval: int = 5  # steps between log lines [1..]
     response_length: int = 48  # longest SFT sample in tokens, as in stage 3, when the scale is set [1..]
-    num_scale_samples: int = 1024  # SFT samples whose scores shall have mean 0 and standard deviation 1 [2..1000000]
+    num_scale_samples: int = 128  # SFT samples whose scores shall have mean 0 and standard deviation 1 [2..1000000]
 
 
 def encode_preferences(tokenizer, preferences, block_size, long_prompts):

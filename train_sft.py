@@ -29,7 +29,7 @@ class Options(RunOptions):
     # ---- model, data, output
     data_dir: str = "data/sentiment"  # folder of sft.{train,val}.jsonl; the default is prepared when it is missing
     out_dir: str = "out/sft"  # where ckpt.pt, config.json, metrics.jsonl and samples.jsonl go
-    init_from: str = "scratch"  # scratch, or an SFT model or PPO policy whose weights and tokenizer to start from
+    init_from: str = "smollm2"  # smollm2, which is fetched; a folder or file of another model, or a checkpoint; scratch
     tokenizer: Literal["bpe", "gpt2"] = "bpe"  # bpe learns byte-level ranks from the training text; gpt2 takes GPT-2's
     vocab_size: int = 8192  # size of a learned vocabulary, end of text included [257..]
     family: Literal["gpt2", "llama"] = "gpt2"  # llama: RMSNorm, rotary positions and SwiGLU instead of GPT-2's parts
@@ -40,20 +40,20 @@ class Options(RunOptions):
     dropout: float = 0.0  # on embeddings, attention and residual branches, in training only [0..1)
     long_prompts: Literal["drop", "trim"] = "drop"  # rows over block_size: drop them, or trim the prompt at its left
     # ---- training
-    num_train_epochs: float = 4  # passes over the training data (0..1000000]
-    batch_size: int = 64  # rows an optimizer step, over all ranks [1..]
-    micro_batch_size: int = 64  # rows a forward and backward pass: for memory; changes no gradient [1..]
-    optimizer: Literal["muon", "adamw"] = "muon"  # muon: torch.optim.Muon for the blocks' matrices, AdamW for the rest
-    learning_rate: float = 1e-2  # AdamW's peak [0..]
+    num_train_epochs: float = 0.04  # passes over the training data (0..1000000]
+    batch_size: int = 16  # rows an optimizer step, over all ranks [1..]
+    micro_batch_size: int = 16  # rows a forward and backward pass: for memory; changes no gradient [1..]
+    optimizer: Literal["muon", "adamw"] = "adamw"  # muon: torch.optim.Muon for the blocks' matrices, AdamW for the rest
+    learning_rate: float = 1e-3  # AdamW's peak [0..]
     muon_learning_rate: float = 2e-2  # Muon's peak, for updates of spectral norm about 1 [0..]
-    weight_decay: float = 0.1  # on matrices only [0..]
+    weight_decay: float = 0.0  # on matrices only [0..]
     warmup_ratio: float = 0.05  # share of the steps in which the rate rises [0..1]
     lr_schedule: Literal["linear", "cosine", "constant"] = "cosine"  # how it falls to 0; constant runs can be prolonged
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm; 0 = never [0..]
     # ---- evaluations and checkpoints
     eval_interval: int = 250  # steps between evaluations, checkpoints and samples; the last step always does [1..]
-    num_eval_texts: int = 0  # held-out rows of an evaluation, evenly spread over all of them; 0 = all [0..]
-    log_interval: int = 10  # steps between log lines [1..]
+    num_eval_texts: int = 300  # held-out rows of an evaluation, evenly spread over all of them; 0 = all [0..]
+    log_interval: int = 5  # steps between log lines [1..]
     response_length: int = 48  # longest sample in tokens [1..]
 
 

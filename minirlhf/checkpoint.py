@@ -562,7 +562,8 @@ def resume(o, stage, structural):
         fail(f"--resume: {path if payload else begun}: has options that this version does not know: "
              f"{', '.join(unknown)}; go on with the version that made it, or start another run")
     own, changes, length = names - {"resume", "overwrite", "check", "out_dir"}, {}, LENGTH[stage]
-    for name, value in ({f.name: f.default for f in fields(o)} | was).items():  # what an older run did not know yet
+    defaults = {f.name: f.default for f in fields(o)} | {"lora_rank": 0, "num_eval_texts": 0}
+    for name, value in (defaults | was).items():  # what an older run did not know yet, it did not do
         if name in own and name not in o.given:
             changes[name] = value
         elif name in own and value != getattr(o, name):

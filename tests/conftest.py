@@ -6,6 +6,7 @@ import io
 import json
 import multiprocessing
 import os
+import re
 import resource
 import runpy
 import signal
@@ -29,6 +30,16 @@ torch.set_num_threads(1)  # the models are small, and a machine that does other 
 LLAMA = {"family": "llama", "n_head": 4, "n_kv_head": 2, "head_size": 6, "n_inner": 24, "rope_theta": 50.0,
          "norm_eps": 1e-3, "qkv_bias": True, "qk_norm": True, "tied": False}
 both_families = pytest.mark.parametrize("shape", [{}, LLAMA], ids=["gpt2", "llama"])
+
+
+def scratch(stage):
+    """Words that make a stage train a small model in full, as `@scratch` does, in the usual folders."""
+    text = (ROOT / "minirlhf" / "scratch.toml").read_text()
+    parts = re.split(r"\[(sft|rm|ppo)\]", text)
+    lines = (parts[0] + dict(zip(parts[1::2], parts[2::2]))[stage]).splitlines()
+    found = dict(re.split(r"\s*=\s*", line.replace('"', "")) for line in lines if line and line[0] != "#")
+    return [f"--{name}={value}" for name, value in found.items()
+            if name not in ("out_dir", "reward_model") and (name != "init_from" or stage == "sft")]
 
 
 # ---- two processes
@@ -316,7 +327,7 @@ class Tiny:
         """Run a stage with more options in a folder, a new one unless given -> Ended."""
         self.count += 1
         folder = Path(out or self.folder / "out" / str(self.count))
-        argv = ["--device", "cpu", "--dtype", "float32", "--data_dir", self.folder / "data", "--out_dir", folder,
+        argv = [*scratch(stage), "--device", "cpu", "--dtype", "float32", "--data_dir", self.folder / "data", "--out_dir", folder,
                 *self.STAGES[stage].split()]
         argv += ["--init_from", self.sft] if stage != "sft" else []
         argv += ["--reward_model", self.rm] if stage == "ppo" else []

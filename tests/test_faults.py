@@ -22,17 +22,17 @@ import time
 import pytest
 import torch
 
-from conftest import ROOT, Command
+from conftest import ROOT, Command, scratch
 from minirlhf import check, checkpoint, fetch, prepare, runtime, sizes
 from minirlhf.config import parse
 
 NOUNS, WORDS = ["cat", "dog", "sun", "sea", "king", "tree"], ["kind", "bright", "warm", "calm", "cold", "rude"]
-SFT = ("train_sft.py --data_dir data --device cpu --dtype float32 --n_layer 1 --n_head 2 --n_embd 16 --vocab_size 300 "
+SFT = ["train_sft.py", *scratch("sft")] + ("--data_dir data --device cpu --dtype float32 --n_layer 1 --n_head 2 --n_embd 16 --vocab_size 300 "
        "--block_size 32 --batch_size 8 --num_train_epochs 1 --eval_interval 3 --log_interval 4 "
        "--response_length 8 --out_dir out/sft").split()
-RM = ("train_rm.py --data_dir data --device cpu --dtype float32 --batch_size 8 --eval_interval 3 "
+RM = ["train_rm.py", *scratch("rm")] + ("--data_dir data --device cpu --dtype float32 --batch_size 8 --eval_interval 3 "
       "--num_scale_samples 16 --response_length 8 --out_dir out/rm").split()
-PPO = ("train_ppo.py --data_dir data --device cpu --total_episodes 64 --batch_size 8 --response_length 8 "
+PPO = ["train_ppo.py", *scratch("ppo")] + ("--data_dir data --device cpu --total_episodes 64 --batch_size 8 --response_length 8 "
        "--eval_interval 3 --num_eval_prompts 8 --num_ppo_epochs 1 "
        "--value_warmup 1 --out_dir out/ppo").split()
 STAGES = {"sft": SFT, "rm": RM, "ppo": PPO}
@@ -561,7 +561,7 @@ def test_printed_commands_run(finished, main, capsys, name):
     words = shlex.split(runtime.command_line("ppo", options))
     assert words[:2] == ["python", os.path.relpath(ROOT / "train_ppo.py")]
     assert parse(type(options), words[2:]) == options
-    words = shlex.split(runtime.next_command("train_rm.py", data_dir=name, init_from=name))
+    words = shlex.split(runtime.next_command("train_rm.py", options, data_dir=name, init_from=name))
     found = parse(importlib.import_module("train_rm").Options, words[2:])
     assert (found.data_dir, found.init_from) == (name, name)
     assert shlex.split(runtime.as_path(name)) == ["./-x" if name == "-x" else name]
@@ -696,7 +696,7 @@ def test_another_tokenizer_or_context(folder, command, rejected):
     (lambda p: p["model"].update(extra=torch.zeros(2)), ["unexpected extra"]),
     (lambda p: p["model"].update({"ln_f.bias": torch.zeros(17)}), ["ln_f.bias has shape (17,), not (16,)"]),
     (lambda p: p["model"]["ln_f.bias"].fill_(torch.nan), ["ln_f.bias", "not finite"]),
-    (lambda p: p.update(format=99), ["format 99", "up to 1"]),
+    (lambda p: p.update(format=99), ["format 99", "up to 2"]),
 ], ids=["missing", "extra", "shape", "NaN", "newer"])
 def test_contents_that_do_not_fit(folder, rejected, name, change, words):
     """Rows 25-27: strict, finite, and of a format that is known."""

@@ -20,7 +20,7 @@ import torch
 import train_ppo
 import train_rm
 import train_sft
-from conftest import ROOT
+from conftest import ROOT, scratch
 from minirlhf import checkpoint, evaluate, runtime, sample
 from minirlhf.config import RunOptions
 from minirlhf.runtime import rate_factor
@@ -91,7 +91,7 @@ def folder(finished, tmp_path, monkeypatch):
 
 
 def train(stage, *more, out=None):
-    STAGES[stage].main([*COMMON, *OWN[stage], *more, "--out_dir", out or f"out/{stage}"])
+    STAGES[stage].main([*scratch(stage), *COMMON, *OWN[stage], *more, "--out_dir", out or f"out/{stage}"])
 
 
 def load(path):
@@ -330,7 +330,7 @@ def test_what_cannot_be_a_reference(folder, given, says, refused):
             payload["tokenizer"]["ranks"][-2:] = payload["tokenizer"]["ranks"][:-3:-1]
         torch.save(payload, f"out/{name}/ckpt.pt")
     before = sorted(folder.rglob("*"))
-    assert says in refused(train_ppo.main, [*COMMON, *OWN["ppo"], "--out_dir", "out/new", *given])
+    assert says in refused(train_ppo.main, [*scratch("ppo"), *COMMON, *OWN["ppo"], "--out_dir", "out/new", *given])
     assert sorted(folder.rglob("*")) == before
 
 
@@ -368,13 +368,13 @@ def test_where_the_value_network_starts(folder, monkeypatch, given, name):
 
 def test_stage_1_starts_from_a_policy(folder, refused):
     """Its sizes and tokenizer are the policy's, in the options too; another size is refused."""
-    train_sft.main([*COMMON, "--init_from", "out/ppo", "--num_train_epochs", "0.25", "--learning_rate", "0",
+    train_sft.main([*scratch("sft"), *COMMON, "--init_from", "out/ppo", "--num_train_epochs", "0.25", "--learning_rate=0",
                     "--muon_learning_rate", "0", "--out_dir", "out/new"])
     new = load("out/new")
     assert new["stage"] == "sft" and same(new["model"], load("out/ppo")["model"])
     for name in train_sft.SIZES:
         assert new["options"][name] == {**load("out/sft")["options"], "vocab_size": new["config"]["vocab_size"]}[name]
-    error = refused(train_sft.main, [*COMMON, "--init_from", "out/ppo", "--n_layer", "2", "--out_dir", "out/x"])
+    error = refused(train_sft.main, [*scratch("sft"), "--init_from", "out/ppo", "--n_layer", "2", "--out_dir", "out/x"])
     assert "--n_layer 2: out/ppo has 1" in error
 
 
@@ -602,7 +602,7 @@ def test_rows_of_all_ranks_come_together(monkeypatch):
 def test_two_ranks_keep_all_answers(folder):
     """Under torchrun each step has the answers of both, whose means are the figures over all ranks."""
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", str(ROOT / "train_ppo.py"),
-                    *COMMON, *OWN["ppo"], "--save_rollouts", "--keep_checkpoints", "1", "--out_dir", "out/new"],
+                    *scratch("ppo"), *COMMON, *OWN["ppo"], "--save_rollouts", "--keep_checkpoints", "1", "--out_dir", "out/new"],
                    env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, capture_output=True, timeout=170)
     found = rows("out/new", "rollouts")
     assert [row["step"] for row in found] == [step for step in range(1, 5) for _ in range(4)]

@@ -10,16 +10,16 @@ import sys
 
 import pytest
 
-from conftest import Command
+from conftest import Command, scratch
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 GOOD, BAD = ["kind", "bright", "warm", "calm"], ["cruel", "dull", "cold", "rude"]
 NOUNS = ["cat", "dog", "sun", "sea", "king", "tree", "boat", "town"]
-SFT = ("--device cpu --dtype float32 --n_layer 2 --n_head 2 --n_embd 32 --vocab_size 320 --block_size 48 "
+SFT = scratch("sft") + ("--device cpu --dtype float32 --n_layer 2 --n_head 2 --n_embd 32 --vocab_size 320 --block_size 48 "
        "--num_train_epochs 3 --batch_size 32 --learning_rate 1e-2 --muon_learning_rate 2e-2 --eval_interval 20").split()
-RM = ("--device cpu --batch_size 16 --learning_rate 2e-3 --num_scale_samples 128 --response_length 16 "
+RM = scratch("rm") + ("--device cpu --batch_size 16 --learning_rate 2e-3 --num_scale_samples 128 --response_length 16 "
       "--dropout 0").split()
-PPO = ("--device cpu --total_episodes 640 --batch_size 32 --learning_rate 1e-3 --response_length 16 --kl_coef 0.05 "
+PPO = scratch("ppo") + ("--device cpu --total_episodes 640 --batch_size 32 --learning_rate 1e-3 --response_length 16 --kl_coef 0.05 "
        "--eval_interval 10 --num_eval_prompts 64 --num_ppo_epochs 2 --num_mini_batches 4 "
        "--value_warmup 2 --ent_coef 0").split()
 TWO_RANKS = ["-m", "torch.distributed.run", "--nproc_per_node=2"]
