@@ -3,10 +3,12 @@
     S   4 layers x 256, 4 heads, vocabulary 2048; PPO: 64 prompts of 8 tokens, 32 new ones, 4 epochs x 4 minibatches
     M   GPT-2 124M: 12 layers x 768, 12 heads, vocabulary 50257; PPO: 16 prompts of 16, 32 new, 4 epochs x 1 minibatch
     L   M's model; PPO: 64 prompts of 64 tokens, 128 new ones, 4 epochs x 4 minibatches
+    smollm2  SmolLM2-135M's shape: 30 layers x 576, vocabulary 49152; PPO: 64 prompts of 8, 24 new, 2 epochs x 2
     SFT: 32 rows of 64 tokens, a loss on 63 of each; reward model: 32 pairs of two rows of 64 tokens; both with AdamW
 
 Weights and tokens are random, and no token is the end of text, so that every answer has its full length. Policy,
 reference, value network and reward model are of one size. PPO has no entropy bonus here, as other trainers have none.
+With --lora_rank, PPO's four networks stand on two trunks, or on one below the blocks that have adapters.
 
 Invariant: what is timed is imported from the scripts; this is the one module that imports them. Figures are medians
 over iterations after a warm-up; memory is read before the machine itself is measured. Not timed: log lines, looks at
@@ -34,7 +36,7 @@ import torch
 import train_ppo
 import train_rm
 import train_sft
-from minirlhf import kernels, runtime, sizes
+from minirlhf import adapters, kernels, runtime, sizes
 from minirlhf.config import all_printed, fail, launch, parse, ranks, say
 from minirlhf.data import Row
 from minirlhf.generate import compile_model
@@ -61,7 +63,9 @@ class Work:
 
 SIZES = {"S": Work(4, 256, 4, 2048, batch=64, prompt=8, response=32, epochs=4, minibatches=4),
          "M": Work(12, 768, 12, 50257, batch=16, prompt=16, response=32, epochs=4, minibatches=1),
-         "L": Work(12, 768, 12, 50257, batch=64, prompt=64, response=128, epochs=4, minibatches=4)}
+         "L": Work(12, 768, 12, 50257, batch=64, prompt=64, response=128, epochs=4, minibatches=4),
+         "smollm2": Work(30, 576, 9, 49152, batch=64, prompt=8, response=24, epochs=2, minibatches=2,
+                         more=dict(family="llama", n_kv_head=3, n_inner=1536, rope_theta=1e5))}
 ROWS, LENGTH = 32, 64  # of SFT; the reward model has as many pairs
 
 
@@ -70,10 +74,13 @@ class Options:
     """Times SFT, reward model and PPO: the code that the scripts run, on random tokens. Reads and writes no files.
 
     S: 4 layers x 256, vocabulary 2048, 64 prompts of 8 tokens and 32 new ones. M: GPT-2 124M, 16 x (16 + 32) tokens.
-    L: the same, 64 x (64 + 128). SFT: 32 rows of 64 tokens. Reward model: 32 pairs of two such rows.
+    L: the same, 64 x (64 + 128). smollm2: 30 layers x 576, vocabulary 49,152, 64 x (8 + 24). SFT: 32 rows of 64 tokens.
+    Reward model: 32 pairs of two such rows.
     """
     what: Literal["all", "sft", "reward", "ppo"] = "all"  # all: each in a process of its own, for its own peak memory
-    size: Literal["S", "M", "L"] = "S"  # of the model and of PPO's batch
+    size: Literal["S", "M", "L", "smollm2"] = "S"  # of the model and of PPO's batch
+    lora_rank: int = 0  # rank of adapters on the linear layers, all else frozen; 0 = all is trained [0..4096]
+    lora_layers: int = 0  # adapters in the last so many blocks only; 0 = in all [0..]
     batch: int = 0  # rows of SFT, pairs of the reward model, prompts of PPO; 0 = the size's own [0..1000000]
     iters: int = 0  # timed iterations after one to warm up; 0 = 5 of PPO, 20 of the others [0..1000000]
     micro_batch: int = 0  # rows (or pairs) a forward pass; 0 = the scripts' own default [0..1000000]
@@ -98,18 +105,51 @@ def linear_weights(c):
             c.n_head * c.head_size * c.n_embd + matrices * c.n_inner * c.n_embd)
 
 
-def forward_flops(w, rows, tokens, pairs, selected, words):
-    """FLOPs of the matmuls of one forward pass, 2 for a multiplication and its addition.
+def passes(w, rows, tokens, pairs, selected, words, layers=None):
+    """FLOPs of the matmuls of one forward pass through the last `layers` blocks (None: all) and the head, 2 for a
+    multiplication and its addition -> those of queries, keys and values; other linear layers; attention; head.
 
-    2 rows (L a tokens + (L - 1) b tokens + b selected + 2 H D L pairs + C words selected): a block's linear layers hold
+    2 rows (L a tokens, (L - 1) b tokens + b selected, 2 H D L pairs, C words selected): a block's linear layers hold
     a + b weights, of which the last block needs a, for queries, keys and values, for a row's tokens and b for those
     that are selected; each of `pairs` (query, key) costs H D in q k^T and as much in the weighted sum; selected tokens
-    meet a head of `words` outputs. In GPT-2 a = 3 C^2, b = 9 C^2 and H D = C. A backward pass costs twice as much.
+    meet a head of `words` outputs. In GPT-2 a = 3 C^2, b = 9 C^2 and H D = C.
     """
-    c, L = config_of(w), w.layers
+    c, L = config_of(w), w.layers if layers is None else layers
     a, b = linear_weights(c)
-    linear = (L * a + (L - 1) * b) * tokens + b * selected
-    return 2 * rows * (linear + 2 * c.n_head * c.head_size * L * pairs + c.n_embd * words * selected)
+    return [2 * rows * n for n in (L * a * tokens, (L - 1) * b * tokens + b * selected,
+                                   2 * c.n_head * c.head_size * L * pairs, c.n_embd * words * selected)]
+
+
+def forward_flops(*work):
+    return sum(passes(*work))
+
+
+def adapters_of(w, o):
+    """Numbers in one block's adapters, rank (in + out) each: those of queries, keys and values; the others."""
+    c = config_of(w)
+    own, out = c.n_head * c.head_size, (c.n_head + 2 * c.n_kv_head) * c.head_size
+    wide = c.n_inner * (1 if c.family == "gpt2" else 2)
+    return o.lora_rank * (c.n_embd + out), o.lora_rank * (own + wide + c.n_inner + 3 * c.n_embd)
+
+
+def adapter_flops(w, o, rows, tokens, selected):
+    """FLOPs of a forward pass through the adapters alone."""
+    (a, b), L = adapters_of(w, o), o.lora_layers or w.layers
+    return 2 * rows * (L * a * tokens + (L - 1) * b * tokens + b * selected)
+
+
+def training_flops(w, o, rows, tokens, pairs, selected, words):
+    """FLOPs of a pass forward and backward, which costs twice as much; with adapters, through their blocks alone.
+
+    There frozen weights get no gradient, nor does what enters the first of these blocks. A scalar head learns.
+    """
+    if not o.lora_rank:
+        return 3 * forward_flops(w, rows, tokens, pairs, selected, words)
+    layers = o.lora_layers or w.layers
+    qkv, other, attention, head = passes(w, rows, tokens, pairs, selected, words, layers)
+    entering = 2 * rows * tokens * o.lora_rank * w.width
+    return (2 * (qkv + other) - qkv // layers + 3 * attention + (3 if words == 1 else 2) * head
+            + 3 * adapter_flops(w, o, rows, tokens, selected) - entering)
 
 
 def causal(tokens):
@@ -122,35 +162,50 @@ def parameters(w, head):
     return runtime.count_parameters(outline(config_of(w), head))
 
 
-def ppo_cost(w, itemsize=4):
+def learned(w, o):
+    """Numbers that learn in a policy or SFT model, and in a value network or reward model."""
+    if not o.lora_rank:
+        return [parameters(w, head) for head in ("lm", "scalar")]
+    own = sum(adapters_of(w, o)) * (o.lora_layers or w.layers)
+    return [own, own + w.width + 1]
+
+
+def ppo_cost(w, o, itemsize=4):
     """-> {phase: (FLOPs, bytes)} of one iteration; itemsize: bytes a weight is read as by matmuls.
 
     Rollout: each of P + R - 1 tokens goes through the policy once, R of them to the head; the weights are read at each
     of R steps, and the keys and values of the tokens so far. Scoring: policy, reference and value network on T - 1
     tokens, the reward model on T; each one's weights are read once, the two scalar ones without a head.
     Update: policy and value network forward and backward in each epoch; an optimizer step reads gradient, weight and
-    two moments and writes the last three, in float32.
+    two moments and writes the last three, in float32. With adapters scoring computes once, for all four networks, what
+    lies below the blocks that have some.
     """
     P, R, T = w.prompt, w.response, w.prompt + w.response
-    c = config_of(w)
-    matrices = sum(linear_weights(c)) * w.layers + w.vocab * w.width
+    c, layers = config_of(w), (o.lora_layers if o.lora_rank else 0) or w.layers
+    block, head = sum(linear_weights(c)), w.vocab * w.width
     policy = forward_flops(w, w.batch, T - 1, causal(T - 1), R, w.vocab)
-    value = forward_flops(w, w.batch, T - 1, causal(T - 1), R, 1)
-    reward = forward_flops(w, w.batch, T, causal(T), 1, 1)
+    rows = (w.batch, T - 1, causal(T - 1), R)
+    scoring = [forward_flops(w, *rows, words, layers) for words in (w.vocab, w.vocab, 1)]
+    scoring.append(forward_flops(w, w.batch, T, causal(T), 1, 1, layers))
+    scoring.append(2 * w.batch * (w.layers - layers) * (block * T + 2 * c.n_head * c.head_size * causal(T)))  # below
+    scoring.append(2 * adapter_flops(w, o, w.batch, T - 1, R) if o.lora_rank else 0)
     cached = 2 * w.layers * c.n_kv_head * c.head_size * w.batch * sum(range(P + 1, T))  # read at each decode step
-    trained = parameters(w, "lm") + parameters(w, "scalar")
-    return {"rollout": (policy, itemsize * (R * matrices + cached)),
-            "scoring": (2 * policy + value + reward, itemsize * (4 * matrices - 2 * w.vocab * w.width)),
-            "update": (3 * w.epochs * (policy + value), w.epochs * w.minibatches * 7 * 4 * trained)}
+    update = sum(training_flops(w, o, *rows, words) for words in (w.vocab, 1))
+    return {"rollout": (policy, itemsize * (R * (block * w.layers + head) + cached)),
+            "scoring": (sum(scoring), itemsize * (block * (w.layers - layers + 4 * layers) + 2 * head)),
+            "update": (w.epochs * update, w.epochs * w.minibatches * 7 * 4 * sum(learned(w, o)))}
 
 
-def step_cost(w, what, batch):
+def step_cost(w, what, batch, o):
     """-> {"step": (FLOPs, bytes)} of one SFT step (rows) or reward-model step (pairs)."""
-    if what == "sft":
-        flops = 3 * forward_flops(w, batch, LENGTH - 1, causal(LENGTH - 1), LENGTH - 1, w.vocab)
-    else:
-        flops = 3 * forward_flops(w, 2 * batch, LENGTH, causal(LENGTH), 1, 1)
-    return {"step": (flops, 7 * 4 * parameters(w, "lm" if what == "sft" else "scalar"))}
+    rows, tokens, selected, words = ((batch, LENGTH - 1, LENGTH - 1, w.vocab) if what == "sft" else
+                                     (2 * batch, LENGTH, 1, 1))
+    layers = (o.lora_layers if o.lora_rank else 0) or w.layers
+    c = config_of(w)
+    flops = training_flops(w, o, rows, tokens, causal(tokens), selected, words)
+    flops += 2 * rows * (w.layers - layers) * (sum(linear_weights(c)) * tokens
+                                               + 2 * c.n_head * c.head_size * causal(tokens))
+    return {"step": (flops, 7 * 4 * learned(w, o)[what != "sft"])}
 
 
 # ---- what the machine can do
@@ -252,7 +307,8 @@ def random_ids(w, rows, length):
 
 def start(o, script, **changes):
     """-> (the script's options with these changes, its Run, which claims no folder)."""
-    options = script.Options(device=o.device, dtype=o.dtype, compile=o.compile, check=True, **changes)
+    options = script.Options(device=o.device, dtype=o.dtype, compile=o.compile, check=True, lora_rank=o.lora_rank,
+                             lora_layers=o.lora_layers, **changes)
     if o.micro_batch:
         options = replace(options, micro_batch_size=o.micro_batch)
     if o.threads:
@@ -268,10 +324,14 @@ def time_ppo(o, w, iters):
     options, run = start(
         o, train_ppo, batch_size=w.batch, num_ppo_epochs=w.epochs, num_mini_batches=w.minibatches,
         response_length=w.response, learning_rate=1e-5, value_warmup=0, ent_coef=0.0)
-    policy = make_model(w, "lm", run.device, 1)
+    ref, reward = make_model(w, "lm", run.device, 1), make_model(w, "scalar", run.device, 3)
+    if o.lora_rank:
+        policy, value = (adapters.learner(model, model.head, options, torch.Generator()) for model in (ref, reward))
+        for name, p in adapters.below(policy, policy.first):
+            reward.get_parameter(name).data = value.get_parameter(name).data = p.data
+    else:
+        policy, value = make_model(w, "lm", run.device, 1), make_model(w, "scalar", run.device, 2)
     sizes.check_rollout(f"--batch {w.batch}", policy, w.batch, w.prompt + w.response)
-    ref = make_model(w, "lm", run.device, 1)
-    value, reward = (make_model(w, "scalar", run.device, seed) for seed in (2, 3))
     kernels.pick_matmul(policy)
     reward = RewardModel(reward, None, run)
     if o.compile:
@@ -302,6 +362,7 @@ def time_step(o, w, iters, batch):
     script = train_sft if o.what == "sft" else train_rm
     options, run = start(o, script, batch_size=batch, optimizer="adamw", learning_rate=1e-5)
     model = make_model(w, "lm" if o.what == "sft" else "scalar", run.device, 1)
+    model = adapters.learner(model, model.head, options, torch.Generator()) if o.lora_rank else model
     kernels.pick_matmul(model)
     optimizers = runtime.make_optimizers(model, options)
     if o.compile:
@@ -329,7 +390,7 @@ def measure(o):
         totals = [sum(s) for s in seconds]
         total = statistics.median(totals)
         phases = dict(zip(("rollout", "scoring", "update"), map(statistics.median, zip(*seconds))))
-        cost, new = ppo_cost(w, run.dtype.itemsize), w.batch * w.response
+        cost, new = ppo_cost(w, o, run.dtype.itemsize), w.batch * w.response
         result = {"batch": w.batch, "prompt": w.prompt, "response": w.response, "epochs": w.epochs,
                   "minibatches": w.minibatches, "iters": len(seconds), "total_s": total, "min_total_s": min(totals),
                   "max_total_s": max(totals), "first_s": first, **{f"{name}_s": s for name, s in phases.items()},
@@ -337,7 +398,7 @@ def measure(o):
     else:
         batch = o.batch or ROWS
         run, seconds, first = time_step(o, w, o.iters or 20, batch)
-        step, cost = statistics.median(seconds), step_cost(w, o.what, batch)
+        step, cost = statistics.median(seconds), step_cost(w, o.what, batch, o)
         tokens, phases = batch * LENGTH * (1 if o.what == "sft" else 2), {"step": step}
         result = {"batch": batch, "length": LENGTH, "iters": len(seconds), "step_s": step, "min_step_s": min(seconds),
                   "first_s": first, "steps_s": 1 / step, "samples_s": batch / step, "tok_s": tokens / step}
@@ -379,7 +440,7 @@ def scaling(o):
                           ("layers", (0.5, 1, 2))):
         points = [replace(w, **{name: round(getattr(w, name) * factor)}) for factor in factors]
         seconds = [statistics.median(map(sum, time_ppo(o, point, o.iters or 3)[1])) for point in points]
-        flops = [sum(f for f, _ in ppo_cost(point).values()) for point in points]
+        flops = [sum(f for f, _ in ppo_cost(point, o).values()) for point in points]
         values = [getattr(point, name) for point in points]
         yield rounded({"what": "scaling", "size": o.size, "of": name, "values": values, "total_s": seconds,
                        "slope": slope(values, seconds), "flops_slope": slope(values, flops)})
@@ -421,6 +482,8 @@ def main(argv=None):
     o = parse(Options, argv)
     if ranks()[1] > 1:
         fail("the benchmark is of one process: run it without torchrun")
+    if o.lora_layers > SIZES[o.size].layers:
+        fail(f"--lora_layers {o.lora_layers}: the model has {SIZES[o.size].layers} blocks")
     if o.scaling and o.what not in ("all", "ppo"):
         fail(f"--what {o.what}: --scaling is of PPO")
     all_printed()

@@ -18,6 +18,9 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TINY = benchmark.Work(3, 16, 2, 29, batch=4, prompt=3, response=5, epochs=2, minibatches=2)
 TINY_LLAMA = replace(TINY, heads=4, more={k: v for k, v in LLAMA.items() if k != "n_head"})
 both_works = pytest.mark.parametrize("work", [TINY, TINY_LLAMA], ids=["gpt2", "llama"])
+WHOLE = benchmark.Options()
+ADAPTERS = pytest.mark.parametrize("lora", [{}, {"lora_rank": 2}, {"lora_rank": 3, "lora_layers": 2}],
+                                   ids=["whole", "adapters", "in two blocks"])
 CPU = torch.device("cpu")
 PPO_KEYS = {"what", "peer", "size", "batch", "prompt", "response", "epochs", "minibatches", "threads", "fast_matmul",
             "malloc", "iters", "total_s", "min_total_s", "max_total_s", "first_s", "rollout_s", "scoring_s", "update_s",
@@ -66,7 +69,8 @@ def test_parameters_by_hand():
 
 
 @both_works
-def test_flops_are_those_that_torch_counts(monkeypatch, tiny, work):
+@ADAPTERS
+def test_flops_are_those_that_torch_counts(monkeypatch, tiny, work, lora):
     """Scoring and update of a whole iteration, forward and backward, to the last one. Torch counts a product of all
     pairs, seen or not, as explicit attention makes it; a prefill works for whole prompts where the floor needs less."""
     monkeypatch.setattr(benchmark, "causal", lambda tokens: tokens * tokens)
@@ -84,32 +88,35 @@ def test_flops_are_those_that_torch_counts(monkeypatch, tiny, work):
 
     for name, phase in (("roll_out", "rollout"), ("score_rollout", "scoring"), ("update", "update")):
         counting(name, phase)
-    benchmark.time_ppo(benchmark.Options(what="ppo", device="cpu"), work, 0)
-    cost = {phase: flops for phase, (flops, _) in benchmark.ppo_cost(work).items()}
+    o = benchmark.Options(what="ppo", device="cpu", **lora)
+    benchmark.time_ppo(o, work, 0)
+    cost = {phase: flops for phase, (flops, _) in benchmark.ppo_cost(work, o).items()}
     assert counted["scoring"] == cost["scoring"] and counted["update"] == cost["update"]
     assert 0.85 < counted["rollout"] / cost["rollout"] < 1.3
 
 
 @both_works
+@ADAPTERS
 @pytest.mark.parametrize("what", ["sft", "reward"])
-def test_flops_of_a_step_are_those_that_torch_counts(monkeypatch, tiny, what, work):
+def test_flops_of_a_step_are_those_that_torch_counts(monkeypatch, tiny, what, work, lora):
     monkeypatch.setattr(benchmark, "causal", lambda tokens: tokens * tokens)
     monkeypatch.setattr(kernels, "pick_matmul", lambda model: None)  # which multiplies
     with FlopCounterMode(display=False) as counter:
-        benchmark.time_step(benchmark.Options(what=what, device="cpu"), work, 0, 3)
-    assert counter.get_total_flops() == benchmark.step_cost(work, what, 3)["step"][0]
+        o = benchmark.Options(what=what, device="cpu", **lora)
+        benchmark.time_step(o, work, 0, 3)
+    assert counter.get_total_flops() == benchmark.step_cost(work, what, 3, o)["step"][0]
 
 
 def test_bytes_by_hand():
     """An optimizer step moves 7 float32 numbers a weight; a decode step reads the policy's matrices and its cache."""
     trained = sum(benchmark.parameters(TINY, head) for head in ("lm", "scalar"))
     matrices, cached = 3 * 12 * 16 ** 2 + 29 * 16, 2 * 3 * 16 * 4 * (4 + 5 + 6 + 7)  # keys of 4 to 7 tokens, 4 rows
-    moved = {phase: moved for phase, (_, moved) in benchmark.ppo_cost(TINY, itemsize=2).items()}
+    moved = {phase: moved for phase, (_, moved) in benchmark.ppo_cost(TINY, WHOLE, itemsize=2).items()}
     assert moved == {"rollout": 2 * (5 * matrices + cached), "scoring": 2 * (4 * matrices - 2 * 29 * 16),
                      "update": 2 * 2 * 7 * 4 * trained}
     # Llama's caches hold 2 heads of 6 channels, not 16 channels: the rest of a rollout is its matrices, read 5 times
     matrices, cached = 3 * (768 + 384 + 1152) + 29 * 16, 2 * 3 * 12 * 4 * 22
-    assert benchmark.ppo_cost(TINY_LLAMA, itemsize=2)["rollout"][1] == 2 * (5 * matrices + cached)
+    assert benchmark.ppo_cost(TINY_LLAMA, WHOLE, itemsize=2)["rollout"][1] == 2 * (5 * matrices + cached)
 
 
 def test_every_answer_has_its_full_length(monkeypatch, tiny):
@@ -127,7 +134,7 @@ def test_ppo_s_line(tiny, capsys):
     assert PPO_KEYS | OWN_KEYS <= r.keys() and (r["what"], r["iters"], r["batch"]) == ("ppo", 3, 4)
     assert r["min_total_s"] <= r["total_s"] <= r["max_total_s"]
     for phase in ("rollout", "scoring", "update", "total"):
-        flops, moved = benchmark.ppo_cost(TINY).get(phase, (0, 0))
+        flops, moved = benchmark.ppo_cost(TINY, WHOLE).get(phase, (0, 0))
         if phase != "total":
             assert r["floor_s"][phase] == pytest.approx(max(flops / 100, moved / 20) / 1e9, rel=1e-3)
         assert r["floor_ratio"][phase] == pytest.approx(r[f"{phase}_s"] / r["floor_s"][phase], rel=1e-3)

@@ -20,17 +20,18 @@ import torch
 import train_ppo
 import train_rm
 import train_sft
+from conftest import scratch
 from minirlhf import benchmark, check, checkpoint, evaluate, kernels, runtime, sample
 from minirlhf.data import Row
 
 WORDS = "good bad fine sad the cat dog sun ran sat né".split()
-SFT = ("--data_dir data --device cpu --dtype float32 --n_layer 1 --n_head 1 --n_embd 8 --vocab_size 270 --block_size "
+SFT = scratch("sft") + ("--data_dir data --device cpu --dtype float32 --n_layer 1 --n_head 1 --n_embd 8 --vocab_size 270 --block_size "
        "48 --num_train_epochs 2 --batch_size 4 --micro_batch_size 3 --eval_interval 3 --log_interval 2 --warmup_ratio "
        "0.3 --learning_rate 0.02 --max_grad_norm 0.01 --response_length 6").split()
-RM = ("--data_dir data --device cpu --dtype float32 --batch_size 3 --micro_batch_size 2 --num_scale_samples 131 "
+RM = scratch("rm") + ("--data_dir data --device cpu --dtype float32 --batch_size 3 --micro_batch_size 2 --num_scale_samples 131 "
       "--response_length 6 --eval_interval 2 --log_interval 2 --num_train_epochs 1.6 --warmup_ratio 0.4 "
       "--max_grad_norm 0.01").split()
-PPO = ("--data_dir data --device cpu --batch_size 6 --micro_batch_size 4 --total_episodes 21 --response_length 6 "
+PPO = scratch("ppo") + ("--data_dir data --device cpu --batch_size 6 --micro_batch_size 4 --total_episodes 21 --response_length 6 "
        "--temperature 0.7 --eval_interval 3 --num_eval_prompts 13 --value_warmup 1 --learning_rate 8e-3 --reward_clip "
        "0.8 --missing_eos_penalty 0.5 --kl_coef 0.1 --kl_baseline 0.3 --adaptive_kl_target 0.5 --ent_coef 0 "
        "--judge judge.py:length").split()
@@ -1087,7 +1088,7 @@ def test_the_derived_figures_of_the_benchmark(monkeypatch):
     assert r["iters"] == 3 and r["samples_s"] == close(4 / 31) and r["tok_s"] == close(20 / 31)
     assert r["rollout_tok_s"] == 10
     seconds = {"rollout": 2, "scoring": 5, "update": 20, "total": 31}
-    cost = benchmark.ppo_cost(work, 4)
+    cost = benchmark.ppo_cost(work, benchmark.Options(), 4)
     floors = {k: max(flops / 100e9, moved / 20e9) for k, (flops, moved) in cost.items()}
     floors["total"], flops = sum(floors.values()), {k: c[0] for k, c in cost.items()}
     flops["total"] = sum(flops.values())
@@ -1104,6 +1105,6 @@ def test_the_derived_figures_of_the_benchmark(monkeypatch):
         r = benchmark.measure(benchmark.Options(what=what, batch=6))
         assert (r["step_s"], r["min_step_s"], r["first_s"], r["iters"]) == (3, 1, 50, 4)
         assert (r["steps_s"], r["samples_s"], r["tok_s"]) == close((1 / 3, 2, 2 * 64 * texts))
-        assert r["mfu"]["step"] == close(benchmark.step_cost(work, what, 6)["step"][0] / 3 / 100e9)
+        assert r["mfu"]["step"] == close(benchmark.step_cost(work, what, 6, benchmark.Options())["step"][0] / 3 / 100e9)
         benchmark.show(r)
         assert numbers(said[-1][16:])[:3] == ["3.0000", "2.0", f"{128 * texts}"]

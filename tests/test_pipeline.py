@@ -392,9 +392,9 @@ def test_own_data_in_other_forms(folder):
               + [{"prompt": ask(q)} for q, _ in talk])
     own = ["--data_dir", "chat", "--long_prompts", "trim"]
     out = run(script("sft"), *own, *SFT, "--block_size", "64", "--out_dir", "out/c/sft", cwd=folder)
-    assert f"python {script('rm')} --data_dir chat --init_from out/c/sft/ckpt.pt" in out
+    assert f"python {script('rm')} @scratch --data_dir chat --init_from out/c/sft/ckpt.pt" in out
     out = run(script("rm"), *own, *RM, "--init_from", "out/c/sft/ckpt.pt", "--out_dir", "out/c/rm", cwd=folder)
-    assert (f"python {script('ppo')} --data_dir chat --init_from out/c/sft/ckpt.pt --reward_model out/c/rm/ckpt.pt"
+    assert (f"python {script('ppo')} @scratch --data_dir chat --init_from out/c/sft/ckpt.pt --reward_model out/c/rm/ckpt.pt"
             in out)
     out = run(script("ppo"), *own, *PPO, "--total_episodes", "128", "--init_from", "out/c/sft", "--reward_model",
               "out/c/rm", "--out_dir", "out/c/ppo", cwd=folder)

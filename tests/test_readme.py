@@ -12,7 +12,7 @@ from importlib import import_module
 import pytest
 import torch
 
-from conftest import ROOT
+from conftest import ROOT, scratch
 
 README, REFERENCE = ((ROOT / name).read_text("utf-8") for name in ("README.md", "minirlhf/README.md"))
 BOTH = {"README.md": README, "minirlhf/README.md": REFERENCE}
@@ -34,7 +34,7 @@ def write(path, records):
 
 def two_steps(script, folder, out, command):
     """PPO for two steps by that script -> what each logged, clocks apart, and the weights that it left."""
-    command(script, *TINY, *PPO, "--out_dir", out, cwd=folder)
+    command(script, *scratch("ppo"), *TINY, *PPO, "--out_dir", out, cwd=folder)
     rows = [json.loads(line) for line in (folder / out / "metrics.jsonl").read_text("utf-8").splitlines()]
     steps = [{k: v for k, v in row.items() if k not in CLOCKS} for row in rows if "loss/policy_avg" in row]
     return steps, torch.load(folder / out / "ckpt.pt", weights_only=True)["model"]
@@ -56,8 +56,8 @@ def folder(tmp_path_factory, command):
         write(folder / "data" / f"preferences.{split}.jsonl",
               [{"prompt": "", "chosen": min(pair), "rejected": max(pair)} for pair in zip(texts, texts[1:])][:n])
         write(folder / "data" / f"prompts.{split}.jsonl", [{"prompt": f"the {noun}"} for noun in NOUNS])
-    command("train_sft.py", *TINY, *SFT, "--out_dir", "out/sft", cwd=folder)
-    command("train_rm.py", *TINY, "--num_scale_samples", "16", "--out_dir", "out/rm", cwd=folder)
+    command("train_sft.py", *scratch("sft"), *TINY, *SFT, "--out_dir", "out/sft", cwd=folder)
+    command("train_rm.py", *scratch("rm"), *TINY, "--num_scale_samples", "16", "--out_dir", "out/rm", cwd=folder)
     return folder
 
 

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from conftest import scratch
 from minirlhf import evaluate, rewards, runtime
 from minirlhf.config import RunOptions
 from minirlhf.data import Prompt, encode_prompts
@@ -718,9 +719,9 @@ def test_windows_is_told_in_a_sentence(monkeypatch, refused):
 
 TINY = ("--data_dir data --device cpu --dtype float32 --batch_size 4 --response_length 6 --eval_interval 9 "
         "--overwrite").split()
-SFT = ("--n_layer 1 --n_head 2 --n_embd 8 --vocab_size 257 --block_size 16 --num_train_epochs 1 --long_prompts trim "
+SFT = scratch("sft") + ("--n_layer 1 --n_head 2 --n_embd 8 --vocab_size 257 --block_size 16 --num_train_epochs 1 --long_prompts trim "
        "--out_dir out/sft").split()
-PPO = ("--init_from out/sft/ckpt.pt --total_episodes 4 --num_mini_batches 1 --num_ppo_epochs 1 --value_warmup 0 "
+PPO = scratch("ppo") + ("--init_from out/sft/ckpt.pt --total_episodes 4 --num_mini_batches 1 --num_ppo_epochs 1 --value_warmup 0 "
        "--num_eval_prompts 3 --long_prompts trim --reward mine.py:f --judge mine.py:g --out_dir out/ppo").split()
 
 
@@ -744,11 +745,11 @@ def test_main_from_a_notebook(tmp_path, monkeypatch, capsys):
                 "def g(prompts, completions): return [-x for x in f(completions, prompts)]\n")
     before, threads = [signal.getsignal(number) for number in runtime.STOPS], torch.get_num_threads()
     others = {*runtime.RUNS}
-    thread = threading.Thread(target=train_sft.main, args=([*TINY, *SFT],))
+    thread = threading.Thread(target=train_sft.main, args=([*SFT, *TINY],))
     thread.start()
     thread.join()
     for _ in range(2):
-        train_ppo.main([*TINY, *PPO])
+        train_ppo.main([*PPO, *TINY])
     seen = sys.modules["mine"].seen
     assert set(seen) == set(prompts) and len(seen) > 30 and threads == torch.get_num_threads()
     rows = [json.loads(line) for line in open("out/ppo/metrics.jsonl")]
