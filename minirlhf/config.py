@@ -65,7 +65,7 @@ def say(text=""):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-unprinted = []  # (where `say` could not print, why)
+unprinted = []  # (where `say` could not print, why), since the command began
 
 
 def all_printed():

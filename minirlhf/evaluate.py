@@ -11,7 +11,7 @@ import torch
 
 from minirlhf import checkpoint, kernels, rewards, runtime
 from minirlhf.config import (Parser, RunOptions, all_printed, check_spelling, fail, launch, positive_int, say,
-                             temperature_number)
+                             temperature_number, unprinted)
 from minirlhf.data import collate, encode_prompts, label_of, load_prompts, number
 from minirlhf.generate import generate
 from minirlhf.model import flat_indices
@@ -528,6 +528,7 @@ def parse(argv=None):
 
 
 def main(argv=None):
+    unprinted.clear()  # of an earlier call, as in a notebook
     a = parse(argv)
     if a.output is None:
         all_printed()

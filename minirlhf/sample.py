@@ -346,6 +346,7 @@ def show_scores(p, marks):
 # ---- the command
 
 def main(argv=None):
+    unprinted.clear()  # of an earlier call, as in a notebook
     a = parse(argv)
     if a.output is None:
         all_printed()

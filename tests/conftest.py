@@ -19,7 +19,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from minirlhf import checkpoint, evaluate, rewards  # noqa: E402
+from minirlhf import checkpoint, config, evaluate, rewards  # noqa: E402
 from minirlhf.model import GPT, GPTConfig  # noqa: E402
 
 torch.set_num_threads(1)  # the models are small, and a machine that does other things slows two threads down most
@@ -236,6 +236,11 @@ def no_reward_file_outlives_its_test():
         sys.modules.pop(loaded.module.__name__, None)
     rewards.LOADED.clear(), rewards.TRIED.clear()
     sys.path[:] = path
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_unprinted_when_a_test_begins():
+    config.unprinted.clear()
 
 
 @pytest.fixture(autouse=True)

@@ -433,9 +433,7 @@ def test_a_result_that_cannot_be_printed_is_no_success(folder, monkeypatch, caps
     monkeypatch.setattr(benchmark, "show", lambda result: benchmark.say("a line"))
     stream = None
     if state == "gone":
-        read, end = os.pipe()
-        os.close(read)
-        stream = os.fdopen(end, "w")
+        stream = gone()
     elif state == "full":
         stream = open("/dev/full", "w")
     main, argv = PRINTS[name]
@@ -448,6 +446,42 @@ def test_a_result_that_cannot_be_printed_is_no_success(folder, monkeypatch, caps
         assert stop.value.code == {"gone": 0, "closed": 2}[state]
     if stream:
         stream.close()
+
+
+def gone():
+    """A stream whose reader has gone."""
+    read, end = os.pipe()
+    os.close(read)
+    return os.fdopen(end, "w")
+
+
+@pytest.mark.parametrize("name", PRINTS)
+def test_a_second_call_does_not_end_as_the_first_did(folder, monkeypatch, capsys, name):
+    """In a notebook: the first call's reader went away, on the stream on which the second then prints all it has."""
+    write(folder / "p.jsonl", [{"prompt": "a", "completion": " b"}])
+    monkeypatch.setattr(benchmark, "measure", lambda o: {})
+    monkeypatch.setattr(benchmark, "show", lambda result: [benchmark.say("a line") for _ in range(3)])
+    main, argv = PRINTS[name]
+    with gone() as stream, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stream)
+        with pytest.raises(SystemExit) as stop:
+            main(argv)
+        assert stop.value.code == 0
+        said = open(folder / "said", "w+")  # the same stream has a reader again
+        os.dup2(said.fileno(), stream.fileno())
+        main(argv)
+        said.seek(0)
+        assert len(said.readlines()) > 2
+
+
+def test_all_prompts_are_answered_after_a_call_whose_reader_went(folder, monkeypatch, capsys):
+    """Standard input ends early where nobody reads the answers, but not in the next call."""
+    for stdout, answered in ((gone(), ["a"]), (sys.stdout, ["a", "b", "c"])):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a\nb\nc\n")))
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", stdout)
+            sample.main(["out/sft", "--output", "s.jsonl"])
+        assert [row["prompt"] for row in rows(folder / "s.jsonl")] == answered
 
 
 @pytest.mark.parametrize("state", ["full", "closed"])
