@@ -40,8 +40,13 @@ def fail(message: str) -> NoReturn:
 
 
 def one_line(message):
-    """A file's name may hold a newline."""
-    return " ".join(message.splitlines())
+    """What a file's name or a text may hold breaks no line and steers no terminal: line ends become blanks, and what
+    is not printable is written as Python writes it."""
+    return escaped(" ".join(message.splitlines()))
+
+
+def escaped(text):
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 @contextlib.contextmanager
@@ -299,7 +304,8 @@ def _words(kinds, argv):
         if word.startswith("@") and kinds.get(name, bool) is bool:
             for name, text, place in read_options(word[1:], kinds):
                 if any(word.partition("=")[0] == f"--{name}" for word in words):
-                    print(f"{place}{name} = {text} takes the place of the --{name} before the file", file=sys.stderr)
+                    note = f"{place}{name} = {text} takes the place of the --{name} before the file"
+                    print(one_line(note), file=sys.stderr)
                 words.append(f"--{name}={text}")
                 places[name] = place
         elif name and re.fullmatch(r"-[\d.]+(e[-+]?\d+)?|-inf|-nan", word.lower()):

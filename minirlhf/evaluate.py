@@ -10,8 +10,8 @@ from collections import Counter, defaultdict
 import torch
 
 from minirlhf import checkpoint, kernels, rewards, runtime
-from minirlhf.config import (Parser, RunOptions, all_printed, check_spelling, fail, launch, positive_int, say,
-                             temperature_number, unprinted)
+from minirlhf.config import (Parser, RunOptions, all_printed, check_spelling, fail, launch, one_line, positive_int,
+                             say, temperature_number, unprinted)
 from minirlhf.data import collate, encode_prompts, label_of, load_prompts, number
 from minirlhf.generate import generate
 from minirlhf.model import flat_indices
@@ -439,9 +439,10 @@ class DivergenceGuard:
         run.say(f"warning: {fault}: this batch's epochs end early ({self.in_a_row} in a row; the third ends the run)")
         if self.in_a_row == 3:
             run.write("metrics.jsonl", record)
-            raise SystemExit(f"error: step {record['step']}: for the third batch in a row {fault}: the policy is "
-                             f"leaving the language it knows; {advice}. A checkpoint of an earlier policy, if any, is in "
-                             f"{o.out_dir}: --resume goes on from it, with other options if they are named.")
+            raise SystemExit(one_line(
+                f"error: step {record['step']}: for the third batch in a row {fault}: the policy is leaving the "
+                f"language it knows; {advice}. A checkpoint of an earlier policy, if any, is in {o.out_dir}: --resume "
+                "goes on from it, with other options if they are named."))
 
 
 # ---- python -m minirlhf.evaluate

@@ -464,8 +464,8 @@ class Output:
                 self.size, self.writes = self.size + done, self.writes + 1
             except OSError as error:
                 self.cut()
-                raise SystemExit(f"error: --output {self.path}: could not be written ({error.strerror}) at "
-                                 f"{self.size:,} bytes")
+                raise SystemExit(one_line(f"error: --output {self.path}: could not be written ({error.strerror}) at "
+                                          f"{self.size:,} bytes"))
 
     def cut(self):
         with contextlib.suppress(OSError):  # a pipe or device has no length

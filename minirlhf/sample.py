@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from minirlhf import checkpoint, evaluate, kernels, runtime
-from minirlhf.config import all_printed, fail, launch, positive_int, say, temperature_number, unprinted
+from minirlhf.config import all_printed, escaped, fail, launch, positive_int, say, temperature_number, unprinted
 from minirlhf.data import (Preference, blank_ends, clean, encode_row, load_demonstrations, load_preferences,
                            load_prompts, present, read_records, refuse, too_long, trim_left)
 from minirlhf.generate import generate
@@ -295,10 +295,6 @@ def accuracy(texts, rows, scores):
     return f"right on {share:.3f} of {len(pairs):,} pairs (95% {low:.3f}-{high:.3f})"
 
 
-def one_line(text):
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
 def score_records(judges, a, batch_size=256):
     """Scores of all records of --prompts, printed or, in their order, written as they are made."""
     if not a.prompts:
@@ -336,10 +332,10 @@ def score_records(judges, a, batch_size=256):
 
 def show_scores(p, marks):
     """A record's prompt, and each of its texts behind its scores. marks: a list a reward model."""
-    say(f"\n{one_line(p.prompt)} ...")
+    say(f"\n{escaped(p.prompt)} ...")
     for k, text in enumerate(p.completions):
         scores = (mark[k] for mark in marks)
-        say("  " + " ".join(f"{'null' if s is None else f'{s:+.2f}':>6}" for s in scores) + f" |{one_line(text)}")
+        say("  " + " ".join(f"{'null' if s is None else f'{s:+.2f}':>6}" for s in scores) + f" |{escaped(text)}")
     all_printed()
 
 

@@ -257,6 +257,17 @@ def test_an_error_is_one_line(refused):
     assert refused(fail, "a\nb\r\nc\u2028d: no") == "error: a b c d: no\n"
 
 
+def test_an_error_steers_no_terminal(refused, preset, capsys):
+    """A colour, a cursor that goes back, text from right to left, a lone surrogate: shown as Python writes them; what
+    people write stays as it is."""
+    assert refused(fail, "\x1b[31m \b\0\t \u202e \udcff café 漢字 😀 \\") == (
+        "error: \\x1b[31m \\x08\\x00\\t \\u202e \\udcff café 漢字 😀 \\\n")
+    assert "found 'x \\x1b[2J'" in bad(capsys, preset("x \x1b[2J"))
+    assert bad(capsys, "@no\x1b[2Jwhere").startswith("error: @no\\x1b[2Jwhere: ")
+    parse(Options, ["--out_dir=a", preset("out_dir = b\x1b[2J")])
+    assert "out_dir = b\\x1b[2J takes the place" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("text", ["0", "-1", "1000001", "1" * 5000, "x"])
 def test_counts_of_commands(text):
     """From one to a million."""

@@ -484,6 +484,16 @@ def test_all_prompts_are_answered_after_a_call_whose_reader_went(folder, monkeyp
         assert [row["prompt"] for row in rows(folder / "s.jsonl")] == answered
 
 
+def test_a_name_steers_no_terminal(folder, refused):
+    """A record file's, a column's, a model's, an output's."""
+    (folder / "a\x1b[31m.jsonl").write_text('{"\\u001b[2J": 1}\n')
+    error = refused(sample.main, ["out/rm", "--prompts", "a\x1b[31m.jsonl"])
+    assert error.startswith("error: a\\x1b[31m.jsonl:1: ") and "\\x1b[2J" in error and "\x1b" not in error
+    for argv in (["no\x1b[31m"], ["out/rm", "--prompts", "no\x1b[31m"],
+                 ["out/sft", "--prompt", "a", "--output", "nowhere\x1b[31m/x"]):
+        assert "\\x1b[31m" in (error := refused(sample.main, argv)) and "\x1b" not in error
+
+
 @pytest.mark.parametrize("state", ["full", "closed"])
 def test_a_result_in_a_file_is_a_success(folder, monkeypatch, state):
     """--output holds what standard output could not take."""
