@@ -19,6 +19,7 @@ from minirlhf.objectives import (best_of_n_kl, expected_calibration_error, expla
                                  mean_interval, moments, sft_loss, wilson_interval, win_rate, wins)
 
 BINS = (0, 0.5, 1, 2, 4, math.inf)  # of `margin`, for the accuracy by how clear a preference was
+FEW = 50  # pairs, fewer of which say nothing of how good a reward model is
 SHOWN = 4  # samples printed at each evaluation
 BEST_OF = 4  # SFT answers of which the closing report keeps the best
 UNSOUND_KL = 1.0  # nats a token (k3) between new and old policy: a sound update moves by a hundredth of it
@@ -142,7 +143,7 @@ def verdict(figures, calibrated):
     """One sentence: may a policy be optimised against this model?"""
     a = figures["all"]
     span = f"held-out accuracy {a['accuracy']:.3f} (95% {a['low']:.3f}-{a['high']:.3f})"
-    if a["pairs"] < 50:
+    if a["pairs"] < FEW:
         return f"Too few held-out pairs ({a['pairs']}) to say whether this model is good enough to optimise against."
     if a["low"] <= 0.5:
         return (f"Not good enough to optimise against: {span} cannot be told from chance; it needs more or clearer "
@@ -172,12 +173,17 @@ def show_pairs(model, run, tokenizer, records, step, count=SHOWN):
     model.train()
 
 
+def spelled(low, high, pairs, what=""):
+    """"(0.717-0.756)", `what` before the numbers; of few pairs no numbers: texts drawn from so few say too little."""
+    return f"({what}{low:.3f}-{high:.3f})" if pairs >= FEW else "(too few for an interval)"
+
+
 def reward_model_table(figures, calibrated):
     """Lines: what the model is worth on held-out pairs, by kind and margin, and how well it is calibrated."""
-    yield f"{'held out':<28}{'pairs':>7}  accuracy (95% interval)   length only   ceiling"
+    yield f"{'held out':<28}{'pairs':>7}  {'accuracy (95% interval)':<32}length only   ceiling"
     for name, f in figures.items():
-        yield (f"{name:<28}{f['pairs']:>7}  {f['accuracy']:.3f}  ({f['low']:.3f}-{f['high']:.3f})"
-               f"{f['length_only']:>15.3f}" + (f"{f['ceiling']:>10.3f}" if "ceiling" in f else ""))
+        yield (f"{name:<28}{f['pairs']:>7}  {f['accuracy']:.3f}  {spelled(f['low'], f['high'], f['pairs']):<25}"
+               f"{f['length_only']:>11.3f}" + (f"{f['ceiling']:>10.3f}" if "ceiling" in f else ""))
     yield (f"calibration: ECE {calibrated['ece']:.3f}; {calibrated['ece_with_temperature']:.3f} after dividing score "
            f"differences by a temperature of {calibrated['temperature']:.2f}")
 

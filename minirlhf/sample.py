@@ -292,7 +292,8 @@ def accuracy(texts, rows, scores):
     share, low, high = evaluate.accuracy_with_interval(
         *(torch.tensor([pair[k] for pair in pairs]) for k in (2, 3)),
         [(tuple(better.ids), tuple(worse.ids)) for better, worse, *_ in pairs])
-    return f"right on {share:.3f} of {len(pairs):,} pairs (95% {low:.3f}-{high:.3f})"
+    interval = evaluate.spelled(low, high, len(pairs), "95% ")
+    return f"right on {share:.3f} of {len(pairs):,} pair{'s' * (len(pairs) != 1)} {interval}"
 
 
 def score_records(judges, a, batch_size=256):

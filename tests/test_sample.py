@@ -101,7 +101,7 @@ def test_a_completion_gets_the_score_of_its_text(folder, capsys):
 def test_pairs_get_the_figures_of_stage_2(folder, capsys):
     """Score differences, accuracy and interval are those of train_rm.py's rows and evaluate's function."""
     rng = random.Random(2)
-    records = [{"prompt": text(rng, 3), "chosen": text(rng), "rejected": text(rng), "kind": "a"} for _ in range(40)]
+    records = [{"prompt": text(rng, 3), "chosen": text(rng), "rejected": text(rng), "kind": "a"} for _ in range(60)]
     records[3]["rejected"] = records[3]["chosen"]  # no pair
     records += [{"prompt": "the", "completions": [" cat", " dog", " sun"], "scores": [2, 1, 1]}]  # two pairs
     records += [{"chosen": [{"role": "user", "content": "who?"}, {"role": "assistant", "content": "me"}],
@@ -111,23 +111,23 @@ def test_pairs_get_the_figures_of_stage_2(folder, capsys):
     scored, (model, tokenizer, _) = rows(folder / "s.jsonl"), load("out/rm")
     kept, _, _ = train_rm.encode_preferences(tokenizer, load_preferences(path), 32, "drop")
     figures, differences = evaluate.reward_model_figures(model, CPU, kept, tokenizer.eos, True)
-    found = [row["score_chosen"] - row["score_rejected"] for row in scored[:40] if row["chosen"] != row["rejected"]]
-    best, *others = scored[40]["score_completions"]
-    found += [best - other for other in others] + [scored[41]["score_chosen"] - scored[41]["score_rejected"]]
+    found = [row["score_chosen"] - row["score_rejected"] for row in scored[:60] if row["chosen"] != row["rejected"]]
+    best, *others = scored[60]["score_completions"]
+    found += [best - other for other in others] + [scored[61]["score_chosen"] - scored[61]["score_rejected"]]
     assert found == close(differences.tolist())
     assert [{k: v for k, v in row.items() if not k.startswith("score_")} for row in scored] == records
     f = figures["all"]
     assert f"right on {f['accuracy']:.3f} of {f['pairs']} pairs (95% {f['low']:.3f}-{f['high']:.3f})" in (
         capsys.readouterr().out)
-    assert f["pairs"] == len(found) > 35 and f["accuracy"] == pytest.approx(sum(d > 0 for d in found) / len(found))
-    assert scored[41]["score_chosen"] == close(by_hand("out/rm", "\n\nHuman: who?\n\nAssistant:", " me"))
+    assert f["pairs"] == len(found) > 50 and f["accuracy"] == pytest.approx(sum(d > 0 for d in found) / len(found))
+    assert scored[61]["score_chosen"] == close(by_hand("out/rm", "\n\nHuman: who?\n\nAssistant:", " me"))
 
 
 def test_ties_count_half(folder, capsys, monkeypatch):
     """All scores equal: half of the pairs are right."""
     monkeypatch.setattr(GPT, "scalar", lambda self, hidden: torch.full(hidden.shape[:-1], 2.0))
     sample.main(["out/rm", "--prompts", write(folder / "p.jsonl", [{"chosen": "a b", "rejected": "a c"}] * 3)])
-    assert "6 texts, mean score 2.000, standard deviation 0.000; right on 0.500 of 3 pairs" in capsys.readouterr().out
+    assert "6 texts, mean score 2.000, standard deviation 0.000; right on 0.500 of 3 pairs (too few for" in capsys.readouterr().out
 
 
 def test_pairs_that_teach_nothing_have_no_accuracy(folder, capsys):
