@@ -349,6 +349,8 @@ def _setting(line, where, kinds):
         fail(f"{where}: {line[:60]}: there are no sections; leave the line out, one `name = value` a line is all")
     if line.startswith("@"):
         fail(f"{where}: {line[:60]}: such a file names no other; put both on the command line")
+    if colon := re.match(r"""(--)?["']?([\w.-]+)["']?[ \t]*:""", line):
+        fail(f"{where}: {line[:60]}: expected `{colon[2]} = value`, with = in place of the colon")
     if not match or match[4] and not match[4].startswith("#") and not match[1] and not match[3]:
         fail(f"{where}: expected `name = value`, found {line[:60]!r}")
     _, name, equals, value = match.groups()
@@ -359,17 +361,21 @@ def _setting(line, where, kinds):
             return name, "true"
         fail(f'{where}: {name}: a value is missing; leave the line out for the default, or write "" for none')
     if value[0] in "\"'":
-        quoted = re.fullmatch(r"""("[^"\\]*"|'[^']*')[ \t]*(#.*)?""", value)
+        quoted = re.fullmatch(r"""("[^"\\]*"|'[^']*')[ \t]*([,;]?)[ \t]*(#.*)?""", value)
         if not quoted:
             fail(f"{where}: {name}: expected one text in quotes, without a backslash, found {value[:60]}")
-        text = quoted[1][1:-1]
+        text, end = quoted[1][1:-1], quoted[2]
     else:
         text = re.split(r"[ \t]#", value)[0].rstrip()
+        end = text[-1] if text[-1] in ",;" else ""
         if text[0] in "[{(" or text in ("None", "null"):
             fail(f"{where}: {name}: {text[:60]}: each option takes one number, word or text in quotes; leave the line "
                  "out for the default")
         if " --" in text:
             fail(f"{where}: {name}: {text[:60]}: one option a line")
+    if end:
+        fail(f"{where}: {name}: {value[:60]}: nothing ends a value but its line; leave the {end!r} out"
+             + ", or put the value in quotes if it is a part of it" * (kinds[name] is str))
     _check_kind(text, kinds[name], f"{where}: {name} = {text[:60]}")
     return name, text
 

@@ -293,6 +293,8 @@ CONFIG = [
     ("            if name in seen:\n", "            if False:\n"),
     ('r"\\r\\n|\\r|\\n"', 'r"\\r|\\n"'),  # lines are counted twice
     ('if "\\0" in text:', "if False:"),
+    ('end = text[-1] if text[-1] in ",;" else ""', 'end = ""'),
+    ("text, end = quoted[1][1:-1], quoted[2]", 'text, end = quoted[1][1:-1], ""'),
     ('if not stat.S_ISREG(status.st_mode) or', 'if'),  # a pipe hangs
     ('        if " --" in text:\n', "        if False:\n"),
     ('r"[ \\t]#", value)[0]', 'r"#", value)[0]'),
