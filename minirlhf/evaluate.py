@@ -537,6 +537,7 @@ def parse(argv=None):
 def main(argv=None):
     unprinted.clear()  # of an earlier call, as in a notebook
     a = parse(argv)
+    runtime.check_output(a.output)
     if a.output is None:
         all_printed()
     device = runtime.pick_device(a.device)

@@ -12,8 +12,10 @@ import torch.nn.functional as F
 
 
 def moments(x, mask, total=lambda t: t):
-    """Mean and biased variance where the mask is True; other entries are never read, NaN included. total: sums a tensor over
-    all ranks."""
+    """Mean and biased variance where the mask is True; other entries are never read, NaN included.
+
+    total: sums a tensor over all ranks.
+    """
     x = x.masked_fill(~mask, 0)
     n, sum_x = total(torch.stack([mask.sum().to(x.dtype), x.sum()]))
     mean = sum_x / n

@@ -51,7 +51,8 @@ def load(path, head=None, block_size=0):
 
     head: "lm" or "scalar" where only that will do. block_size: a shorter context than the model's own; 0 = its own.
     The second is what `tokenizer_files` gives, or the "tokenizer.ggml." part of GGUF's metadata. info: source,
-    model_type, context, vocab_size, kinds of tensors. Exits 2 where the model is not whole or cannot be computed exactly.
+    model_type, context, vocab_size, kinds of tensors. Exits 2 where the model is not whole or cannot be computed
+    exactly.
     """
     with fitting(path), readable(path):
         gguf = os.path.isfile(path)

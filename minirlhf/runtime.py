@@ -424,6 +424,12 @@ class Run:
         return f"{done:>{len(str(total))}}/{total} {100 * done // total:>3}% {clock(used)}<{clock(left)}"
 
 
+def check_output(path):
+    """Exits 2 where --output lies in no folder: before models are loaded, long before it is opened."""
+    if path is not None and not os.path.isdir(os.path.dirname(path) or "."):
+        fail(f"--output {path}: cannot be written (there is no folder {os.path.dirname(path)})")
+
+
 class Output:
     """The file of a command's --output; a context that says what was written, and leaves no file that is empty.
 

@@ -6,6 +6,7 @@ numbers in every checkpoint, so that differences are the models'.
 """
 import argparse
 import contextlib
+import itertools
 import json
 import sys
 import time
@@ -112,8 +113,8 @@ def suffixes(judges, one_is_plain=True):
 
 def opened(a, also=()):
     """The file of --output, as lines; `also`: what the command reads besides checkpoints and --prompts."""
-    prompts = [a.prompts] if a.prompts else []
-    return runtime.Output(a.output, ".jsonl", [*(file for path in a.checkpoints for file in checkpoint.files_of(path)), *prompts, *also])
+    models, prompts = map(checkpoint.files_of, a.checkpoints), [a.prompts] if a.prompts else []
+    return runtime.Output(a.output, ".jsonl", [*itertools.chain(*models), *prompts, *also])
 
 
 # ---- policies complete prompts
@@ -345,6 +346,7 @@ def show_scores(p, marks):
 def main(argv=None):
     unprinted.clear()  # of an earlier call, as in a notebook
     a = parse(argv)
+    runtime.check_output(a.output)
     if a.output is None:
         all_printed()
     a.device = runtime.pick_device(a.device)

@@ -484,6 +484,16 @@ def test_all_prompts_are_answered_after_a_call_whose_reader_went(folder, monkeyp
         assert [row["prompt"] for row in rows(folder / "s.jsonl")] == answered
 
 
+@pytest.mark.parametrize("name", ["sample", "scores", "evaluate"])
+def test_an_output_without_its_folder_is_told_before_models_are_loaded(folder, monkeypatch, refused, name):
+    """Loading may take a minute, fetching more."""
+    main, argv = PRINTS[name]
+    monkeypatch.setattr(checkpoint, "load", None)
+    assert refused(main, [*argv, "--output", "nodir/x.jsonl"]) == (
+        "error: --output nodir/x.jsonl: cannot be written (there is no folder nodir)\n")
+    assert not (folder / "nodir").exists()
+
+
 def test_a_name_steers_no_terminal(folder, refused):
     """A record file's, a column's, a model's, an output's."""
     (folder / "a\x1b[31m.jsonl").write_text('{"\\u001b[2J": 1}\n')
