@@ -169,7 +169,7 @@ class Command:
     stop_after: it gets SIGTERM when it has written so many rows of metrics, however busy the machine is.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch._dynamo", "minirlhf.check"])
+    context.set_forkserver_preload(["minirlhf.check"])
     count, running = 0, []
 
     def __init__(self, *argv, cwd, env=(), largest_file=None, stop_after=None):

@@ -304,6 +304,7 @@ def test_errors_of_use(folder, stages, stage, arguments, expected):
     assert expected in run(script(stage), *arguments, cwd=folder, code=2)
 
 
+@pytest.mark.slow  # test_state.py has it within one process, test_faults.py from outside on less
 @pytest.mark.parametrize("stage, options", [
     ("sft", [*SFT, "--num_train_epochs", "1"]), ("rm", [*RM, "--num_train_epochs", "0.5"]),
     ("ppo", [*PPO, "--total_episodes", "224"])])

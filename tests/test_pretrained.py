@@ -242,6 +242,7 @@ def test_what_transformers_saves_gives_the_same_logits(tmp_path, name, tied):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen2"])
 def test_transformers_reads_the_same_from_gguf(tmp_path, make_model, kind):
     """Its own reader, which does not read the size of heads or GPT-2's context, gives the logits that ours gives."""
