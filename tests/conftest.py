@@ -261,6 +261,54 @@ def command():
     return call
 
 
+# ---- commands within this process
+
+def tree(folder):
+    """What lies below a folder: {path: when it was changed}."""
+    return {path: 0 if path.is_dir() else path.lstat().st_mtime_ns for path in folder.rglob("*")
+            if not path.name.startswith((".out", ".err")) and path.suffix != ".pyc" and path.name != "__pycache__"}
+
+
+@pytest.fixture
+def main(monkeypatch):
+    """main(folder, *argv): a script's command within this process, in that folder; signals and threads are given
+    back."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    matmuls = torch.get_float32_matmul_precision()
+
+    def call(folder, script, *argv):
+        monkeypatch.chdir(folder)
+        importlib.import_module(script.removesuffix(".py")).main([*map(str, argv)])
+
+    yield call
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    torch.set_float32_matmul_precision(matmuls)
+
+
+@pytest.fixture
+def ran(main, capsys):
+    """ran(folder, *argv) -> what a command printed, output and error, that ran within this process to its end."""
+    def call(folder, *argv):
+        capsys.readouterr()
+        main(folder, *argv)
+        return capsys.readouterr()
+    return call
+
+
+@pytest.fixture
+def declined(main, refused):
+    """declined(folder, *argv) -> the one line with which the command was refused; nothing has come or gone."""
+    def call(folder, *argv):
+        before = tree(folder)
+        error = refused(main, folder, *argv)
+        assert tree(folder) == before
+        return error
+    return call
+
+
+# ---- stages so small that each takes a tenth of a second
+
 class Ended(NamedTuple):
     """How a stage that ran in this process ended."""
     code: int
