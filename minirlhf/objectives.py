@@ -134,7 +134,7 @@ def gae(rewards, values, response_mask, gamma, lam):
 
     (B, T-1) each -> advantages, returns = advantages + values; 0 outside the mask. V after the end is 0.
     """
-    rewards, values = rewards.masked_fill(~response_mask, 0), values.masked_fill(~response_mask, 0)
+    values = values.masked_fill(~response_mask, 0)
     advantages = torch.zeros_like(values)
     running = values.new_zeros(values.shape[0])
     for t in reversed(range(values.shape[1])):

@@ -94,6 +94,7 @@ OBJECTIVES = [
     ("return (x > y).double() + 0.5 * (x == y)", "return (x > y).double()"),
     ("return (x > y).double() + 0.5 * (x == y)", "return (x < y).double() + 0.5 * (x == y)"),
     ("return 1 - unexplained / variance", "return 1 - variance / unexplained"),
+    ("moments(returns - values, mask, total)", "moments(returns - values, mask)"),  # of one rank
     ("centre, half = p + z2 / (2 * n)", "centre, half = p + z2 / n"),
     ("z * float(x.std()) / math.sqrt(len(x))", "z * float(x.std())"),
 ]
@@ -123,6 +124,7 @@ GENERATE = [
     ("cache.filled = cache.k.shape[2]", "cache.filled = cache.k.shape[2] // 2"),
     ("cache.filled = P + n + 1", "cache.filled = P + n"),
     ("T = int(lengths.max())", "T = int(lengths.min())"),
+    ("if all(isinstance(prompt, Prompt) for", "if any(isinstance(prompt, Prompt) for"),
     ("nullcontext() if decoder else packed(model)", "nullcontext()"),
 ]
 MODEL = [

@@ -147,6 +147,8 @@ def test_prompts_reach_it_whole(function, make_model):
     plain = generate(model, [[*ids] for ids in prompts], 3, 0, 1.0, torch.Generator().manual_seed(0))
     assert plain.prompt_texts is None and f(plain).tolist() == [4, 4, 3]
     assert torch.equal(plain.tokens, batch.tokens)
+    mixed = generate(model, [prompts[0], [*prompts[1]]], 3, 0, 1.0, torch.Generator().manual_seed(0))
+    assert mixed.prompt_texts is None  # of one row its text is not known
 
 
 class NoContext:
