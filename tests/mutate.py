@@ -26,10 +26,11 @@ NEAREST = {"minirlhf/objectives.py": ["objectives", "train_ppo"], "minirlhf/data
            "train_sft.py": ["figures", "state", "check"], "train_rm.py": ["figures", "train_rm", "state", "check"],
            "train_ppo.py": ["figures", "train_ppo", "state"], "minirlhf/prepare.py": ["prepare"],
            "minirlhf/evaluate.py": ["figures", "train_ppo", "train_rm", "state"], "minirlhf/sizes.py": ["faults"],
-           "minirlhf/checkpoint.py": ["state", "checkpoint", "faults"], "minirlhf/check.py": ["check", "figures"],
+           "minirlhf/checkpoint.py": ["state", "checkpoint", "further", "pretrained", "faults"], "minirlhf/check.py": ["check", "figures"],
            "minirlhf/runtime.py": ["runtime", "figures", "state", "train_ppo", "faults"],
            "minirlhf/sample.py": ["figures", "state", "sample"], "minirlhf/benchmark.py": ["figures", "benchmark"],
-           "minirlhf/config.py": ["config"]}
+           "minirlhf/config.py": ["config"], "minirlhf/rewards.py": ["rewards"], "minirlhf/fetch.py": ["fetch"],
+           "minirlhf/tokenizer.py": ["tokenizer", "pretrained"], "minirlhf/pretrained.py": ["pretrained"]}
 
 OBJECTIVES = [
     ("mean = sum_x / n", "mean = sum_x / mask.numel()"),  # over padding
@@ -122,6 +123,7 @@ GENERATE = [
     ("kept = (~live).argsort(stable=True)[:left]", "kept = live.int().argsort(stable=True)[:left]"),  # drops live rows
     ("if left <= 0.8 * len(rows) and not decoder:", "if left <= 0.8 * len(rows):"),
     ("cache.filled = cache.k.shape[2]", "cache.filled = cache.k.shape[2] // 2"),
+    ("min(2 ** math.ceil(math.log2(slots)), self.model.config.block_size)", "2 ** math.ceil(math.log2(slots))"),
     ("cache.filled = P + n + 1", "cache.filled = P + n"),
     ("T = int(lengths.max())", "T = int(lengths.min())"),
     ("if all(isinstance(prompt, Prompt) for", "if any(isinstance(prompt, Prompt) for"),
@@ -271,6 +273,8 @@ CHECKPOINT = [
     ('if payload["stage"] not in stages:', "if False:"),
     ("            if name in structural and not (", "            if False and not ("),
     ("bool(a and b) and str(a).rpartition", "str(a).rpartition"),
+    ("            copy.flush()\n            os.fsync(copy.fileno())\n", "            copy.flush()\n"),
+    ("block.attn.dropout = block.mlp.dropout = dropout", "block.attn.dropout = dropout"),
 ]
 RUNTIME = [
     ("        if not x.isfinite().all():\n            fail_before", "        if x.isnan().any():\n            fail_before"),

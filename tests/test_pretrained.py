@@ -541,6 +541,10 @@ def test_a_model_of_another_program_goes_through_all_stages(speaker, tmp_path, m
     like any other, which resumes; --block_size shortens the context."""
     path, model = speaker
     monkeypatch.chdir(tmp_path)
+    for share in (0.3, 0.0):
+        loaded, _, _ = checkpoint.load(path, ["sft"], "cpu", share)
+        assert {part.dropout for part in loaded.modules() if hasattr(part, "dropout")} == {share}
+        assert loaded.config.dropout == share
     run = ["--data_dir", "data", "--device", "cpu", "--response_length", "4", "--batch_size", "4"]
     train_sft.main(["--init_from", path, "--out_dir", "out/sft", "--block_size", "16", *run])
     train_sft.main(["--resume", "--out_dir", "out/sft"])
