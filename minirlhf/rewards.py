@@ -7,6 +7,7 @@ import builtins
 import contextlib
 import importlib.util
 import inspect
+import math
 import os
 import signal
 import sys
@@ -75,11 +76,16 @@ class RewardFunction:
             values, problem = in_a_row(returned, len(completions))
         if problem:
             fail(f"{self.told}: {problem}")
-        scores = [number_of(value, f"{self.told}: row {i}") for i, value in enumerate(values)]
-        for i, score in enumerate(scores):
+        scores = []
+        for i, value in enumerate(values):
+            with self.users_turn(f"row {i}: "):  # what a value of a class of the user's does as it becomes a float
+                score = number_of(value)
+            if score is None:
+                fail(f"{self.told}: row {i}: expected a number, found {type(value).__name__}")
             if not abs(score) < 1e6:
                 fail(f"{self.told}: row {i}: {score}, no number below a million, for the completion "
                      f"{completions[i][:60]!r}")
+            scores.append(score)
         return torch.tensor(scores, device=self.run.device, dtype=torch.float32)
 
     @contextlib.contextmanager
@@ -111,8 +117,17 @@ class RewardFunction:
 def surroundings():
     """What a program may change of its process that ours depends on."""
     return {"folder": working_folder(), "stdout": getattr(sys, "stdout", None),
-            "stderr": getattr(sys, "stderr", None), "dtype": torch.get_default_dtype(),
+            "stderr": getattr(sys, "stderr", None), "dtype": torch.get_default_dtype(), "device": default_device(),
             "gradients": torch.is_grad_enabled()}
+
+
+def default_device():
+    """Where torch makes new tensors, None where that is the CPU, or no place that this machine has."""
+    try:
+        device = torch.get_default_device()
+    except (RuntimeError, AssertionError):
+        return None
+    return None if device.type == "cpu" else device
 
 
 def working_folder():
@@ -129,6 +144,8 @@ def surround(s):
             os.chdir(s["folder"])
     sys.stdout, sys.stderr = usable(s["stdout"], 1), usable(s["stderr"], 2)
     torch.set_default_dtype(s["dtype"])
+    if s["device"] != default_device():
+        torch.set_default_device(s["device"])
     torch.set_grad_enabled(s["gradients"])
 
 
@@ -193,14 +210,16 @@ def in_a_row(returned, n):
     return values, ""
 
 
-def number_of(value, where):
-    """float(value), but of no text and no array. where: names the row."""
+def number_of(value):
+    """float(value), infinity where it is too large for one; None of a text, an array and whatever is no number."""
+    if isinstance(value, (str, bytes, bytearray)) or getattr(value, "shape", ()) != ():
+        return None
     try:
-        if isinstance(value, (str, bytes, bytearray)) or getattr(value, "shape", ()) != ():
-            raise TypeError
         return float(value.item() if hasattr(value, "item") else value)
-    except Exception:
-        fail(f"{where}: expected a number, found {type(value).__name__}")
+    except TypeError:
+        return None
+    except OverflowError:
+        return math.inf
 
 
 def takes_names(function, told):

@@ -426,6 +426,12 @@ class Run:
         return f"{done:>{len(str(total))}}/{total} {100 * done // total:>3}% {clock(used)}<{clock(left)}"
 
 
+def check_output(path):
+    """Exits 2 where --output lies in no folder: before models are loaded, long before it is opened."""
+    if path is not None and not os.path.isdir(os.path.dirname(path) or "."):
+        fail(f"--output {path}: cannot be written (there is no folder {os.path.dirname(path)})")
+
+
 class Output:
     """The file of a command's --output; a context that says what was written, and leaves no file that is empty.
 
@@ -466,8 +472,8 @@ class Output:
                 self.size, self.writes = self.size + done, self.writes + 1
             except OSError as error:
                 self.cut()
-                raise SystemExit(f"error: --output {self.path}: could not be written ({error.strerror}) at "
-                                 f"{self.size:,} bytes")
+                raise SystemExit(one_line(f"error: --output {self.path}: could not be written ({error.strerror}) at "
+                                          f"{self.size:,} bytes"))
 
     def cut(self):
         with contextlib.suppress(OSError):  # a pipe or device has no length

@@ -6,6 +6,7 @@ numbers in every checkpoint, so that differences are the models'.
 """
 import argparse
 import contextlib
+import itertools
 import json
 import sys
 import time
@@ -14,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from minirlhf import checkpoint, evaluate, kernels, runtime
-from minirlhf.config import all_printed, fail, launch, positive_int, say, temperature_number, unprinted
+from minirlhf.config import all_printed, escaped, fail, launch, positive_int, say, temperature_number, unprinted
 from minirlhf.data import (Preference, blank_ends, clean, encode_row, load_demonstrations, load_preferences,
                            load_prompts, present, read_records, refuse, too_long, trim_left)
 from minirlhf.generate import generate
@@ -112,8 +113,8 @@ def suffixes(judges, one_is_plain=True):
 
 def opened(a, also=()):
     """The file of --output, as lines; `also`: what the command reads besides checkpoints and --prompts."""
-    prompts = [a.prompts] if a.prompts else []
-    return runtime.Output(a.output, ".jsonl", [*(file for path in a.checkpoints for file in checkpoint.files_of(path)), *prompts, *also])
+    models, prompts = map(checkpoint.files_of, a.checkpoints), [a.prompts] if a.prompts else []
+    return runtime.Output(a.output, ".jsonl", [*itertools.chain(*models), *prompts, *also])
 
 
 # ---- policies complete prompts
@@ -292,11 +293,8 @@ def accuracy(texts, rows, scores):
     share, low, high = evaluate.accuracy_with_interval(
         *(torch.tensor([pair[k] for pair in pairs]) for k in (2, 3)),
         [(tuple(better.ids), tuple(worse.ids)) for better, worse, *_ in pairs])
-    return f"right on {share:.3f} of {len(pairs):,} pairs (95% {low:.3f}-{high:.3f})"
-
-
-def one_line(text):
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    interval = evaluate.spelled(low, high, len(pairs), "95% ")
+    return f"right on {share:.3f} of {len(pairs):,} pair{'s' * (len(pairs) != 1)} {interval}"
 
 
 def score_records(judges, a, batch_size=256):
@@ -336,17 +334,19 @@ def score_records(judges, a, batch_size=256):
 
 def show_scores(p, marks):
     """A record's prompt, and each of its texts behind its scores. marks: a list a reward model."""
-    say(f"\n{one_line(p.prompt)} ...")
+    say(f"\n{escaped(p.prompt)} ...")
     for k, text in enumerate(p.completions):
         scores = (mark[k] for mark in marks)
-        say("  " + " ".join(f"{'null' if s is None else f'{s:+.2f}':>6}" for s in scores) + f" |{one_line(text)}")
+        say("  " + " ".join(f"{'null' if s is None else f'{s:+.2f}':>6}" for s in scores) + f" |{escaped(text)}")
     all_printed()
 
 
 # ---- the command
 
 def main(argv=None):
+    unprinted.clear()  # of an earlier call, as in a notebook
     a = parse(argv)
+    runtime.check_output(a.output)
     if a.output is None:
         all_printed()
     a.device = runtime.pick_device(a.device)

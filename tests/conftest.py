@@ -20,7 +20,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from minirlhf import checkpoint, evaluate, rewards  # noqa: E402
+from minirlhf import checkpoint, config, evaluate, rewards  # noqa: E402
 from minirlhf.model import GPT, GPTConfig  # noqa: E402
 
 torch.set_num_threads(1)  # the models are small, and a machine that does other things slows two threads down most
@@ -180,7 +180,7 @@ class Command:
     stop_after: it gets SIGTERM when it has written so many rows of metrics, however busy the machine is.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch._dynamo", "minirlhf.check"])
+    context.set_forkserver_preload(["minirlhf.check"])
     count, running = 0, []
 
     def __init__(self, *argv, cwd, env=(), largest_file=None, stop_after=None):
@@ -250,6 +250,11 @@ def no_reward_file_outlives_its_test():
 
 
 @pytest.fixture(autouse=True)
+def nothing_is_unprinted_when_a_test_begins():
+    config.unprinted.clear()
+
+
+@pytest.fixture(autouse=True)
 def no_process_outlives_its_test():
     yield
     while Command.running:
@@ -266,6 +271,54 @@ def command():
         return out, error
     return call
 
+
+# ---- commands within this process
+
+def tree(folder):
+    """What lies below a folder: {path: when it was changed}."""
+    return {path: 0 if path.is_dir() else path.lstat().st_mtime_ns for path in folder.rglob("*")
+            if not path.name.startswith((".out", ".err")) and path.suffix != ".pyc" and path.name != "__pycache__"}
+
+
+@pytest.fixture
+def main(monkeypatch):
+    """main(folder, *argv): a script's command within this process, in that folder; signals and threads are given
+    back."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    matmuls = torch.get_float32_matmul_precision()
+
+    def call(folder, script, *argv):
+        monkeypatch.chdir(folder)
+        importlib.import_module(script.removesuffix(".py")).main([*map(str, argv)])
+
+    yield call
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    torch.set_float32_matmul_precision(matmuls)
+
+
+@pytest.fixture
+def ran(main, capsys):
+    """ran(folder, *argv) -> what a command printed, output and error, that ran within this process to its end."""
+    def call(folder, *argv):
+        capsys.readouterr()
+        main(folder, *argv)
+        return capsys.readouterr()
+    return call
+
+
+@pytest.fixture
+def declined(main, refused):
+    """declined(folder, *argv) -> the one line with which the command was refused; nothing has come or gone."""
+    def call(folder, *argv):
+        before = tree(folder)
+        error = refused(main, folder, *argv)
+        assert tree(folder) == before
+        return error
+    return call
+
+
+# ---- stages so small that each takes a tenth of a second
 
 class Ended(NamedTuple):
     """How a stage that ran in this process ended."""

@@ -26,10 +26,11 @@ NEAREST = {"minirlhf/objectives.py": ["objectives", "train_ppo"], "minirlhf/data
            "train_sft.py": ["figures", "state", "check"], "train_rm.py": ["figures", "train_rm", "state", "check"],
            "train_ppo.py": ["figures", "train_ppo", "state"], "minirlhf/prepare.py": ["prepare"],
            "minirlhf/evaluate.py": ["figures", "train_ppo", "train_rm", "state"], "minirlhf/sizes.py": ["faults"],
-           "minirlhf/checkpoint.py": ["state", "checkpoint", "faults"], "minirlhf/check.py": ["check", "figures"],
+           "minirlhf/checkpoint.py": ["state", "checkpoint", "further", "pretrained", "faults"], "minirlhf/check.py": ["check", "figures"],
            "minirlhf/runtime.py": ["runtime", "figures", "state", "train_ppo", "faults"],
            "minirlhf/sample.py": ["figures", "state", "sample"], "minirlhf/benchmark.py": ["figures", "benchmark"],
-           "minirlhf/config.py": ["config"]}
+           "minirlhf/config.py": ["config"], "minirlhf/rewards.py": ["rewards"], "minirlhf/fetch.py": ["fetch"],
+           "minirlhf/tokenizer.py": ["tokenizer", "pretrained"], "minirlhf/pretrained.py": ["pretrained"]}
 
 OBJECTIVES = [
     ("mean = sum_x / n", "mean = sum_x / mask.numel()"),  # over padding
@@ -94,6 +95,7 @@ OBJECTIVES = [
     ("return (x > y).double() + 0.5 * (x == y)", "return (x > y).double()"),
     ("return (x > y).double() + 0.5 * (x == y)", "return (x < y).double() + 0.5 * (x == y)"),
     ("return 1 - unexplained / variance", "return 1 - variance / unexplained"),
+    ("moments(returns - values, mask, total)", "moments(returns - values, mask)"),  # of one rank
     ("centre, half = p + z2 / (2 * n)", "centre, half = p + z2 / n"),
     ("z * float(x.std()) / math.sqrt(len(x))", "z * float(x.std())"),
 ]
@@ -121,8 +123,10 @@ GENERATE = [
     ("kept = (~live).argsort(stable=True)[:left]", "kept = live.int().argsort(stable=True)[:left]"),  # drops live rows
     ("if left <= 0.8 * len(rows) and not decoder:", "if left <= 0.8 * len(rows):"),
     ("cache.filled = cache.k.shape[2]", "cache.filled = cache.k.shape[2] // 2"),
+    ("min(2 ** math.ceil(math.log2(slots)), self.model.config.block_size)", "2 ** math.ceil(math.log2(slots))"),
     ("cache.filled = P + n + 1", "cache.filled = P + n"),
     ("T = int(lengths.max())", "T = int(lengths.min())"),
+    ("if all(isinstance(prompt, Prompt) for", "if any(isinstance(prompt, Prompt) for"),
     ("nullcontext() if decoder else packed(model)", "nullcontext()"),
 ]
 MODEL = [
@@ -269,6 +273,8 @@ CHECKPOINT = [
     ('if payload["stage"] not in stages:', "if False:"),
     ("            if name in structural and not (", "            if False and not ("),
     ("bool(a and b) and str(a).rpartition", "str(a).rpartition"),
+    ("            copy.flush()\n            os.fsync(copy.fileno())\n", "            copy.flush()\n"),
+    ("block.attn.dropout = block.mlp.dropout = dropout", "block.attn.dropout = dropout"),
 ]
 RUNTIME = [
     ("        if not x.isfinite().all():\n            fail_before", "        if x.isnan().any():\n            fail_before"),
@@ -293,6 +299,8 @@ CONFIG = [
     ("            if name in seen:\n", "            if False:\n"),
     ('r"\\r\\n|\\r|\\n"', 'r"\\r|\\n"'),  # lines are counted twice
     ('if "\\0" in text:', "if False:"),
+    ('end = text[-1] if text[-1] in ",;" else ""', 'end = ""'),
+    ("text, end = quoted[1][1:-1], quoted[2]", 'text, end = quoted[1][1:-1], ""'),
     ('if not stat.S_ISREG(status.st_mode) or', 'if'),  # a pipe hangs
     ('        if " --" in text:\n', "        if False:\n"),
     ('r"[ \\t]#", value)[0]', 'r"#", value)[0]'),
@@ -606,7 +614,8 @@ EVALUATE_FIGURES = [
     ("return {name: figures(keep) for name, keep in groups.items()}, (better - worse).double()",
      "return {name: figures(keep) for name, keep in groups.items()}, (worse - better).double()"),
     ('"right" if scores[0] > scores[1] else', '"right" if scores[0] >= scores[1] else'),
-    ('    if a["pairs"] < 50:', '    if a["pairs"] <= 50:'),
+    ('    if a["pairs"] < FEW:', '    if a["pairs"] <= FEW:'),
+    ('if pairs >= FEW else "(too few', 'if pairs > FEW else "(too few'),
     ('    if a["low"] <= 0.5:\n', '    if a["accuracy"] <= 0.5:\n'),
     ('    if a["low"] <= a["length_only"]:', '    if a["low"] < a["length_only"]:'),
     ('    if a["accuracy"] < 0.65:', '    if a["accuracy"] <= 0.65:'),

@@ -155,7 +155,8 @@ def preset(tmp_path):
     ('out_dir = "my run # 1"  # a comment', {"out_dir": "my run # 1"}),
     ("out_dir = 'say \"x\"'", {"out_dir": 'say "x"'}),
     ('out_dir = "" # none', {"out_dir": ""}),
-    ("out_dir = a#b\t# c", {"out_dir": "a#b"}),
+    ("out_dir = a#b\t# c", {"out_dir": "a#b"}), ("out_dir = 'a;' # b,", {"out_dir": "a;"}),
+    ("out_dir = C:/a,b # c;", {"out_dir": "C:/a,b"}), ("--out_dir C:/a", {"out_dir": "C:/a"}),
     ("whiten_rewards = True # as in Python\nshuffle=false", {"whiten_rewards": True, "shuffle": False}),
     ("batch_size = 1_000\ndropout = 5e-1", {"batch_size": 1000, "dropout": 0.5}),
     ("optimizer = 'adamw'", {"optimizer": "adamw"}),
@@ -171,14 +172,19 @@ def test_habits_of_other_programs_are_read(preset, content, expected):
 
 @pytest.mark.parametrize("content, line, words", [
     ("[training]\nbatch_size = 2", 1, ["[training]", "no sections"]),
-    ("batch_size: 2", 1, ["`name = value`", "batch_size: 2"]),
+    ("batch_size: 2", 1, ["`batch_size = value`", "batch_size: 2", "= in place of the colon"]),
+    ("--out_dir : x", 1, ["`out_dir = value`", "= in place of the colon"]),
+    ('"batch_size": 2,', 1, ["`batch_size = value`", "= in place of the colon"]),
     ("import os", 1, ["`name = value`"]),
     ('{"batch_size": 2}', 1, ["`name = value`"]),
     ("\n# two\nbatch_size = [1, 2]", 3, ["batch_size", "one number"]),
     ("batch_size = 12*1024", 1, ["a whole number", "nothing is computed"]),
     ("dropout = 1/3", 1, ["a number", "nothing is computed"]),
     ("batch_size = 1e3", 1, ["batch_size = 1e3", "a whole number"]),
-    ("batch_size = 8,", 1, ["8,", "a whole number"]),
+    ("batch_size = 8,", 1, ["batch_size: 8,", "leave the ',' out"]), ("margin = 2 ;", 1, ["2 ;", "leave the ';' out"]),
+    ("out_dir = a;  # x", 1, ["leave the ';' out, or put the value in quotes"]),
+    ("--check true;", 1, ["leave the ';' out"]),
+    ("out_dir = 'a', # x", 1, ["leave the ',' out"]), ('optimizer = "adamw";', 1, ["leave the ';' out"]),
     ("whiten_rewards = maybe", 1, ["true or false"]),
     ("optimizer = sgd", 1, ["one of muon, adamw"]),
     ("batch_size = 2\n\nmargin=1\nbatch_size = 3", 4, ["batch_size", "line 1 already"]),
@@ -255,6 +261,17 @@ def test_a_name_that_cannot_be_spelled(refused, name):
 def test_an_error_is_one_line(refused):
     """Also where a file's name has several."""
     assert refused(fail, "a\nb\r\nc\u2028d: no") == "error: a b c d: no\n"
+
+
+def test_an_error_steers_no_terminal(refused, preset, capsys):
+    """A colour, a cursor that goes back, text from right to left, a lone surrogate: shown as Python writes them; what
+    people write stays as it is."""
+    assert refused(fail, "\x1b[31m \b\0\t \u202e \udcff café 漢字 😀 \\") == (
+        "error: \\x1b[31m \\x08\\x00\\t \\u202e \\udcff café 漢字 😀 \\\n")
+    assert "found 'x \\x1b[2J'" in bad(capsys, preset("x \x1b[2J"))
+    assert bad(capsys, "@no\x1b[2Jwhere").startswith("error: @no\\x1b[2Jwhere: ")
+    parse(Options, ["--out_dir=a", preset("out_dir = b\x1b[2J")])
+    assert "out_dir = b\\x1b[2J takes the place" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "1000001", "1" * 5000, "x"])

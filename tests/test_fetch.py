@@ -90,15 +90,15 @@ def test_a_long_fetch_says_how_far_it_is(tmp_path, monkeypatch, capsys):
     def pip(command, env, **_):
         Path(env["TMPDIR"], "pip-1").mkdir()
         Path(env["TMPDIR"], "pip-1", "part").write_bytes(bytes(2_500_000))
-        while slow and "so far" not in "".join(said):
+        while slow and "2.5 MB so far" not in "".join(said) and time.monotonic() < end:
             time.sleep(0.01)
             said.append(capsys.readouterr().out)
         return subprocess.CompletedProcess(command, 1, "", "")
 
     monkeypatch.setattr(subprocess, "run", pip)
-    slow, said = False, []
+    slow, end, said = False, 0, []
     assert fetch.by_pip("x", "x", "0", tmp_path) == (None, "no message") and "so far" not in capsys.readouterr().out
-    slow = True
+    slow, end = True, time.monotonic() + 60
     monkeypatch.setattr(fetch, "FIRST_WORD", 0.01)
     fetch.by_pip("x", "x", "0", tmp_path)
     assert "fetching: 2.5 MB so far" in "".join(said)

@@ -500,8 +500,22 @@ def test_held_out_figures_of_a_reward_model(rm):
     assert said == [[f"{look[name]['accuracy']:.3f}" for name in ("all", "mean", "person")] for look in looks[:2]]
     table = [line for line in rm.rm[1] if re.match(r"(all|mean|person)\b", line)]
     for line, (name, f) in zip(table, looks[-1].items(), strict=True):
-        shown = [f"{f['pairs']}", *(f"{f[k]:.3f}" for k in ("accuracy", "low", "high", "length_only"))]
+        shown = [f"{f['pairs']}", *(f"{f[k]:.3f}" for k in ("accuracy", "length_only"))]  # and no interval: 12 pairs
         assert numbers(line.removeprefix(name)) == shown + ([f"{f['ceiling']:.3f}"] if "ceiling" in f else [])
+
+
+def test_the_table_of_a_reward_model():
+    """Columns stand below their headings; of fewer than 50 pairs no interval is given, of as many one is."""
+    row = {"accuracy": 0.7564, "low": 0.7306, "high": 0.7802, "length_only": 0.5193}
+    figures = {"all": row | {"pairs": 16000}, "person": row | {"pairs": 50, "ceiling": 0.8471},
+               "person, margin > 4": row | {"pairs": 49, "ceiling": 0.8471}}
+    assert [*evaluate.reward_model_table(figures, {"ece": 0.0131, "ece_with_temperature": 0.0121,
+                                                   "temperature": 1.018})] == [
+        "held out                      pairs  accuracy (95% interval)         length only   ceiling",
+        "all                           16000  0.756  (0.731-0.780)                  0.519",
+        "person                           50  0.756  (0.731-0.780)                  0.519     0.847",
+        "person, margin > 4               49  0.756  (too few for an interval)      0.519     0.847",
+        "calibration: ECE 0.013; 0.012 after dividing score differences by a temperature of 1.02"]
 
 
 def naive_temperature(differences):

@@ -504,8 +504,16 @@ def no_links(*_):
 
 
 def test_where_there_are_no_second_names_they_are_copies(saves, monkeypatch):
-    """A file system without links: the same files, each by itself."""
+    """A file system without links: the same files, each by itself, on the disk before it bears its name."""
+    synced, replace = set(), os.replace
+
+    def renamed(old, new):
+        assert os.stat(old).st_ino in synced or os.path.basename(old) == "ckpt.pt"  # which was synced when it was made
+        replace(old, new)
+
     monkeypatch.setattr(os, "link", no_links)
+    monkeypatch.setattr(os, "fsync", lambda number: synced.add(os.fstat(number).st_ino))
+    monkeypatch.setattr(os, "replace", renamed)
     saves.go()
     assert kept(saves.folder) == ["ckpt.000004.pt", "ckpt.000006.pt"]
     assert (saves.folder / "ckpt.000006.pt").read_bytes() == (saves.folder / "ckpt.pt").read_bytes()

@@ -1,5 +1,7 @@
 """Every formula against numbers worked out by hand, an independent oracle, or its own gradient."""
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -20,6 +22,23 @@ def close(a, b, **tolerance):
 
 def some(*shape, seed=0, grad=False):
     return torch.randn(shape, dtype=torch.double, generator=torch.Generator().manual_seed(seed)).requires_grad_(grad)
+
+
+def on_ranks(function, shares):
+    """function(share, total) of each rank, all at once, where total sums a tensor over them -> what each gives."""
+    parts, meeting = [None] * len(shares), threading.Barrier(len(shares), timeout=60)
+
+    def rank(k):
+        def total(t):
+            parts[k] = t
+            meeting.wait()
+            whole = sum(parts)
+            meeting.wait()
+            return whole
+        return function(shares[k], total)
+
+    with ThreadPoolExecutor(len(shares)) as pool:
+        return [*pool.map(rank, range(len(shares)))]
 
 
 # Log-probabilities
@@ -283,16 +302,9 @@ def test_whiten_counts_only_the_mask(loud, keep_mean):
 def test_whiten_over_ranks_is_whitening_the_whole_batch():
     """Two ranks whose sums are added up get the rows that one rank with all rows gets."""
     x, (_, _, mask) = some(8, 12) + 3, ragged(4)
-    shares, asked = [slice(0, 8, 2), slice(1, 8, 2)], []
-    for share in shares:
-        asked.append([])
-        O.whiten(x[share], mask[share], total=lambda t: asked[-1].append(t) or t)
-    first = asked[0][0] + asked[1][0]  # counts and sums; the second sum needs the mean of the whole batch
-    mean = first[1] / first[0]
-    squares = ((x - mean) ** 2)[mask].sum()
-    for share in shares:
-        sums = iter([first, squares])
-        close(O.whiten(x[share], mask[share], total=lambda t: next(sums)), O.whiten(x, mask)[share])
+    shares = [slice(0, 8, 2), slice(1, 8, 2)]
+    for share, white in zip(shares, on_ranks(lambda s, total: O.whiten(x[s], mask[s], total=total), shares)):
+        close(white, O.whiten(x, mask)[share])
 
 
 def test_whiten_survives_equal_numbers():
@@ -551,6 +563,14 @@ def test_explained_variance_by_hand():
         close(explained(7.0, 7.0, 7.0), 0.0)
         close(explained(3.0, 2.0, 1.0), -3.0)  # errors -2, 0, 2 vary by 8/3
     assert O.explained_variance(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 3.0]), torch.tensor([True, True])).isnan()
+
+
+def test_explained_variance_over_ranks_is_that_of_the_whole_batch():
+    """Errors and returns of both ranks, about the means of both."""
+    values, returns, (_, _, mask) = some(8, 12), some(8, 12, seed=1) + torch.arange(8)[:, None], ragged(4)
+    found = on_ranks(lambda s, total: O.explained_variance(values[s], returns[s], mask[s], total),
+                     [slice(0, 3), slice(3, 8)])
+    close(torch.stack(found), [O.explained_variance(values, returns, mask)] * 2)
 
 
 def test_intervals_by_hand():

@@ -242,6 +242,7 @@ def test_what_transformers_saves_gives_the_same_logits(tmp_path, name, tied):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen2"])
 def test_transformers_reads_the_same_from_gguf(tmp_path, make_model, kind):
     """Its own reader, which does not read the size of heads or GPT-2's context, gives the logits that ours gives."""
@@ -540,6 +541,10 @@ def test_a_model_of_another_program_goes_through_all_stages(speaker, tmp_path, m
     like any other, which resumes; --block_size shortens the context."""
     path, model = speaker
     monkeypatch.chdir(tmp_path)
+    for share in (0.3, 0.0):
+        loaded, _, _ = checkpoint.load(path, ["sft"], "cpu", share)
+        assert {part.dropout for part in loaded.modules() if hasattr(part, "dropout")} == {share}
+        assert loaded.config.dropout == share
     run = ["--data_dir", "data", "--device", "cpu", "--response_length", "4", "--batch_size", "4"]
     train_sft.main(["--init_from", path, "--out_dir", "out/sft", "--block_size", "16", *run])
     train_sft.main(["--resume", "--out_dir", "out/sft"])

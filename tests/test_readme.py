@@ -98,6 +98,17 @@ def test_there_are_five_experiments_and_all_are_small():
 
 
 @pytest.mark.parametrize("diff", EXPERIMENTS, ids=range(1, len(EXPERIMENTS) + 1))
+def test_an_experiment_applies(diff, tmp_path):
+    """To the scripts as they stand, which then still are Python."""
+    for script in SCRIPTS:
+        shutil.copy(script, tmp_path)
+    changed = tmp_path / apply(diff, tmp_path)
+    assert changed.name in {script.name for script in SCRIPTS}
+    compile(changed.read_text("utf-8"), changed, "exec")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("diff", EXPERIMENTS, ids=range(1, len(EXPERIMENTS) + 1))
 def test_an_experiment_applies_runs_and_changes_what_is_learned(diff, folder, unchanged, tmp_path, command):
     for script in SCRIPTS:
         shutil.copy(script, tmp_path)

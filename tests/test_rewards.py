@@ -148,6 +148,8 @@ def test_prompts_reach_it_whole(function, make_model):
     plain = generate(model, [[*ids] for ids in prompts], 3, 0, 1.0, torch.Generator().manual_seed(0))
     assert plain.prompt_texts is None and f(plain).tolist() == [4, 4, 3]
     assert torch.equal(plain.tokens, batch.tokens)
+    mixed = generate(model, [prompts[0], [*prompts[1]]], 3, 0, 1.0, torch.Generator().manual_seed(0))
+    assert mixed.prompt_texts is None  # of one row its text is not known
 
 
 class NoContext:
@@ -206,6 +208,30 @@ def test_booleans_are_numbers(function):
     assert function("def f(prompts, completions): return [c == 'so' for c in completions]")(TWO).tolist() == [1, 0]
 
 
+ODD = """class Odd:
+    def __init__(self, value): self.value = value
+    def __float__(self):
+        print("made a float")
+        if isinstance(self.value, BaseException): raise self.value
+        return self.value
+class Item(Odd):
+    def item(self): return float(self)
+"""
+
+
+@pytest.mark.parametrize("value", ["Odd(2.5)", "Item(2.5)"])
+def test_a_value_of_the_user_s_own_class_is_the_user_s_program(function, capsys, value):
+    """What it prints goes where the function's own output goes, what it changes is put back, Ctrl-C within it counts."""
+    f = function("import io, sys\n" + ODD + f"def f(prompts, completions):\n    sys.stdout = f.quiet = io.StringIO()\n"
+                 f"    return [{value}, 1]\n")
+    assert f(TWO).tolist() == [2.5, 1.0]
+    print("still here")
+    assert capsys.readouterr().out == "still here\n" and f.function.quiet.getvalue() == "made a float\n"
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with pytest.raises(KeyboardInterrupt):
+        function(ODD + "def f(prompts, completions): return [Item(KeyboardInterrupt()), 1]", "other.py")(TWO)
+
+
 @pytest.mark.parametrize("value, words", [
     ("None", "returned None; expected a list of 2 numbers"), ("3.0", "returned a float; expected"),
     ("'12'", "returned a str"), ("b'12'", "returned a bytes"), ("bytearray(2)", "returned a bytearray"),
@@ -221,15 +247,17 @@ def test_booleans_are_numbers(function):
     ("[1.0, [1.0]]", "row 1: expected a number, found list"), ("[1.0, 1j]", "row 1: expected a number, found complex"),
     ("[1.0, np.complex64(1)]", "row 1: expected a number, found complex64"), ("np.array([1, 1j])", "found complex"),
     ("[1.0, np.ones(1)]", "row 1: expected a number, found ndarray"), ("[1.0, torch.ones(1)]", "row 1: expected a num"),
-    ("[1.0, float('nan')]", "row 1: nan"), ("[1.0, float('inf')]", "row 1: inf"), ("[10 ** 400, 1.0]", "row 0: expect"),
+    ("[1.0, float('nan')]", "row 1: nan"), ("[1.0, float('inf')]", "row 1: inf"), ("[10 ** 400, 1.0]", "row 0: inf, no number below a million, for the completion 'so'"),
     ("torch.tensor([1., float('nan')])", "row 1: nan"), ("[1.0, -1e7]", "row 1: -10000000.0, no number below a mil"),
     ("np.array(['1', '2'])", "row 0: expected a number, found str"), ("prompts", "row 0: expected a number, found str"),
+    ("[1.0, Odd(SystemExit(3))]", "row 1: raised SystemExit: 3 ("), ("[Odd(GeneratorExit())] * 2", "row 0: raised Gen"),
+    ("[1.0, Odd(ValueError('not yet'))]", "row 1: raised ValueError: not yet ("), ("[Odd(2.0), None]", "row 1: expected"),
     ("(1 / 0 for p in prompts)", "raised ZeroDivisionError: division by zero ("),
     ("torch.ones(2, device='meta')", "raised "),
 ])
 def test_what_is_no_row_of_numbers(function, refused, recwarn, value, words):
     """One line that says what was found, at which row, or of which shape."""
-    f = function("import itertools\nimport numpy as np, torch\nasync def wait(): pass\n"
+    f = function("import itertools\nimport numpy as np, torch\nasync def wait(): pass\n" + ODD +
                  f"def f(prompts, completions): return {value}")
     error = refused(f, TWO)
     assert "--reward " in error and words in error
@@ -298,7 +326,8 @@ def test_ctrl_c_is_passed_on_where_no_run_handles_it(function):
 
 CHANGES = ["sys.stdout.close()", "sys.stderr.close()", "sys.stdout = sys.stderr = io.StringIO()",
            "sys.stdout = io.TextIOWrapper(sys.stdout.detach())", "sys.stdout = sys.stderr = None", "del sys.stdout",
-           "torch.set_grad_enabled(False)", "torch.set_default_dtype(torch.float64)", "os.chdir('/')"]
+           "torch.set_grad_enabled(False)", "torch.set_default_dtype(torch.float64)", "os.chdir('/')",
+           "torch.set_default_device('meta')"]
 
 
 @pytest.mark.parametrize("when", ["import", "call"])
@@ -316,6 +345,7 @@ def test_what_it_changes_of_the_process_is_put_back(function, tmp_path, monkeypa
         print("out", flush=True)
         print("err", file=sys.stderr, flush=True)
         assert torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32 and os.getcwd() == str(tmp_path)
+        assert torch.empty(1).device.type == "cpu"
     assert capfd.readouterr() == ("out\nout\n", "err\nerr\n")
 
 
@@ -328,6 +358,15 @@ def test_its_own_surroundings_come_back_with_its_turn(function, tmp_path, monkey
     (tmp_path / "below" / "weight").write_text("3")
     assert f(TWO).tolist() == [3, 3] and os.getcwd() == str(tmp_path)
     assert sys.modules["mine"].quiet.getvalue() == "loud\n"
+
+
+@pytest.mark.parametrize("device", ["meta", "cuda:7"])
+def test_a_default_device_is_the_function_s_alone(function, device):
+    """It is there again in the next turn; one that the machine lacks stops the function, not the run."""
+    f = function(f"import torch\ntorch.set_default_device('{device}')\ndef f(prompts, completions):\n"
+                 f"    return [len(str(torch.empty(1, device='cpu' if '{device}' != 'meta' else None).device))] * 2")
+    assert f(TWO).tolist() == [len("meta" if device == "meta" else "cpu")] * 2
+    assert torch.empty(1).device.type == "cpu"
 
 
 # ---- how its files are imported

@@ -101,7 +101,7 @@ def test_a_completion_gets_the_score_of_its_text(folder, capsys):
 def test_pairs_get_the_figures_of_stage_2(folder, capsys):
     """Score differences, accuracy and interval are those of train_rm.py's rows and evaluate's function."""
     rng = random.Random(2)
-    records = [{"prompt": text(rng, 3), "chosen": text(rng), "rejected": text(rng), "kind": "a"} for _ in range(40)]
+    records = [{"prompt": text(rng, 3), "chosen": text(rng), "rejected": text(rng), "kind": "a"} for _ in range(60)]
     records[3]["rejected"] = records[3]["chosen"]  # no pair
     records += [{"prompt": "the", "completions": [" cat", " dog", " sun"], "scores": [2, 1, 1]}]  # two pairs
     records += [{"chosen": [{"role": "user", "content": "who?"}, {"role": "assistant", "content": "me"}],
@@ -111,23 +111,23 @@ def test_pairs_get_the_figures_of_stage_2(folder, capsys):
     scored, (model, tokenizer, _) = rows(folder / "s.jsonl"), load("out/rm")
     kept, _, _ = train_rm.encode_preferences(tokenizer, load_preferences(path), 32, "drop")
     figures, differences = evaluate.reward_model_figures(model, CPU, kept, tokenizer.eos, True)
-    found = [row["score_chosen"] - row["score_rejected"] for row in scored[:40] if row["chosen"] != row["rejected"]]
-    best, *others = scored[40]["score_completions"]
-    found += [best - other for other in others] + [scored[41]["score_chosen"] - scored[41]["score_rejected"]]
+    found = [row["score_chosen"] - row["score_rejected"] for row in scored[:60] if row["chosen"] != row["rejected"]]
+    best, *others = scored[60]["score_completions"]
+    found += [best - other for other in others] + [scored[61]["score_chosen"] - scored[61]["score_rejected"]]
     assert found == close(differences.tolist())
     assert [{k: v for k, v in row.items() if not k.startswith("score_")} for row in scored] == records
     f = figures["all"]
     assert f"right on {f['accuracy']:.3f} of {f['pairs']} pairs (95% {f['low']:.3f}-{f['high']:.3f})" in (
         capsys.readouterr().out)
-    assert f["pairs"] == len(found) > 35 and f["accuracy"] == pytest.approx(sum(d > 0 for d in found) / len(found))
-    assert scored[41]["score_chosen"] == close(by_hand("out/rm", "\n\nHuman: who?\n\nAssistant:", " me"))
+    assert f["pairs"] == len(found) > 50 and f["accuracy"] == pytest.approx(sum(d > 0 for d in found) / len(found))
+    assert scored[61]["score_chosen"] == close(by_hand("out/rm", "\n\nHuman: who?\n\nAssistant:", " me"))
 
 
 def test_ties_count_half(folder, capsys, monkeypatch):
     """All scores equal: half of the pairs are right."""
     monkeypatch.setattr(GPT, "scalar", lambda self, hidden: torch.full(hidden.shape[:-1], 2.0))
     sample.main(["out/rm", "--prompts", write(folder / "p.jsonl", [{"chosen": "a b", "rejected": "a c"}] * 3)])
-    assert "6 texts, mean score 2.000, standard deviation 0.000; right on 0.500 of 3 pairs" in capsys.readouterr().out
+    assert "6 texts, mean score 2.000, standard deviation 0.000; right on 0.500 of 3 pairs (too few for" in capsys.readouterr().out
 
 
 def test_pairs_that_teach_nothing_have_no_accuracy(folder, capsys):
@@ -433,9 +433,7 @@ def test_a_result_that_cannot_be_printed_is_no_success(folder, monkeypatch, caps
     monkeypatch.setattr(benchmark, "show", lambda result: benchmark.say("a line"))
     stream = None
     if state == "gone":
-        read, end = os.pipe()
-        os.close(read)
-        stream = os.fdopen(end, "w")
+        stream = gone()
     elif state == "full":
         stream = open("/dev/full", "w")
     main, argv = PRINTS[name]
@@ -448,6 +446,62 @@ def test_a_result_that_cannot_be_printed_is_no_success(folder, monkeypatch, caps
         assert stop.value.code == {"gone": 0, "closed": 2}[state]
     if stream:
         stream.close()
+
+
+def gone():
+    """A stream whose reader has gone."""
+    read, end = os.pipe()
+    os.close(read)
+    return os.fdopen(end, "w")
+
+
+@pytest.mark.parametrize("name", PRINTS)
+def test_a_second_call_does_not_end_as_the_first_did(folder, monkeypatch, capsys, name):
+    """In a notebook: the first call's reader went away, on the stream on which the second then prints all it has."""
+    write(folder / "p.jsonl", [{"prompt": "a", "completion": " b"}])
+    monkeypatch.setattr(benchmark, "measure", lambda o: {})
+    monkeypatch.setattr(benchmark, "show", lambda result: [benchmark.say("a line") for _ in range(3)])
+    main, argv = PRINTS[name]
+    with gone() as stream, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stream)
+        with pytest.raises(SystemExit) as stop:
+            main(argv)
+        assert stop.value.code == 0
+        said = open(folder / "said", "w+")  # the same stream has a reader again
+        os.dup2(said.fileno(), stream.fileno())
+        main(argv)
+        said.seek(0)
+        assert len(said.readlines()) > 2
+
+
+def test_all_prompts_are_answered_after_a_call_whose_reader_went(folder, monkeypatch, capsys):
+    """Standard input ends early where nobody reads the answers, but not in the next call."""
+    for stdout, answered in ((gone(), ["a"]), (sys.stdout, ["a", "b", "c"])):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a\nb\nc\n")))
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", stdout)
+            sample.main(["out/sft", "--output", "s.jsonl"])
+        assert [row["prompt"] for row in rows(folder / "s.jsonl")] == answered
+
+
+@pytest.mark.parametrize("name", ["sample", "scores", "evaluate"])
+def test_an_output_without_its_folder_is_told_before_models_are_loaded(folder, monkeypatch, refused, name):
+    """Loading may take a minute, fetching more."""
+    main, argv = PRINTS[name]
+    monkeypatch.setattr(checkpoint, "load", None)
+    assert refused(main, [*argv, "--output", "nodir/x.jsonl"]) == (
+        "error: --output nodir/x.jsonl: cannot be written (there is no folder nodir)\n")
+    assert not (folder / "nodir").exists()
+
+
+def test_a_name_steers_no_terminal(folder, refused):
+    """A record file's, a column's, a model's, an output's."""
+    (folder / "a\x1b[31m.jsonl").write_text('{"\\u001b[2J": 1}\n')
+    error = refused(sample.main, ["out/rm", "--prompts", "a\x1b[31m.jsonl"])
+    assert error.startswith("error: a\\x1b[31m.jsonl:1: ") and "\\x1b[2J" in error and "\x1b" not in error
+    for argv in (["no\x1b[31m"], ["out/rm", "--prompts", "no\x1b[31m"],
+                 ["out/sft", "--prompt", "a", "--output", "nowhere\x1b[31m/x"]):
+        assert "\\x1b[31m" in (error := refused(sample.main, argv)) and "\x1b" not in error
 
 
 @pytest.mark.parametrize("state", ["full", "closed"])

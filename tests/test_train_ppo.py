@@ -783,6 +783,7 @@ def distance(policy, ref, score, beta):
     return 0.5 * sum(abs(policy[y] - best[y] / Z) for y in best)
 
 
+@pytest.mark.slow  # two tokens, below, need all that one does
 def test_one_token_reaches_the_known_optimum():
     """A fixed table of rewards: total variation from ref exp(r / beta) / Z below .02, from above .3 at the start."""
     table = {(0,): 0.5, (1,): -1.0, (2,): 1.0, (3,): 0.0, (4,): -0.5}
