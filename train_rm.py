@@ -195,7 +195,7 @@ def main(argv=None):
         tokens_per_epoch = sum(len(row.ids) for rows, _, _ in train_set for row in rows)
         run.announce("RM", [
             *about_data, f"model: {model.config.n_layer} layers x {model.config.n_embd}, "
-            f"{runtime.describe_parameters(model)} trunk from {o.init_from}",
+            f"{runtime.describe_parameters(model)}, trunk from {o.init_from}",
             f"{run.hardware}; {steps} steps of {o.batch_size} records, about "
             f"{tokens_per_epoch // order.steps_per_epoch:,} tokens each"], first)
         prefer_longer = sum((len(rows[i].ids) > len(rows[j].ids)) - (len(rows[i].ids) < len(rows[j].ids))

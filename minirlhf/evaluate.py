@@ -196,9 +196,9 @@ def answer(policy, ref, scorers, prompts, tokenizer, o, run, draw=0, batch_size=
         with run.autocast():
             rollout = generate(policy, prompts[at:at + batch_size], o.response_length, tokenizer.eos, o.temperature,
                                runtime.generator(o.seed, at, 0, f"held-out {draw}"))
-            below = policy.below(rollout.tokens)  # the same of both, where the policy has adapters in higher blocks
-            logprobs, ref_logprobs = (rollout.grid(m.logprobs(rollout.tokens, rollout.decisions, o.temperature, below)[0])
-                                      for m in (policy, ref))
+            shared = policy.below(rollout.tokens)  # the same of both, where the policy learns in higher blocks only
+            logprobs, ref_logprobs = (rollout.grid(m.logprobs(rollout.tokens, rollout.decisions, o.temperature,
+                                                              shared)[0]) for m in (policy, ref))
         columns = {"k1": k1(logprobs, ref_logprobs).sum(1), "k3": k3(logprobs, ref_logprobs).sum(1),
                    "ref_logprob": ref_logprobs.sum(1), "length": rollout.response_mask.sum(1),
                    "finished": rollout.finished, **{name: scorer(rollout) for name, scorer in scorers.items()}}
