@@ -203,6 +203,7 @@ def main(argv=None):
 
         byte_counts = [tokenizer.count_bytes(row.ids[row.prompt_length:]) for row in val_rows]
         kinds = labels_of(val, "domain", "")
+        model.train()
         seen, seen_seconds = 0, 0.0
         run.start_logs(first)
         for step in range(first, steps):

@@ -284,6 +284,8 @@ def on_base(payload, config, path):
     """The model of a file that holds adapters only: another program's, to whose weights all of them are added."""
     base, entries = {**payload["base"], "path": found_base(payload["base"], path)}, []
     model = published(located(base["path"]), None, config.block_size)[0]
+    if ["model" in entry for entry in base["adapters"]] != [True] * (len(base["adapters"]) - 1) + [False]:
+        fail(f"{path}: does not fit: the last of the adapters are the file's own, and no others")
     for entry in base["adapters"]:
         entry = {"model": payload["model"], **entry}
         rank, alpha, layers = (entry[name] for name in ("lora_rank", "lora_alpha", "lora_layers"))
@@ -374,7 +376,7 @@ def load(path, stages, device, dropout=0.0, block_size=0):
     named, path = path, located(path)
     if not is_foreign(path):
         payload = read(path, stages)
-        model, tokenizer = build(payload, path, device, dropout)
+        model, tokenizer = build(payload, file_of(path), device, dropout)
         return model.eval(), tokenizer, payload
     head = "scalar" if stages == ["rm"] else None if "rm" in stages else "lm"
     model, found, info = published(path, head, block_size)
