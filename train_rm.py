@@ -164,7 +164,7 @@ def main(argv=None):
     with runtime.Run(o, "rm") as run:
         # ---- the SFT model's trunk under a new head
         sft, tokenizer = checkpoint.load(o.init_from, checkpoint.POLICIES, run.device)[:2]
-        model = adapters.learner(sft, "scalar", o, runtime.generator(o.seed, 0, 0, "adapters"), o.dropout)
+        model = adapters.learner(sft, "scalar", o, runtime.generator(o.seed, 0, 0, "reward"), o.dropout)
         model.init_score(runtime.generator(o.seed, 0, 0, "head"))
         if saved and not model.base:
             checkpoint.compatible((sft, tokenizer), o.init_from,
