@@ -456,6 +456,8 @@ class Training:
                     self.run.say(f"resume: warning: {what} has changed since the run of {path} began")
                 elif was != now:
                     fail(f"--resume: {what} is not what the run of {path} began with")
+            if "best" in state:
+                check_shapes(self.model, state["best"], path)
             best = state.pop("best", payload["model"] if "model" in state else None)
             load_weights(self.model, state.pop("model", payload["model"]), path)
             for name, network in self.networks.items():

@@ -547,6 +547,18 @@ def test_the_best_weights_outlive_a_stop(runs, stopping, monkeypatch, way):  # n
     assert equal(loaded.state_dict(), {k: v for k, v in seen[0][0].items()})
 
 
+@pytest.mark.parametrize("best", [7, {}, {"h.0.attn.c_attn.a": torch.zeros(2, 8)}])
+def test_best_weights_that_are_damaged(runs, stopping, best):  # noqa: F811
+    """A run does not go on to save them."""
+    stopping(2)
+    ended = runs.train("sft", "own", *LORA, "--eval_interval", "1")
+    payload = ended.payload()
+    payload["training"]["best"] = best
+    torch.save(payload, ended.folder / "ckpt.pt")
+    again = runs.train("sft", "own", "--resume", out=ended.folder)
+    assert again.code == 2 and "does not fit" in again.error and again.error.count("\n") == 1
+
+
 @pytest.mark.parametrize("stage, way", [(stage, way) for stage in ("sft", "rm", "ppo") for way in WAYS if stage == "sft"
                                         or way != "adapters"])
 def test_check_passes(runs, stage, way):
