@@ -41,7 +41,8 @@ def part(rank=0, alpha=6.0, layers=0, frozen=0):
     return SimpleNamespace(lora_rank=rank, lora_alpha=alpha, lora_layers=layers, freeze_layers=frozen)
 
 
-PARTS = {"adapters": part(rank=3), "adapters in the last block": part(rank=2, layers=1), "a frozen block": part(frozen=1)}
+PARTS = {"adapters": part(rank=3), "adapters in the last block": part(rank=2, layers=1),
+         "a frozen block": part(frozen=1)}
 EVERY = pytest.mark.parametrize("o", PARTS.values(), ids=PARTS)
 
 
@@ -65,7 +66,7 @@ def what_learns(model):
 
 
 def test_an_adapter_by_hand():
-    """W = (1 2), b = 10, A = (1 -1), B = 3, alpha 4, rank 1: 1 x + 2 y + 10 + 4 3 (x - y), so at (5, 3) 11 + 10 + 24."""
+    """W = (1 2), b = 10, A = (1 -1), B = 3, alpha 4, rank 1: x + 2 y + 10 + 4 3 (x - y), at (5, 3) 11 + 10 + 24."""
     linear = torch.nn.Linear(2, 1)
     layer = LowRank(linear, 1, 4.0, seeded())
     for tensor, values in ((linear.weight, [[1., 2]]), (linear.bias, [10.]), (layer.a, [[1., -1]]), (layer.b, [[3.]])):
@@ -224,7 +225,7 @@ def test_an_output_of_its_own_learns_beside_a_frozen_block(make_model):
 
 
 def test_how_many_learn_is_told(make_model):
-    """16 768 numbers, of which 2 (8 16 + 4 16 16) are A and B of one block of rank 2: 64 + 128 + 160 + 160."""
+    """Of rank 2, A of (in, out) = (16, 48), (16, 16), (16, 64), (64, 16) has 2 in numbers and B 2 out."""
     model = make_model()
     every = sum(p.numel() for p in model.parameters())
     assert runtime.describe_parameters(model) == f"{every:,} parameters"
@@ -385,7 +386,8 @@ def test_ranks_add_the_gradients_of_what_learns(make_model, monkeypatch):
     model.h[1].mlp.c_fc.a.grad = torch.ones_like(model.h[1].mlp.c_fc.a)
     run = SimpleNamespace(world=2, together=lambda: runtime.Run.together(run), rank=0)
     runtime.Run.sum_gradients(run, model.parameters())
-    assert len(summed) == 8 and {name for name, p in model.named_parameters() if p.grad is not None} == what_learns(model)
+    found = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert len(summed) == 8 and found == what_learns(model)
     assert (model.h[1].mlp.c_fc.a.grad == 2).all() and (model.h[1].mlp.c_fc.b.grad == 1).all()
 
 
@@ -401,7 +403,7 @@ STAGES = pytest.mark.parametrize("stage", ["sft", "rm", "ppo"])
 
 class World:
     """`tiny`, with SFT and reward models of two blocks that are our own ("own") or another program's ("folder"; its
-    reward model's file holds adapters). `chain`: an SFT model, a reward model and a policy of adapters on the folder."""
+    reward model's file holds adapters). `chain`: SFT model, reward model and policy of adapters on the folder."""
 
     def __init__(self, tiny, make_model):
         self.tiny, self.count = tiny, 0
@@ -453,7 +455,8 @@ def runs(tiny):
     def make_model(head="lm", **shape):
         model = GPT(GPTConfig(**shape), head)
         for name, p in model.named_parameters():
-            torch.nn.init.normal_(p, 1.0 if "ln_" in name and name.endswith("weight") else 0.0, 0.2, generator=seeded(5))
+            mean = 1.0 if "ln_" in name and name.endswith("weight") else 0.0
+            torch.nn.init.normal_(p, mean, 0.2, generator=seeded(5))
         model.get_parameter("wte.weight" if model.config.tied else "lm_head.weight").data[259] *= 6  # ends now and then
         return model.eval()
     with pytest.MonkeyPatch.context() as patch:
@@ -718,10 +721,12 @@ def test_an_entry_of_adapters_that_is_damaged(runs, tmp_path, refused, keys, val
 
 @pytest.mark.parametrize("spoil", [
     lambda p: p["base"].pop("path"), lambda p: p["base"].pop("files"), lambda p: p["base"].pop("adapters"),
-    lambda p: p["base"].update(path="/"), lambda p: p["base"].update(path=["x"]), lambda p: p["base"].update(path="a\0b"),
+    lambda p: p["base"].update(path="/"), lambda p: p["base"].update(path=["x"]),
+    lambda p: p["base"].update(path="a\0b"),
     lambda p: p["base"].update(files=None), lambda p: p.update(base=[]), lambda p: p["base"].update(adapters=5),
     lambda p: p["base"].update(adapters=[]), lambda p: p["base"]["adapters"].append({}),
-    lambda p: p["base"]["adapters"][0].pop("head"), lambda p: p.update(model={}), lambda p: p["model"].pop("h.1.mlp.c_fc.b"),
+    lambda p: p["base"]["adapters"][0].pop("head"), lambda p: p.update(model={}),
+    lambda p: p["model"].pop("h.1.mlp.c_fc.b"),
     lambda p: p["model"].update({"h.1.mlp.c_fc.b": torch.zeros(96, 3)}), lambda p: p["model"].update(x=torch.zeros(1)),
     lambda p: p["config"].update(n_layer=3), lambda p: p["config"].update(block_size=99),
     lambda p: p["config"].update(norm_eps=0.5), lambda p: p.update(format=1) or p["base"].update(adapters=[None])])
