@@ -96,6 +96,14 @@ def test_dropout_is_on_in_training_and_nowhere_else(tiny, passes, monkeypatch, s
     assert sum(a != b for a, b in zip(order, order[1:])) >= 5  # steps and looks in turn
 
 
+@pytest.mark.parametrize("part", [[], ["--lora_rank", "2"]])
+def test_dropout_begins_with_the_first_step(tiny, passes, part):
+    """Also where stage 1 starts from a model, which is loaded without."""
+    assert tiny.train("sft", "--init_from", tiny.sft, "--dropout", "0.5", *part).code == 0
+    steps = [(p, training) for _, p, training, gradients, _ in passes if gradients]
+    assert {*steps} == {(0.5, True)} and len(steps) >= 3
+
+
 def test_stage_3_has_no_dropout_anywhere(tiny, passes):
     """The SFT model was trained with it. A rollout or reference with dropout would sample and score another policy."""
     assert tiny.train("ppo", "--eval_interval", "1").code == 0
