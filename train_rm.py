@@ -165,7 +165,7 @@ def main(argv=None):
     with runtime.Run(o, "rm") as run:
         # ---- the SFT model's trunk under a new head
         sft, tokenizer = checkpoint.load(o.init_from, checkpoint.POLICIES, run.device)[:2]
-        model = adapters.learner(sft, "scalar", o, runtime.generator(o.seed, 0, 0, "adapters"), o.dropout)
+        model = adapters.learner(sft, "scalar", o, runtime.generator(o.seed, 0, 0, "reward"), o.dropout)
         model.init_score(runtime.generator(o.seed, 0, 0, "head"))
         if saved and not model.base:
             checkpoint.compatible((sft, tokenizer), o.init_from,
@@ -196,7 +196,7 @@ def main(argv=None):
         tokens_per_epoch = sum(len(row.ids) for rows, _, _ in train_set for row in rows)
         run.announce("RM", [
             *about_data, f"model: {model.config.n_layer} layers x {model.config.n_embd}, "
-            f"{runtime.describe_parameters(model)} trunk from {o.init_from}",
+            f"{runtime.describe_parameters(model)}, trunk from {o.init_from}",
             f"{run.hardware}; {steps} steps of {o.batch_size} records, about "
             f"{tokens_per_epoch // order.steps_per_epoch:,} tokens each"], first)
         prefer_longer = sum((len(rows[i].ids) > len(rows[j].ids)) - (len(rows[i].ids) < len(rows[j].ids))

@@ -198,12 +198,13 @@ def main(argv=None):
             *about_data, f"{tokens_per_epoch:,} tokens an epoch, {trained:,} of them are trained; vocabulary "
             f"{tokenizer.vocab_size:,} ({tokenizer.name})",
             f"model: {model.config.n_layer} layers x {model.config.n_embd}, {model.config.n_head} heads, "
-            f"{runtime.describe_parameters(model)} from {o.init_from}",
+            f"{runtime.describe_parameters(model)}, from {o.init_from}",
             f"{run.hardware}; {steps} steps of {o.batch_size} rows, about "
             f"{tokens_per_epoch // order.steps_per_epoch:,} tokens each; {o.optimizer}"], first)
 
         byte_counts = [tokenizer.count_bytes(row.ids[row.prompt_length:]) for row in val_rows]
         kinds = labels_of(val, "domain", "")
+        model.train()
         seen, seen_seconds = 0, 0.0
         run.start_logs(first)
         for step in range(first, steps):

@@ -52,8 +52,8 @@ def check_options(o):
         fail(f"--freeze_layers {o.freeze_layers}: excludes --lora_rank {o.lora_rank}, with which all blocks are frozen")
     for name in ("lora_rank", "freeze_layers"):
         if getattr(o, name) and o.init_from == "scratch":
-            fail(f"--{name} {getattr(o, name)}: freezes random weights of --init_from scratch; name a trained model, or "
-                 f"use --{name} 0")
+            fail(f"--{name} {getattr(o, name)}: freezes random weights of --init_from scratch; name a trained model, "
+                 f"or use --{name} 0")
     warn_idle(o, "lora_rank 0", not o.lora_rank, "lora_alpha", "lora_layers")
 
 
@@ -64,13 +64,13 @@ def learner(model, head, o, generator, dropout=0.0):
     are all weights where the options name neither adapters nor frozen blocks. `first` of both models is the first block
     in which they differ. Exits 2 where there are fewer blocks.
     """
+    if not (o.lora_rank or o.freeze_layers):
+        return model.with_head(head, dropout)
     layers = model.config.n_layer
     for name in ("lora_layers", "freeze_layers"):
         if (count := getattr(o, name)) > layers - (name == "freeze_layers"):
             fail(f"--{name} {count}: the model has {layers} blocks"
                  + (", and one at least must learn" if name == "freeze_layers" else ""))
-    if not (o.lora_rank or o.freeze_layers):
-        return model.with_head(head, dropout)
     first = layers - (o.lora_layers or layers) if o.lora_rank else o.freeze_layers
     other = sharing(model, head, dropout)
     for block in other.h[first:]:
@@ -78,9 +78,8 @@ def learner(model, head, o, generator, dropout=0.0):
             adapt(block, o.lora_rank, o.lora_alpha, generator)
         else:
             own_weights(block)
-    own_weights(other.score_head if head == "scalar" else nn.Module())
-    if not o.lora_rank:
-        own_weights(other.ln_f)
+    for name in ["score_head"] if o.lora_rank else ["score_head", "ln_f", "lm_head"]:
+        own_weights(getattr(other, name, nn.Module()))
     other.first = model.first = first
     if o.lora_rank and model.base:
         own = {"head": head, "lora_rank": o.lora_rank, "lora_alpha": o.lora_alpha, "lora_layers": o.lora_layers}
@@ -170,6 +169,10 @@ def share_below(model, other):
             theirs[name].data = p.data
 
 
+def same_memory(a, b):
+    return a.wte.weight.data_ptr() == b.wte.weight.data_ptr()
+
+
 def below(model, first):
     """(name, parameter) of the embeddings and of the blocks below one."""
     for name, p in model.named_parameters():
@@ -188,10 +191,10 @@ def add_states_below(batch, policy, value, run, rows=128):
     for name, model in (("below", policy), ("value_below", value)):
         if model is None or not model.first:
             continue
-        if model is value and value.first == policy.first and value.wte.weight.data_ptr() == policy.wte.weight.data_ptr():
+        if batch.below is not None and model.first == policy.first and same_memory(model, policy):
             batch.value_below = batch.below
             continue
-        column = torch.zeros(*batch.tokens.shape, model.config.n_embd, device=batch.tokens.device)
+        column = model.wte.weight.new_zeros(*batch.tokens.shape, model.config.n_embd)
         for part in torch.arange(len(column), device=column.device).split(rows):
             tokens = batch.take(part).tokens
             with run.autocast():

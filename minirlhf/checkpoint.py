@@ -282,17 +282,19 @@ def build(payload, path, device, dropout=0.0):
 
 def on_base(payload, config, path):
     """The model of a file that holds adapters only: another program's, to whose weights all of them are added."""
-    base, entries = payload["base"], []
-    model = published(found_base(base, path), None, config.block_size)[0]
+    base, entries = {**payload["base"], "path": found_base(payload["base"], path)}, []
+    model = published(located(base["path"]), None, config.block_size)[0]
+    if ["model" in entry for entry in base["adapters"]] != [True] * (len(base["adapters"]) - 1) + [False]:
+        fail(f"{path}: does not fit: the last of the adapters are the file's own, and no others")
     for entry in base["adapters"]:
         entry = {"model": payload["model"], **entry}
-        rank, layers = entry["lora_rank"], entry["lora_layers"]
-        if type(rank) is not int or any(name.endswith(".a") and len(t) != rank for name, t in entry["model"].items()):
-            fail(f"{path}: does not fit: adapters of rank {str(rank)[:40]}")
-        if type(layers) is not int or not 0 <= layers <= config.n_layer or entry["head"] not in ("lm", "scalar"):
+        rank, alpha, layers = (entry[name] for name in ("lora_rank", "lora_alpha", "lora_layers"))
+        ranks = {len(t) for name, t in entry["model"].items() if name.endswith(".a")}
+        if type(rank) is not int or ranks != {rank} or type(alpha) is not float or not 0 < alpha < math.inf:
+            fail(f"{path}: does not fit: adapters of rank {str(rank)[:40]} and alpha {str(alpha)[:40]}")
+        if type(layers) is not int or not 0 <= layers <= model.config.n_layer or entry["head"] not in ("lm", "scalar"):
             fail(f"{path}: does not fit: adapters in {str(layers)[:40]} blocks, under the head {entry['head']!r:.40}")
-        settings = SimpleNamespace(lora_rank=rank, lora_alpha=float(entry["lora_alpha"]), lora_layers=layers,
-                                   freeze_layers=0)
+        settings = SimpleNamespace(lora_rank=rank, lora_alpha=alpha, lora_layers=layers, freeze_layers=0)
         adapted = adapters.learner(model, entry["head"], settings, torch.Generator())
         load_weights(adapted, entry["model"], path)
         model = adapters.merge(adapted)
@@ -314,7 +316,7 @@ def found_base(base, path):
     there = [place for place in places if os.path.exists(place)]
     for place in there:
         if fingerprint(*pretrained.files(place)) == base["files"]:
-            return place
+            return wanted if wanted == "smollm2" else os.path.abspath(place)
     fail(f"{path}: holds adapters on {wanted}, which " + (
         f"is another model now ({', '.join(there)})" if there else f"is not there, nor at {places[1]} or {places[2]}")
         + "; put the model that they were trained on there")
@@ -374,7 +376,7 @@ def load(path, stages, device, dropout=0.0, block_size=0):
     named, path = path, located(path)
     if not is_foreign(path):
         payload = read(path, stages)
-        model, tokenizer = build(payload, path, device, dropout)
+        model, tokenizer = build(payload, file_of(path), device, dropout)
         return model.eval(), tokenizer, payload
     head = "scalar" if stages == ["rm"] else None if "rm" in stages else "lm"
     model, found, info = published(path, head, block_size)
@@ -454,6 +456,8 @@ class Training:
                     self.run.say(f"resume: warning: {what} has changed since the run of {path} began")
                 elif was != now:
                     fail(f"--resume: {what} is not what the run of {path} began with")
+            if "best" in state:
+                check_shapes(self.model, state["best"], path)
             best = state.pop("best", payload["model"] if "model" in state else None)
             load_weights(self.model, state.pop("model", payload["model"]), path)
             for name, network in self.networks.items():

@@ -391,7 +391,7 @@ def fingerprint(*paths) -> str:
 
 
 def spread(rows, count):
-    """`count` of the rows, evenly spread over all of them and in their order; all of them where count is 0 or more."""
+    """`count` of the rows, evenly spread over all of them and in their order; all where it is 0 or they are no more."""
     return [rows[i * len(rows) // count] for i in range(count)] if 0 < count < len(rows) else rows
 
 

@@ -689,4 +689,4 @@ def count_parameters(model):
 def describe_parameters(model):
     """"1,234 parameters", and how many of them learn, where not all do."""
     learn, every = sum(p.numel() for p in model.parameters() if p.requires_grad), count_parameters(model)
-    return f"{every:,} parameters" + (f", of which {learn:,} learn," if learn < every else "")
+    return f"{every:,} parameters" + (f" ({learn:,} of them learn)" if learn < every else "")

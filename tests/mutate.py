@@ -21,15 +21,15 @@ ROOT = Path(__file__).resolve().parent.parent
 KILLERS = ROOT / ".mutate_cache"
 CONTEXT = multiprocessing.get_context("forkserver")
 NEAREST = {"minirlhf/objectives.py": ["objectives", "train_ppo"], "minirlhf/data.py": ["data"],
-           "minirlhf/model.py": ["model", "train_ppo", "generate", "parity"],
+           "minirlhf/model.py": ["model", "train_ppo", "adapters", "generate", "parity"],
            "minirlhf/generate.py": ["generate", "train_ppo", "parity"], "minirlhf/kernels.py": ["model", "runtime"],
            "train_sft.py": ["figures", "state", "check"], "train_rm.py": ["figures", "train_rm", "state", "check"],
            "train_ppo.py": ["figures", "train_ppo", "state"], "minirlhf/prepare.py": ["prepare"],
            "minirlhf/evaluate.py": ["figures", "train_ppo", "train_rm", "state"], "minirlhf/sizes.py": ["faults"],
-           "minirlhf/checkpoint.py": ["state", "checkpoint", "further", "pretrained", "faults"], "minirlhf/check.py": ["check", "figures"],
+           "minirlhf/checkpoint.py": ["state", "checkpoint", "adapters", "further", "pretrained", "faults"], "minirlhf/check.py": ["check", "figures"],
            "minirlhf/runtime.py": ["runtime", "figures", "state", "train_ppo", "faults"],
            "minirlhf/sample.py": ["figures", "state", "sample"], "minirlhf/benchmark.py": ["figures", "benchmark"],
-           "minirlhf/config.py": ["config"], "minirlhf/rewards.py": ["rewards"], "minirlhf/fetch.py": ["fetch"],
+           "minirlhf/config.py": ["config"], "minirlhf/adapters.py": ["adapters", "state", "train_ppo"], "minirlhf/rewards.py": ["adapters", "rewards"], "minirlhf/fetch.py": ["fetch"],
            "minirlhf/tokenizer.py": ["tokenizer", "pretrained"], "minirlhf/pretrained.py": ["pretrained"]}
 
 OBJECTIVES = [
@@ -139,10 +139,10 @@ MODEL = [
     ('approximate="tanh"', 'approximate="none"'),
     ("unseen = slots > positions[:, None, :, None]", "unseen = slots > positions[:, None, :, None] + 1"),
     ("unseen = slots > positions[:, None, :, None]", "unseen = slots >= positions[:, None, :, None]"),
-    ("x = x + self.wpe(positions)", "pass"),
+    ("F.dropout(x + self.wpe(positions) if rope is None else x,", "F.dropout(x,"),
     ("a * cos - b * sin, b * cos + a * sin", "a * cos + b * sin, b * cos - a * sin"),  # the other way round
     ("torch.arange(0, D, 2, device=positions.device).float() / D", "torch.arange(0, D // 2).float() / D"),
-    ("x, rope = self.wte(tokens), None", "positions, x, rope = positions * 0, self.wte(tokens), None"),
+    ("else turns(positions, self.config)\n", "else turns(positions * 0, self.config)\n"),
     ("x = F.silu(gate) * x", "x = gate * F.silu(x)"),
     ("wide.square().mean(-1, keepdim=True) + self.eps", "wide.square().mean(-1, keepdim=True)"),
     ("q.reshape(B, K, -1, D)", "q.transpose(1, 2).reshape(B, K, -1, D)"),  # heads with others' keys
@@ -155,10 +155,10 @@ MODEL = [
     ("std = 1 / math.sqrt(self.config.n_embd + 1)", "std = 1 / (self.config.n_embd + 1)"),
     ("return x.float() if x.dtype.itemsize < 4 else x", "return x"),
     ("self.logits(states / temperature)", "self.logits(states)"),
-    ("self.states(tokens[:, :-1], decisions)  # (N, C)", "self.states(tokens[:, :-1], decisions - 1)  # (N, C)"),
+    ("states = self.states(tokens[:, :-1], decisions,", "states = self.states(tokens[:, :-1], decisions - 1,"),
     ("logprobs = logits.log_softmax(-1)", "logprobs = logits.log_softmax(0)"),  # wrong axis
     ("gather(1, tokens[:, 1:].flatten()[decisions, None])", "gather(1, tokens[:, :-1].flatten()[decisions, None])"),
-    ("return self.scalar(self.states(tokens[:, :-1], decisions))", "return self.scalar(self.states(tokens[:, 1:], decisions))"),
+    ("return self.scalar(self.states(tokens[:, :-1], decisions,", "return self.scalar(self.states(tokens[:, 1:], decisions,"),
 ]
 KERNELS = [
     ("_linear_pointwise(x.to(dtype), weight, bias, *post)", "_linear_pointwise(x.to(dtype), weight, None, *post)"),
@@ -191,7 +191,7 @@ DATA = [
 PPO = [
     ("ref_logprobs, _ = ref.logprobs(", "ref_logprobs, _ = policy.logprobs("),
     ("entropies = entropy(all_logprobs)", "entropies = -logprobs"),
-    ("part.decisions, o.temperature)  # (N,), (N, V)", "part.decisions, 1.0)  # (N,), (N, V)"),
+    ("part.decisions, o.temperature, part.below)  # (N, V)", "part.decisions, 1.0, part.below)  # (N, V)"),
     ("batch.grid(torch.cat(column)) for column in zip(*columns))",
      "batch.grid(torch.cat(column)) for column in zip(*columns[::-1]))"),
     ("@torch.no_grad()\ndef score_rollout", "def score_rollout"),
@@ -321,7 +321,7 @@ STATE = [
     ("train_sft.py", 'runtime.generator(o.seed, 0, 0, "samples")', 'run.generator(step, "samples")'),
     ("train_sft.py", '            run.seed_dropout(step)\n', ''),
     ("train_sft.py", '            run.seed_dropout(step)\n', '            run.seed_dropout(0)\n'),
-    ("train_sft.py", 'tensor.clone() for name, tensor', 'tensor for name, tensor'),  # an alias of what training changes
+    ("train_sft.py", 'k: tensor.clone() for k, tensor', 'k: tensor for k, tensor'),  # an alias of what training changes
     ("train_sft.py", '                if now < best:\n', '                if now <= best:\n'),
     ("train_sft.py", 'best, best_weights = float(kept["info"]["nats_per_token"]), kept["best"]',
      'best_weights = kept["best"]'),
@@ -344,7 +344,7 @@ STATE = [
      '    scores = score_all(model, run, rows, tokenizer.eos).cpu()'),
     ("train_rm.py", '            run.seed_dropout(step)\n', ''),
     ("train_rm.py", '            run.seed_dropout(step)\n', '            run.seed_dropout(first)\n'),
-    ("train_rm.py", 'sft.with_head("scalar", o.dropout)', 'sft.with_head("scalar")'),
+    ("train_rm.py", '"reward"), o.dropout)', '"reward"))'),
     ("train_rm.py", 'runtime.generator(o.seed, at, 0, "scale")', 'runtime.generator(o.seed, 0, 0, "scale")'),
     ("train_rm.py", 'runtime.generator(o.seed, at, 0, "scale")', 'run.generator(at, "scale")'),
     ("train_rm.py", 'runtime.generator(o.seed, 0, 0, "head")', 'runtime.generator(o.seed, 0, 0, "init")'),
@@ -366,9 +366,8 @@ STATE = [
      'endless_batch(len(prompts), o.batch_size, o.seed, step - first)'),
     ("train_ppo.py", 'endless_batch(len(prompts), o.batch_size, o.seed, step)',
      'endless_batch(len(prompts), o.batch_size, 0, step)'),
-    ("minirlhf/checkpoint.py", 'return ref.with_head("lm"), ref,', 'return ref, ref,'),  # the reference is trained too
-    ("train_ppo.py", 'value = (reward.model if from_rm else policy).with_head("scalar")',
-     'value = reward.model if from_rm else policy.with_head("scalar")'),  # so is the reward
+    ("minirlhf/adapters.py", 'return model.with_head(head, dropout)',
+     'return model if head == model.head else model.with_head(head, dropout)'),  # reference and reward are trained too
     ("train_ppo.py", 'from_rm = reward.model is not None and o.value_init == "rm"',
      'from_rm = reward.model is not None'),
     ("train_ppo.py", '            if scheduled or stopping:\n', '            if scheduled:\n'),
@@ -418,14 +417,13 @@ STATE = [
     ("minirlhf/checkpoint.py", '        keep_previous(path)\n        os.replace(temporary, path)\n',
      '        os.replace(temporary, path)\n        keep_previous(path)\n'),
     ("minirlhf/checkpoint.py", '            self.run.sync()\n', ''),
-    ("minirlhf/checkpoint.py", 'best = payload["model"] if "model" in state else None',
-     'best = self.model.state_dict() if "model" in state else None'),
+    ("minirlhf/checkpoint.py", 'payload["model"] if "model" in state else None)',
+     'self.model.state_dict() if "model" in state else None)'),
     ("minirlhf/checkpoint.py", 'load_weights(network, state.pop(name), path)', 'state.pop(name)'),
     ("minirlhf/checkpoint.py", 'load_optimizers(self.optimizers, state.pop("optimizers"), path)',
      'state.pop("optimizers")'),
-    ("minirlhf/checkpoint.py", '"model": weights or model.state_dict(), "options"',
-     '"model": model.state_dict(), "options"'),
-    ("minirlhf/checkpoint.py", 'training["model"] = self.model.state_dict()', 'training["model"] = best'),
+    ("minirlhf/checkpoint.py", '**contents(model, weights)}', '**contents(model)}'),
+    ("minirlhf/checkpoint.py", 'training["model"] = learned_state(self.model)', 'training["model"] = best'),
     ("minirlhf/checkpoint.py", 'load_weights(self.model, state.pop("model", payload["model"]), path)',
      'state.pop("model", None), load_weights(self.model, payload["model"], path)'),  # goes on from the best
     ("minirlhf/check.py", 'self.failed + (failing > 0)', 'self.failed + (not holds)'),  # of this rank
@@ -492,7 +490,6 @@ SFT = [
     ("'  best so far' if now < best else ''", "'  best so far' if now > best else ''"),
     ("                if now < best:\n", "                if now <= best:\n"),
     ("                if now < best:\n", "                if now < math.inf:\n"),
-    ("{name: tensor.clone() for name, tensor in model", "{name: tensor for name, tensor in model"),
     ("best, best_figures = now, held_out", "best, best_figures = now, best_figures or held_out"),
     ('{"nats_per_token": best, "held_out": best_figures}', '{"nats_per_token": now, "held_out": best_figures}'),
     ("tokens_per_epoch = sum(len(row.ids) - 1 for row in train_rows)",
@@ -622,8 +619,7 @@ EVALUATE_FIGURES = [
     ("{calibrated['ece_with_temperature']:.3f} at temperature", "{calibrated['ece']:.3f} at temperature"),
     ("rollout = generate(policy, prompts[at:at + batch_size], o.response_length, tokenizer.eos, o.temperature,",
      "rollout = generate(policy, prompts[at:at + batch_size], o.response_length, tokenizer.eos, 1.0,"),
-    ("m.logprobs(rollout.tokens, rollout.decisions, o.temperature)[0])",
-     "m.logprobs(rollout.tokens, rollout.decisions)[0])"),
+    ("m.logprobs(rollout.tokens, rollout.decisions, o.temperature,", "m.logprobs(rollout.tokens, rollout.decisions, 1.0,"),
     ("for m in (policy, ref))", "for m in (ref, policy))"),
     ('f"held-out {draw}"))', '"held-out"))'),
     ('"k3": k3(logprobs, ref_logprobs).sum(1)', '"k3": k3(ref_logprobs, logprobs).sum(1)'),
@@ -762,6 +758,91 @@ BENCHMARK = [
     ('result["length"] * (2 if what == "reward" else 1)', 'result["length"]'),
     ('floor["total"] = total, sum(floor.values())', 'floor["total"] = total, max(floor.values())'),
 ]
+ADAPTERS = [  # with their files: what learns, what is shared, what lies below, files of adapters
+    ("minirlhf/adapters.py", "alpha / rank\n", "alpha\n"),
+    ("minirlhf/adapters.py", "bound = 1 / math.sqrt(linear.in_features)", "bound = 1 / linear.in_features"),
+    ("minirlhf/adapters.py", "uniform_(-bound, bound, generator=generator)", "uniform_(0, bound, generator=generator)"),
+    ("minirlhf/adapters.py", "linear.weight.new_zeros(linear.out_features, rank)",
+     "linear.weight.new_ones(linear.out_features, rank)"),
+    ("minirlhf/adapters.py", "torch.addmm(self.linear.weight, self.b, self.a, alpha=self.scale)", "self.linear.weight"),
+    ("minirlhf/adapters.py", "self.b * self.scale)", "self.b)"),
+    ("minirlhf/adapters.py", "return self.linear.bias", "return None"),
+    ("minirlhf/adapters.py", "if o.lora_rank and o.freeze_layers:", "if False:"),
+    ("minirlhf/adapters.py", 'and o.init_from == "scratch"', "and False"),
+    ("minirlhf/adapters.py", 'not o.lora_rank, "lora_alpha", "lora_layers")', 'not o.lora_rank, "lora_alpha")'),
+    ("minirlhf/adapters.py", 'layers - (name == "freeze_layers")', "layers"),  # nothing but the last norm learns
+    ("minirlhf/adapters.py", "first = layers - (o.lora_layers or layers)", "first = layers - max(1, o.lora_layers)"),
+    ("minirlhf/adapters.py", "for block in other.h[first:]:", "for block in other.h:"),  # below is not what it was
+    ("minirlhf/adapters.py", '["score_head"] if o.lora_rank else ["score_head", "ln_f", "lm_head"]', '["score_head"]'),
+    ("minirlhf/adapters.py", '["score_head"] if o.lora_rank else ["score_head", "ln_f", "lm_head"]',
+     '["score_head", "ln_f", "lm_head"]'),  # under adapters too
+    ("minirlhf/adapters.py", '["score_head", "ln_f", "lm_head"]', '["score_head", "ln_f"]'),
+    ("minirlhf/adapters.py", "other.first = model.first = first", "other.first = first"),  # the reference runs in full
+    ("minirlhf/adapters.py", '[*model.base["adapters"], own]', "[own]"),  # forgets the earlier ones
+    ("minirlhf/adapters.py", "return other.train(model.training)", "return other"),
+    ("minirlhf/adapters.py", "outline(replace(model.config, dropout=dropout), head)", "outline(model.config, head)"),
+    ("minirlhf/adapters.py", "(state[name].clone() if name in state else", "(state[name] if name in state else"),  # gain
+    ("minirlhf/adapters.py", "assign=True)\n    return other.requires_grad_(False)", "assign=True)\n    return other"),
+    ("minirlhf/adapters.py", "state = {name: tensor for", "state = {name: tensor.clone() for"),  # a trunk of its own
+    ("minirlhf/adapters.py", "for part in (block.attn, block.mlp):\n        for name, layer in [*part.named_children()]:\n"
+     "            if isinstance(layer, nn.Linear)", "for part in (block.attn,):\n        for name, layer in "
+     "[*part.named_children()]:\n            if isinstance(layer, nn.Linear)"),
+    ("minirlhf/adapters.py", "nn.Parameter(p.detach().clone())", "nn.Parameter(p.detach())"),  # writes to the reference
+    ("minirlhf/adapters.py", "return not all(p.requires_grad", "return not any(p.requires_grad"),
+    ("minirlhf/adapters.py", "model.named_parameters() if p.requires_grad} | {name for name, _ in\n", "model."
+     "named_parameters() if p.requires_grad} & {name for name, _ in\n"),
+    ("minirlhf/adapters.py", "found = model.state_dict() | (state or {})", "found = model.state_dict()"),
+    ("minirlhf/adapters.py", 'found[f"{name}.weight"], b, a, alpha=layer.scale)', 'found[f"{name}.weight"], b, a)'),
+    ("minirlhf/adapters.py", "layer.linear.weight.addmm_(layer.b, layer.a, alpha=layer.scale)", "pass"),
+    ("minirlhf/adapters.py", "    model.first = 0\n    return model.requires_grad_(True)",
+     "    return model.requires_grad_(True)"),
+    ("minirlhf/adapters.py", "return model.requires_grad_(True)", "return model"),
+    ("minirlhf/adapters.py", '("value_below", value)', '("value_below", policy)'),
+    ("minirlhf/adapters.py", "column[part, :tokens.shape[1]]", "column[part - 1, :tokens.shape[1]]"),
+    ("minirlhf/model.py", "return self.hidden(tokens, last=self.first)", "return self.hidden(tokens, last=self.first - 1)"),
+    ("minirlhf/model.py", "return self.ln_f(x) if last is None else x", "return self.ln_f(x)"),
+    ("minirlhf/model.py", "for i in range(self.first if from_below else 0,", "for i in range(0,"),
+    ("minirlhf/model.py", "from_below = below is not None and self.first", "from_below = below is not None"),
+    ("minirlhf/model.py", "return self.scalar(self.states(tokens, last, below))", "return self.scalar(self.states(tokens, "
+     "last))"),
+    ("minirlhf/rewards.py", 'getattr(part, "value_below", None)', 'getattr(part, "below", None)'),
+    ("minirlhf/rewards.py", 'getattr(part, "value_below", None)', "None"),  # lower blocks once more
+    ("train_ppo.py", "ref.logprobs(part.tokens, part.decisions, o.temperature, part.below)",
+     "ref.logprobs(part.tokens, part.decisions, o.temperature)"),
+    ("train_ppo.py", "                    values = value.values(part.tokens, part.decisions, part.value_below)",
+     "                    values = value.values(part.tokens, part.decisions)"),
+    ("train_ppo.py", '[{"params": [p for p in model.parameters() if p.requires_grad]', '[{"params": [*model.parameters()]'),
+    ("train_sft.py", "        model.train()\n        seen", "        seen"),  # no dropout before the first evaluation
+    ("train_sft.py", 'if adapters.is_partial(model) else {})})', "if False else {})})"),  # another base on resume
+    ("train_sft.py", 'spread(kept, o.num_eval_texts) if name == "held-out" else kept', "spread(kept, o.num_eval_texts)"),
+    ("train_rm.py", "among(kept, o.num_eval_texts) or kept", "among(kept, o.num_eval_texts)"),
+    ("train_rm.py", "tuple(rows[j].ids)} <= few", "tuple(rows[j].ids)} & few"),  # pairs of which one text is there
+    ("train_rm.py", "for rows, pairs, extra in records]\n    return [record for record in found if record[1]]",
+     "for rows, pairs, extra in records]\n    return found"),
+    ("minirlhf/data.py", "rows[i * len(rows) // count]", "rows[i]"),
+    ("minirlhf/data.py", "if 0 < count < len(rows) else rows", "if count < len(rows) else rows"),
+    ("minirlhf/runtime.py", "                    if not p.requires_grad:\n                        continue\n", ""),
+    ("minirlhf/runtime.py", 'learns = {name: p for name, p in model.named_parameters() if p.requires_grad}',
+     'learns = {name: p for name, p in model.named_parameters()}'),
+    ("minirlhf/evaluate.py", "shared = policy.below(rollout.tokens)", "shared = None"),
+    ("minirlhf/check.py", "adapters.merged(model, on_cpu)", "model.state_dict()"),
+    ("minirlhf/checkpoint.py", '"format": 2 if is_on_base(model) else 1', '"format": FORMAT'),
+    ("minirlhf/checkpoint.py", 'any("model" not in entry for', 'all("model" not in entry for'),
+    ("minirlhf/checkpoint.py", '"model": learned or learned_state(model), "base"', '"model": learned_state(model), "base"'),
+    ("minirlhf/checkpoint.py", 'return {"model": adapters.merged(model, learned)}',
+     'return {"model": adapters.merged(model)}'),
+    ("minirlhf/checkpoint.py", 'training["best"] = best', "pass"),
+    ("minirlhf/checkpoint.py", "if best is not None or merged:", "if best is not None:"),  # a merged run cannot go on
+    ("minirlhf/checkpoint.py", '"path": found_base(payload["base"], path)}', '"path": payload["base"]["path"]}'),
+    ("minirlhf/checkpoint.py", '== base["files"]:', '!= "":'),  # any model will do
+    ("minirlhf/checkpoint.py", "os.path.dirname(path) or", "os.path.dirname(wanted) or"),  # not beside the file
+    ("minirlhf/checkpoint.py", "build(payload, file_of(path), device, dropout)", "build(payload, path, device, dropout)"),
+    ("minirlhf/checkpoint.py", "ranks != {rank} or", "ranks - {rank} or"),  # none at all, of a rank beyond memory
+    ("minirlhf/checkpoint.py", "not 0 < alpha < math.inf", "not 0 < alpha"),
+    ("minirlhf/checkpoint.py", "0 <= layers <= model.config.n_layer", "0 <= layers"),
+    ("minirlhf/checkpoint.py", 'if ["model" in entry for', 'if False and ["model" in entry for'),
+    ("minirlhf/checkpoint.py", "        entries.append(entry)\n", ""),  # a chain forgets what it stands on
+]
 MUTATIONS = [(file, *pair) for file, pairs in (
     ("minirlhf/objectives.py", OBJECTIVES), ("minirlhf/generate.py", GENERATE), ("minirlhf/model.py", MODEL),
     ("minirlhf/data.py", DATA), ("train_ppo.py", PPO), ("minirlhf/evaluate.py", EVALUATE),
@@ -770,7 +851,7 @@ MUTATIONS = [(file, *pair) for file, pairs in (
     ("minirlhf/evaluate.py", EVALUATE_FIGURES), ("minirlhf/objectives.py", INTERVALS),
     ("minirlhf/runtime.py", RATES_AND_TIMES), ("minirlhf/prepare.py", PREPARE), ("minirlhf/sample.py", SAMPLE),
     ("minirlhf/check.py", CHECK), ("minirlhf/benchmark.py", BENCHMARK), ("minirlhf/config.py", CONFIG),
-    ("minirlhf/sizes.py", SIZES)) for pair in pairs] + STATE
+    ("minirlhf/sizes.py", SIZES)) for pair in pairs] + STATE + ADAPTERS
 
 
 def misplaced():

@@ -77,10 +77,10 @@ def leaking(of, over=torch.mean):
 
     over=torch.sum: padding of id 0 would not show."""
     def broken(hidden):
-        def leak(self, tokens, cache=None, positions=None, select=None):
+        def leak(self, tokens, cache=None, positions=None, select=None, **below):
             if not of(self):
-                return hidden(self, tokens, cache, positions, select)
-            states = hidden(self, tokens, cache, positions)
+                return hidden(self, tokens, cache, positions, select, **below)
+            states = hidden(self, tokens, cache, positions, **below)
             states = states + 1e-2 * over(tokens.float(), 1)[:, None, None]
             return states if select is None else states.flatten(0, 1)[select]
         return leak
@@ -174,8 +174,8 @@ SABOTAGE = {
         (CLAIMS["ppo"][2], *leaking(lambda model: getattr(model, "is_reward", False))),
         (CLAIMS["ppo"][3], *SHIFTED), (CLAIMS["ppo"][3], *UNSEEN),
         (CLAIMS["ppo"][4], "minirlhf.generate.sample", lambda f: lambda logits, T, u: f(logits, 1.1 * T, u)),
-        (CLAIMS["ppo"][5], "minirlhf.model.GPT.logprobs", lambda f: lambda self, tokens, decisions, T=1.0: f(
-            self, tokens, decisions, 1.05 * T if torch.is_grad_enabled() else T)),
+        (CLAIMS["ppo"][5], "minirlhf.model.GPT.logprobs", lambda f: lambda self, tokens, decisions, T, below: f(
+            self, tokens, decisions, 1.05 * T if torch.is_grad_enabled() else T, below)),
         (CLAIMS["ppo"][6], *per_microbatch("train_ppo.policy_loss")),
         (CLAIMS["ppo"][6], *per_microbatch("train_ppo.value_loss")),
         (CLAIMS["ppo"][7], "minirlhf.model.GPT.with_head", copied),

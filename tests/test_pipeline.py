@@ -395,12 +395,16 @@ def test_own_data_in_other_forms(folder, ran):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage, options", [("sft", SFT), ("rm", [*RM, "--dtype", "float32"])])
+@pytest.mark.parametrize("stage, options", [
+    ("sft", SFT), ("sft", [*SFT, "--init_from", "out/sft", "--freeze_layers", "1"]),
+    ("rm", [*RM, "--dtype", "float32"]), ("rm", [*RM, "--dtype", "float32", "--lora_rank", "4"])],
+    ids=["sft", "sft frozen", "rm", "rm adapters"])
 def test_two_ranks_train_as_one(folder, stages, stage, options):
     """Under torchrun each rank takes half of every batch; sums over ranks make the same model, up to rounding."""
     losses = []
     for n, launcher in ((1, []), (2, TWO_RANKS)):
-        run(*launcher, script(stage), "--data_dir", "data", *options, "--out_dir", f"out/{stage}{n}", cwd=folder)
+        run(*launcher, script(stage), "--data_dir", "data", *options, "--out_dir", f"out/{stage}{n}", "--overwrite",
+            cwd=folder)
         losses.append([m["loss"] for m in metrics(folder, f"{stage}{n}") if "loss" in m])
     assert losses[0][:10] == pytest.approx(losses[1][:10], rel=1e-3)
     assert losses[0] == pytest.approx(losses[1], rel=0.1, abs=0.01)  # rounding grows from step to step

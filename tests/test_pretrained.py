@@ -98,6 +98,8 @@ def gguf_text(text):
 
 def gguf_value(value):
     kind = {bool: 7, int: 4, float: 6, str: 8, list: 9}[type(value)]
+    if kind == 9 and isinstance(value[0], int):
+        return struct.pack(f"<IIQ{len(value)}i", 9, 5, len(value), *value)
     body = (struct.pack("<IQ", 8, len(value)) + b"".join(map(gguf_text, value)) if kind == 9 else gguf_text(value)
             if kind == 8 else struct.pack({7: "<?", 4: "<I", 6: "<f"}[kind], value))
     return struct.pack("<I", kind) + body

@@ -96,6 +96,14 @@ def test_dropout_is_on_in_training_and_nowhere_else(tiny, passes, monkeypatch, s
     assert sum(a != b for a, b in zip(order, order[1:])) >= 5  # steps and looks in turn
 
 
+@pytest.mark.parametrize("part", [[], ["--lora_rank", "2"]])
+def test_dropout_begins_with_the_first_step(tiny, passes, part):
+    """Also where stage 1 starts from a model, which is loaded without."""
+    assert tiny.train("sft", "--init_from", tiny.sft, "--dropout", "0.5", *part).code == 0
+    steps = [(p, training) for _, p, training, gradients, _ in passes if gradients]
+    assert {*steps} == {(0.5, True)} and len(steps) >= 3
+
+
 def test_stage_3_has_no_dropout_anywhere(tiny, passes):
     """The SFT model was trained with it. A rollout or reference with dropout would sample and score another policy."""
     assert tiny.train("ppo", "--eval_interval", "1").code == 0
@@ -287,7 +295,9 @@ COMMON = {
     "device": row("cpu:0", "said"), "dtype": row("bfloat16", "weights", "steps"), "seed": row(5, "weights", "steps"),
     "compile": Alone("test_compile"), "resume": Alone("test_resume_and_overwrite"),
     "overwrite": Alone("test_resume_and_overwrite"), "check": Alone("test_check_is_said_to_be_one"),
-    "out_dir": Alone("test_resume_and_overwrite"), "keep_checkpoints": Alone("test_further_files")}
+    "out_dir": Alone("test_resume_and_overwrite"), "keep_checkpoints": Alone("test_further_files"),
+    "lora_rank": Alone("test_a_part_learns"), "lora_alpha": Alone("test_a_part_learns"),
+    "lora_layers": Alone("test_a_part_learns"), "freeze_layers": Alone("test_a_part_learns")}
 TRAINING = {
     "dropout": row(0.5, "weights", "steps"), "num_train_epochs": row(2, "weights", "steps"),
     "batch_size": row(2, "weights", "steps"), "micro_batch_size": row(1, "passes", "rounding"),
@@ -295,7 +305,7 @@ TRAINING = {
     "muon_learning_rate": row(0.2, "weights", "steps"), "weight_decay": row(5.0, "weights", "steps"),
     "lr_schedule": row("constant", "weights", "steps"),
     "warmup_ratio": row(1.0, "weights", "steps"), "max_grad_norm": row(0.01, "weights", "steps"),
-    "eval_interval": row(1, "evals", "samples"), "log_interval": row(1, "said"),
+    "eval_interval": row(1, "evals", "samples"), "num_eval_texts": row(2, "evals"), "log_interval": row(1, "said"),
     "long_prompts": row("trim", "weights", "steps"), "data_dir": row("{folder}/other", "weights", "steps")}
 EFFECTS = {
     "sft": COMMON | TRAINING | {
@@ -305,7 +315,7 @@ EFFECTS = {
         "n_head": row(1, "weights", "steps"), "n_embd": row(4, "weights", "steps"),
         "block_size": row(24, "weights", "steps"), "response_length": row(2, "samples")},
     "rm": COMMON | TRAINING | {
-        "init_from": row("{folder}/other_sft", "weights", "steps"),
+        "init_from": row("{folder}/other_sft", "weights", "steps"), "num_eval_texts": row(8, "evals"),
         "preferences": row("judge", "weights", "steps"),
         "response_length": row(2, "weights"), "num_scale_samples": row(3, "weights")},  # the head's gain and bias
     "ppo": COMMON | {
@@ -429,6 +439,32 @@ def test_resume_and_overwrite(tiny, stage):
     assert over.code == 0 and not equal(over.payload()["model"], weights)
 
 
+@pytest.fixture(scope="module")
+def deep(tiny):
+    """-> what starts a stage from models of two blocks: {stage: options}."""
+    sft = tiny.train("sft", "--n_layer", "2", "--num_train_epochs", "4", "--learning_rate", "0.05").folder
+    rm = tiny.train("rm", "--init_from", sft).folder
+    start = ["--init_from", sft]
+    return {"sft": ["--n_layer", "2", *start], "rm": start, "ppo": [*start, "--reward_model", rm]}
+
+
+@EVERY
+def test_a_part_learns(tiny, deep, passes, monkeypatch, stage):
+    """--lora_rank, --lora_alpha, --lora_layers and --freeze_layers: each value gives other weights, figures and counts
+    of what learns."""
+    monkeypatch.setattr(evaluate.AgainstSFT, "closing_report", lambda *arguments: None)
+    seen = []
+    for options in ("", "--lora_rank 2", "--lora_rank 3", "--lora_rank 2 --lora_alpha 4",
+                    "--lora_rank 2 --lora_layers 1", "--freeze_layers 1"):
+        found = look(tiny.train(stage, *deep[stage], *options.split()), passes)
+        learns = re.search(r"(\S+) of them learn", " ".join(found["said"]))
+        seen.append((found["weights"], found["steps"], learns and learns[1]))
+    for i, (weights, steps, _) in enumerate(seen):
+        assert not any(alike(weights, other) or alike(steps, figures) for other, figures, _ in seen[:i])
+    counts = [learns for *_, learns in seen]
+    assert counts[0] is None and counts[1] == counts[3] and len({*counts}) == 5
+
+
 @EVERY
 def test_further_files(tiny, stage):
     """--keep_checkpoints 1 leaves the last step's under its number too, --save_rollouts the answers; nothing else."""
@@ -504,8 +540,8 @@ def test_no_two_uses_share_a_stream(tiny, asked):
     meet = Counter(stream for streams in uses.values() for stream in {*streams})
     assert {purpose_of(stream).split()[0] for stream, n in meet.items() if n > 1} == SHARED.keys()
     assert {purpose_of(s) for s in uses["sft"]} == {"order", "init", "dropout", "samples"}
-    assert {purpose_of(s) for s in uses["rm"]} == {"order", "head", "dropout", "scale"}
-    assert {purpose_of(s) for s in uses["ppo"]} == {"prompts", "rollout", "epoch 0", "epoch 1",
+    assert {purpose_of(s) for s in uses["rm"]} == {"order", "reward", "head", "dropout", "scale"}
+    assert {purpose_of(s) for s in uses["ppo"]} == {"policy", "value", "prompts", "rollout", "epoch 0", "epoch 1",
                                                     *(f"held-out {draw}" for draw in range(evaluate.BEST_OF))}
     assert {purpose_of(s) for s in uses["evaluate"]} == {f"held-out {draw}" for draw in range(3)}
     assert len({*uses["sample"]}) == len(uses["sample"]) == 3  # 130 completions in batches of 64

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import train_ppo
-from minirlhf import evaluate, rewards
+from minirlhf import adapters, evaluate, rewards
 from minirlhf.generate import KVCache, compile_model, generate
 from minirlhf.model import GPT, GPTConfig, flat_indices
 from minirlhf.runtime import generator
@@ -59,13 +59,21 @@ class Recorder:
 
 @pytest.fixture
 def world(make_model):
-    """world(o, ...) -> networks in float64 that differ from one another, a reward model, a ragged batch of 10 rows."""
+    """world(o, ...) -> networks in float64 that differ from one another, a reward model, a ragged batch of 10 rows.
+
+    Where a part only learns, as o says, the rest of the policy is the reference, of the value network the reward model.
+    """
     def make(o, rows=10):
         policy, ref = (make_model(seed=seed, dtype=torch.double) for seed in (1, 2))
         value, reward = (make_model("scalar", seed=seed, dtype=torch.double) for seed in (3, 4))
         for model in (policy, ref):
             model.wte.weight.data *= 0.5  # less sharp, so that answers of several tokens end by eos or by the limit
         reward.gain.fill_(0.7), reward.bias.fill_(-0.3)
+        if o.lora_rank or o.freeze_layers:
+            g = torch.Generator().manual_seed(5)
+            policy, value = (adapters.learner(model, model.head, o, g) for model in (ref, reward))
+            for p in (p for model in (policy, value) for p in model.parameters() if p.requires_grad):
+                p.data += 0.2 * torch.randn(p.shape, dtype=p.dtype, generator=g)
         nets = types.SimpleNamespace(policy=policy, ref=ref, value=value)
         prompts = [[(5 * b + t) % 12 + 1 for t in range(1 + b % 4)] for b in range(rows)]
         batch = train_ppo.Batch(**vars(generate(policy, prompts, o.response_length, EOS, o.temperature,
@@ -196,7 +204,8 @@ def naive_update(nets, batch, o, lr, step):
     {"temperature": 0.7, "ent_coef": 0.05, "kl_baseline": 0.5, "gamma": 0.9, "lam": 0.8},
     {"num_ppo_epochs": 3, "num_mini_batches": 5, "max_grad_norm": 0.01, "missing_eos_penalty": 2.0,
      "reward_clip": 0.5, "vf_coef": 1.0},
-], ids=["defaults", "other credit", "other update"])
+    {"lora_rank": 3, "lora_layers": 1, "num_ppo_epochs": 3}, {"freeze_layers": 1, "temperature": 0.7},
+], ids=["defaults", "other credit", "other update", "adapters in the last block", "the first block frozen"])
 def test_a_step_equals_the_naive_one(world, changes):
     """Same weights, same rollout: log-probabilities, advantages and returns, and the weights after all epochs and
     minibatches, are those of loops over rows and tokens, in float64; ratios were clipped on the way."""
@@ -233,9 +242,14 @@ def test_a_step_equals_the_naive_one(world, changes):
 # Paragraph by paragraph
 
 
-def test_scoring_does_not_depend_on_microbatches(world):
+PARTS = pytest.mark.parametrize("part", [{}, {"lora_rank": 3, "lora_layers": 1}, {"freeze_layers": 1}],
+                                ids=["all learns", "adapters", "a frozen block"])
+
+
+@PARTS
+def test_scoring_does_not_depend_on_microbatches(world, part):
     """Scores, log-probabilities, values and entropies of ten rows at once are those of one row at a time."""
-    o = options(micro_batch_size=10)
+    o = options(micro_batch_size=10, **part)
     nets, reward, once = world(o)
     each = replace(once)
     for batch, size in ((once, 10), (each, 1)):
@@ -360,14 +374,17 @@ def gradients(nets, batch, o, run):
     return [recorder.gradients for recorder in recorders], figures
 
 
+@PARTS
 @pytest.mark.parametrize("size", [1, 4, 7])
-def test_microbatch_size_changes_no_gradient(world, size):
+def test_microbatch_size_changes_no_gradient(world, size, part):
     """Gradients and means of ten ragged rows in microbatches are those of all rows at once."""
-    nets, batch = ready(world, options(ent_coef=0.1))
+    nets, batch = ready(world, options(ent_coef=0.1, **part))
     (once, figures), (each, other) = (
         gradients(nets, batch, o, run_of(o)) for o in (options(ent_coef=0.1, micro_batch_size=n) for n in (10, size)))
     torch.testing.assert_close(figures, other)
-    torch.testing.assert_close(once, each, **DOUBLE)
+    for a, b in zip(sum(once, []), sum(each, []), strict=True):
+        assert (a is None) == (b is None)  # of what is frozen
+        torch.testing.assert_close(a, b, **DOUBLE) if a is not None else None
 
 
 def test_gradients_come_from_the_policy_and_value_network_alone(world):
