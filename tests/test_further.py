@@ -499,6 +499,15 @@ def test_overwrite_removes_kept_checkpoints(saves, refused):
         assert kept(saves.folder) == []
 
 
+def test_the_numbers_of_kept_checkpoints(tmp_path):
+    """Six digits or more, by step and not by name; other files are not the run's."""
+    for name in ("ckpt.999999.pt", "ckpt.1000000.pt", "ckpt.000002.pt", "ckpt.pt", "ckpt.old.pt", "ckpt.000003.pt.tmp",
+                 "ckpt.5.pt", "ckpt.000004.x.pt"):
+        (tmp_path / name).touch()
+    assert [*runtime.Run.numbered(types.SimpleNamespace(out_dir=tmp_path)).items()] == [
+        (2, "ckpt.000002.pt"), (999999, "ckpt.999999.pt"), (1000000, "ckpt.1000000.pt")]
+
+
 def no_links(*_):
     raise OSError("not supported")
 
