@@ -254,6 +254,8 @@ EVALUATE = [
     ("key=lambda pair: pair[0][\"length\"] - pair[1][\"length\"])", "key=lambda pair: pair[0][\"length\"])"),
     ("d = column(rows, name) - column(others, name)", "d = column(others, name) - column(rows, name)"),
     ("if low <= 0.5 <= high:", "if low <= 0.4 <= high:"),
+    ("(thirds[0][3] > 0.5) != (thirds[2][3] > 0.5):", "(thirds[0][2] > 0.5) != (thirds[2][2] > 0.5):"),
+    ("if variance <= 1e-12 * (1 + score ** 2) and", "if variance <= 1e-12 and"),
     ("    if judge_low > 0.5:", "    if judge_rate > 0.5:"),
     ("max(rows, key=lambda row: row[\"score\"])", "min(rows, key=lambda row: row[\"score\"])"),
 ]
@@ -317,6 +319,7 @@ SIZES = [
     ("(vocab_size + block_size) * n_embd", "vocab_size * n_embd"),
     ("TRAINING * count + BLOCK * o.n_layer", "4 * count"),
     ("slots * (cache.k.nbytes", "(cache.k.nbytes"),
+    ("shape[name] / getattr(type(o), name))", "shape[name])"),
 ]
 # modes, what survives a resume, options, streams of numbers, --check, what is on the disk when: (file, old, new)
 STATE = [
@@ -749,6 +752,9 @@ CHECK = [
     ("self.failed + (failing > 0)", "(failing > 0)"),
     ("len(row.ids) * (i + 1) // len(rows)", "len(row.ids) * i // len(rows)"),
     ("self.limit = 1e-4 if run.dtype == torch.float32 else 0.03", "self.limit = 1e-4"),
+    ("torch.equal(own[name], loaded[name])]", "torch.allclose(own[name], loaded[name])]"),
+    ("drift = abs(float(k1(batch.logprobs, batch.ref_logprobs).sum(1).mean() - kl))",
+     "drift = float(k1(batch.logprobs, batch.ref_logprobs).sum(1).mean() - kl)"),
 ]
 BENCHMARK = [
     ("total = statistics.median(totals)", "total = statistics.fmean(totals)"),
@@ -767,6 +773,25 @@ BENCHMARK = [
     ('result["length"] * (2 if what == "reward" else 1)', 'result["length"]'),
     ('floor["total"] = total, sum(floor.values())', 'floor["total"] = total, max(floor.values())'),
 ]
+PRETRAINED = [
+    ('values.flag("tie_word_embeddings", False)', 'values.flag("tie_word_embeddings", True)'),
+    ('("attn_q.weight", "attn_k.weight")', '("attn_q.weight",)'),
+    ("np.concatenate([q & 15, q >> 4], 1)", "np.concatenate([q >> 4, q & 15], 1)"),
+    ("weight.data[:block_size]", "weight.data[-block_size:]"),
+]
+TOKENIZER = [
+    ("if -n < 2:", "if -n < 1:"),
+    ("(-pair_counts[a, b], names[a], names[b], (a, b)))", "(-pair_counts[a, b], names[b], names[a], (a, b)))"),
+    ("special, eos, opening, size, nfc)\n    probe", "special, eos, eos, size, nfc)\n    probe"),
+    ("len(self.bytes[i]) for i in self._said(ids))", "len(self.bytes[i]) for i in ids)"),
+]
+REWARDS = [
+    ('getattr(self.run, "stop", 0) or signal', "signal"),
+    ("n + 1))  # it may be endless", "n))  # it may be endless"),
+    ("self.model.score(part.tokens, part.lengths)", "self.model.score(part.tokens, part.prompt_lengths)"),
+    ("    except OverflowError:\n        return math.inf\n", ""),
+    ("        torch.set_default_device(s[\"device\"])\n", "        pass\n"),
+]
 MUTATIONS = [(file, *pair) for file, pairs in (
     ("minirlhf/objectives.py", OBJECTIVES), ("minirlhf/generate.py", GENERATE), ("minirlhf/model.py", MODEL),
     ("minirlhf/data.py", DATA), ("train_ppo.py", PPO), ("minirlhf/evaluate.py", EVALUATE),
@@ -775,7 +800,8 @@ MUTATIONS = [(file, *pair) for file, pairs in (
     ("minirlhf/evaluate.py", EVALUATE_FIGURES), ("minirlhf/objectives.py", INTERVALS),
     ("minirlhf/runtime.py", RATES_AND_TIMES), ("minirlhf/prepare.py", PREPARE), ("minirlhf/sample.py", SAMPLE),
     ("minirlhf/check.py", CHECK), ("minirlhf/benchmark.py", BENCHMARK), ("minirlhf/config.py", CONFIG),
-    ("minirlhf/sizes.py", SIZES)) for pair in pairs] + STATE
+    ("minirlhf/sizes.py", SIZES), ("minirlhf/pretrained.py", PRETRAINED), ("minirlhf/tokenizer.py", TOKENIZER),
+    ("minirlhf/rewards.py", REWARDS)) for pair in pairs] + STATE
 
 
 def misplaced():

@@ -305,6 +305,14 @@ def test_a_model_s_size_is_known_before_it_is_made(make_model):
     assert sizes.parameters(*shape) == runtime.count_parameters(model)
 
 
+def test_the_size_that_is_farthest_from_its_default_is_named(refused, monkeypatch):
+    """30,000 layers, not a vocabulary of 100,000: 7,500 and 12 times the defaults."""
+    monkeypatch.setattr(sizes, "memory_of", lambda device: 16e9)
+    o = importlib.import_module("train_sft").Options(n_layer=30_000, vocab_size=100_000)
+    error = refused(sizes.check_model, o, torch.device("cpu"))
+    assert "--n_layer 30000: with n_embd 128, block_size 128, vocab_size 100000 a model of 5.96e+09" in error
+
+
 def test_what_a_batch_of_answers_takes(make_model, refused, monkeypatch):
     """For each of ten places keys and values of two layers x 16 in float32 and 16 bytes of tokens and the like, and 8
     bytes for each of 13 words: 10 (2 x 2 x 16 x 4 + 16) + 104 = 2,824 bytes a row."""

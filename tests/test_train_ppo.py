@@ -482,6 +482,8 @@ FIGURES = {"step": 7, "objective/scores": 0.5, "objective/kl_coef": 0.05, "compl
 @pytest.mark.parametrize("changes, variance, words", [
     ({}, 1.0, []),
     ({"objective/scores": 3.25}, 0.0, ["variance", "all scores of step 7 are 3.2500"]),
+    ({"objective/scores": -300.0}, 1e-8, ["variance", "all scores of step 7 are -300.0000"]),  # rounding of large ones
+    ({"objective/scores": -3.0}, 1e-8, []),
     ({"completions/eos_rate": 0.25}, 1.0, ["eos", "25% of the answers", "--missing_eos_penalty above 1"]),
     ({"completions/mean_length": 4.9}, 1.0, ["length", "shrunk to 4.9 tokens", "10.0; raise --kl_baseline above"]),
     ({"completions/mean_length": 20.1}, 1.0, ["length", "grown to 20.1 tokens", "--kl_coef above 0.05"]),
@@ -639,6 +641,8 @@ SHORTER = [(-9, -2, 0.9, 0.85, 0.95), (-1, 1, 0.55, 0.45, 0.65), (2, 9, 0.5, 0.4
      "longer only: preferred where answers are longer, not where lengths are alike (55.0%)"),
     ((0.7, 0.65, 0.75), None, SHORTER,
      "shorter only: preferred where answers are shorter, not where lengths are alike (55.0%)"),
+    ((0.7, 0.65, 0.75), None, [(-9, -2, 0.55, 0.45, 0.65), *LONGER[1:]],  # which may be chance among the shorter
+     "longer only: preferred where answers are longer, not where lengths are alike (55.0%)"),
     ((0.7, 0.65, 0.75), None, EVEN,
      "preferred by the reward model (70.0%); whether that is real needs a --judge it was not trained on"),
     ((0.7, 0.65, 0.75), (0.6, 0.55, 0.65), EVEN,
