@@ -632,6 +632,24 @@ def test_two_ranks_keep_all_answers(folder):
 
 # ---- advantages that say nothing
 
+def test_samples_in_a_context_shorter_than_an_answer(folder, capsys):
+    """A context of 10 does not hold the 48 tokens that an answer may have by default: prompts take at most a half of
+    it, answers the rest."""
+    write(folder / "data" / "prompts.val.jsonl", [{"prompt": "the cat is " * 4}])
+    train_sft.main([*COMMON[:8], *OWN["sft"][:8], "--block_size", "10", "--long_prompts", "trim", "--num_train_epochs",
+                    "0.3", "--out_dir", "out/new"])
+    _, tokenizer, _ = checkpoint.load("out/new", ["sft"], "cpu")
+    assert {len(tokenizer.encode_prompt(row["prompt"])) for row in rows("out/new", "samples")} == {5}
+
+
+def test_the_guard_names_what_the_kl_is_from(folder, capsys):
+    """A policy as the reference is no SFT model, in warnings and in the error."""
+    with pytest.raises(SystemExit, match="third batch in a row the KL from the reference model is"):
+        train("ppo", "--reference", "out/long/ppo", "--max_ref_kl", "1e-6", "--kl_coef", "0", "--value_warmup", "0",
+              out="out/new")
+    assert "warning: the KL from the reference model is" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("changes, white, words", [
     ({}, 1.0, None), ({}, 0.02, None),
     ({}, 0.0, "what moved the policy is the entropy bonus (--ent_coef 0.0245), what is left of earlier gradients"),

@@ -271,6 +271,18 @@ def test_a_rollout_is_shortest_first_and_knows_its_prompts(world):
         assert row[:n] == prompts[i]
 
 
+def test_microbatches_are_of_like_length(world):
+    """Whatever the order of a minibatch's rows, which are shortest first in the batch: each part is cut to its longest,
+    so that little is padding."""
+    o = options(micro_batch_size=3)
+    nets, _, batch = world(o)
+    batch = batch.take(batch.lengths.argsort(stable=True))
+    parts = train_ppo.microbatches(batch, torch.tensor([9, 0, 4, 7, 1, 5]), o)
+    assert [part.lengths.tolist() for part in parts] == [batch.lengths[[0, 1, 4]].tolist(),
+                                                         batch.lengths[[5, 7, 9]].tolist()]
+    assert parts[0].tokens.shape == (3, int(batch.lengths[4])) != parts[1].tokens.shape
+
+
 def test_summary_by_hand():
     """Four answers against four others: 2 wins and a tie of 4; 4 different of 5 bigrams; one text twice."""
     def row(score, ids, length, text, **more):
