@@ -1,4 +1,5 @@
-"""Bad input and faults: what each must do, seen from outside, on the commands that a person runs.
+"""Bad input and faults: what each must do, on the commands that a person runs: from outside, with real signals, where a
+process dies or is told to end; within this process where it would make no difference.
 
 A refusal is one line on standard error that names the file, line, flag or value, exit status 2, and nothing written.
 What kills a run costs it nothing: it goes on to the same last bit.
