@@ -122,11 +122,11 @@ def surroundings():
 
 
 def default_device():
-    """Where torch makes new tensors, None where that is the CPU, or no place that this machine has."""
+    """Where torch makes new tensors, None for the CPU."""
     try:
         device = torch.get_default_device()
-    except (RuntimeError, AssertionError):
-        return None
+    except (RuntimeError, AssertionError):  # it makes a tensor there to see which of several it is
+        return torch.device("cuda")  # which this machine lacks
     return None if device.type == "cpu" else device
 
 

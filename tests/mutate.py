@@ -23,10 +23,16 @@ CONTEXT = multiprocessing.get_context("forkserver")
 NEAREST = {"minirlhf/objectives.py": ["objectives", "train_ppo"], "minirlhf/data.py": ["data"],
            "minirlhf/model.py": ["model", "train_ppo", "adapters", "generate", "parity"],
            "minirlhf/generate.py": ["generate", "train_ppo", "parity"], "minirlhf/kernels.py": ["model", "runtime"],
-           "train_sft.py": ["figures", "state", "check"], "train_rm.py": ["figures", "train_rm", "state", "check"],
-           "train_ppo.py": ["figures", "train_ppo", "state"], "minirlhf/prepare.py": ["prepare"],
+           "train_sft.py": ["figures", "state", "check", "further"],
+           "train_rm.py": ["figures", "train_rm", "state", "check"],
+           "train_ppo.py": ["figures", "train_ppo", "state", "further"], "minirlhf/prepare.py": ["prepare"],
            "minirlhf/evaluate.py": ["figures", "train_ppo", "train_rm", "state"], "minirlhf/sizes.py": ["faults"],
+<<<<<<< HEAD
            "minirlhf/checkpoint.py": ["state", "checkpoint", "adapters", "further", "pretrained", "faults"], "minirlhf/check.py": ["check", "figures"],
+=======
+           "minirlhf/checkpoint.py": ["state", "checkpoint", "further", "pretrained", "faults"],
+           "minirlhf/check.py": ["check", "figures"],
+>>>>>>> h12
            "minirlhf/runtime.py": ["runtime", "figures", "state", "train_ppo", "faults"],
            "minirlhf/sample.py": ["figures", "state", "sample"], "minirlhf/benchmark.py": ["figures", "benchmark"],
            "minirlhf/config.py": ["config"], "minirlhf/adapters.py": ["adapters", "state", "train_ppo"], "minirlhf/rewards.py": ["adapters", "rewards"], "minirlhf/fetch.py": ["fetch"],
@@ -213,6 +219,7 @@ PPO = [
      "returns, old_values = part.flat(part.values), part.flat(part.returns)"),
     ("((loss - bonus).sum() / n)", "((loss + bonus).sum() / n)"),
     ("((loss - bonus).sum() / n)", "(loss - bonus).mean()"),
+    ("value_loss(values, old_values, returns, o.cliprange_value)", "value_loss(values, old_values, returns, o.cliprange)"),
     ("(o.vf_coef * loss.sum() / n)", "(loss.sum() / n)"),
     ("(o.vf_coef * loss.sum() / n)", "(o.vf_coef * loss.mean())"),
     ("            if step >= o.value_warmup:", "            if step > o.value_warmup:"),
@@ -254,6 +261,8 @@ EVALUATE = [
     ("key=lambda pair: pair[0][\"length\"] - pair[1][\"length\"])", "key=lambda pair: pair[0][\"length\"])"),
     ("d = column(rows, name) - column(others, name)", "d = column(others, name) - column(rows, name)"),
     ("if low <= 0.5 <= high:", "if low <= 0.4 <= high:"),
+    ("(thirds[0][3] > 0.5) != (thirds[2][3] > 0.5):", "(thirds[0][2] > 0.5) != (thirds[2][2] > 0.5):"),
+    ("if variance <= 1e-12 * (1 + score ** 2) and", "if variance <= 1e-12 and"),
     ("    if judge_low > 0.5:", "    if judge_rate > 0.5:"),
     ("max(rows, key=lambda row: row[\"score\"])", "min(rows, key=lambda row: row[\"score\"])"),
 ]
@@ -261,6 +270,9 @@ CHECKPOINT = [
     ('return "" if value.isfinite().all() else name', 'return ""'),
     ("elif seal != SEAL + sha.digest():", "elif False:"),
     ("            sha.update(block)\n", "            sha.update(block[:1])\n"),
+    ("            left -= len(block)\n", "            left -= len(block) + 1\n"),  # of one block nothing is lost
+    ('if (payload["head"] == "scalar") != (payload["stage"] == "rm"):',
+     'if payload["head"] == "scalar" and payload["stage"] != "rm":'),
     ("if damaged := archive.testzip():", "if damaged := None:"),
     ('map_location="cpu", weights_only=True', 'map_location="cpu", weights_only=False'),
     ("        keep_previous(path)\n", ""),
@@ -285,6 +297,7 @@ RUNTIME = [
     ("if 0 < o.max_grad_norm < found[1]:", "if o.max_grad_norm < found[1]:"),
     ("if 0 < o.max_grad_norm < found[1]:", "if False:"),
     ("self.lock.truncate(0)\n", "pass\n"),
+    (r"ckpt\.(\d{6,})\.pt", r"ckpt\.(\d{6})\.pt"),
     ("if attempt == 999:", "if attempt == 0:"),
     ("                if not stat.S_ISREG(mode):\n", "                if stat.S_ISDIR(mode):\n"),
     ("if stat.S_ISLNK(mode) and os.path.exists(self.path(name)):", "if stat.S_ISLNK(mode):"),
@@ -313,6 +326,7 @@ SIZES = [
     ("(vocab_size + block_size) * n_embd", "vocab_size * n_embd"),
     ("TRAINING * count + BLOCK * o.n_layer", "4 * count"),
     ("slots * (cache.k.nbytes", "(cache.k.nbytes"),
+    ("shape[name] / getattr(type(o), name))", "shape[name])"),
 ]
 # modes, what survives a resume, options, streams of numbers, --check, what is on the disk when: (file, old, new)
 STATE = [
@@ -459,6 +473,7 @@ SFT = [
      "n_tokens = sum(len(row.ids) - row.prompt_length for row in run.share(batch))"),
     ("    return float(run.total(loss_sum))", "    return float(loss_sum)"),
     ("        loss_sum += loss.detach()", "        loss_sum = loss.detach()"),
+    ("room if room >= 2 else block_size // 2", "room if room >= 2 else block_size"),
     (".sum() / n_tokens", ".mean()"),
     ("steps = max(1, round(o.num_train_epochs * order.steps_per_epoch))",
      "steps = max(1, int(o.num_train_epochs) * len(train_rows) // o.batch_size)"),
@@ -536,6 +551,8 @@ RM = [
     ("model.bias.copy_((model.bias - mean) / std)", "model.bias.copy_((model.bias + mean) / std)"),
     ("model.bias.copy_((model.bias - mean) / std)", "model.bias.copy_(model.bias - mean / std)"),
     ("rows += [Row(p + r, len(p)) for", "rows = [Row(p + r, len(p)) for"),
+    ("[prompts[i % len(prompts)] for i in", "[prompts[0] for i in"),
+    ('path = os.path.join(o.data_dir, "prompts.train.jsonl")', 'path = os.path.join(o.data_dir, "prompts.val.jsonl")'),
     ("rows += [Row(p + r, len(p)) for", "rows += [Row(r, 0) for"),
     ('runtime.generator(o.seed, at, 0, "scale")', 'runtime.generator(o.seed, 0, 0, "scale")'),
     ("calibrated = evaluate.calibration(differences)", "calibrated = evaluate.calibration(differences * std)"),
@@ -568,6 +585,8 @@ PPO_FIGURES = [
      'kl_coef = adaptive_kl_coef(o.kl_coef, record["objective/kl"],'),
     ('                    kl_coef = float(kept["kl_coef"])', "                    pass"),
     ("o.adaptive_kl_target, o.batch_size)", "o.adaptive_kl_target, len(batch.scores))"),
+    ("rows.sort().values.split(o.micro_batch_size)", "rows.split(o.micro_batch_size)"),
+    ("evaluate.DivergenceGuard(o, ref_name=ref_name)", "evaluate.DivergenceGuard(o)"),
     ("done % o.eval_interval == 0 or done == steps, run", "done % o.eval_interval == 0, run"),
     ('head = f"{len(encoded[0]):,} prompts for training, {len(encoded[1]):,} held out',
      'head = f"{len(encoded[1]):,} prompts for training, {len(encoded[0]):,} held out'),
@@ -687,6 +706,7 @@ RATES_AND_TIMES = [
     ("step - warmup, max(1, steps - warmup)", "step - warmup, max(1, steps - 1)"),
     ("else max(1, round(warmup_ratio * steps))", "else max(1, math.ceil(warmup_ratio * steps))"),
     ('group["lr"] = group["peak"] * factor', 'group["lr"] = group["lr"] * factor'),
+    ("        optimizer.zero_grad(set_to_none=True)\n    return norm", "    return norm"),
     ("    return found[1]\n", "    return min(found[1], o.max_grad_norm or found[1])\n"),
     ("norm = torch.nn.utils.get_total_norm(p.grad for p in", "norm = max(p.grad.norm() for p in"),
     ("used = time.perf_counter() - self.started\n        left", "used = time.perf_counter()\n        left"),
@@ -740,6 +760,9 @@ CHECK = [
     ("self.failed + (failing > 0)", "(failing > 0)"),
     ("len(row.ids) * (i + 1) // len(rows)", "len(row.ids) * i // len(rows)"),
     ("self.limit = 1e-4 if run.dtype == torch.float32 else 0.03", "self.limit = 1e-4"),
+    ("torch.equal(own[name], loaded[name])]", "torch.allclose(own[name], loaded[name])]"),
+    ("drift = abs(float(k1(batch.logprobs, batch.ref_logprobs).sum(1).mean() - kl))",
+     "drift = float(k1(batch.logprobs, batch.ref_logprobs).sum(1).mean() - kl)"),
 ]
 BENCHMARK = [
     ("total = statistics.median(totals)", "total = statistics.fmean(totals)"),
@@ -749,6 +772,7 @@ BENCHMARK = [
      '"samples_s": w.batch / total, "tok_s": new / phases["rollout"]'),
     ('tokens, phases = batch * LENGTH * (1 if o.what == "sft" else 2)', "tokens, phases = batch * LENGTH"),
     ("step, cost = statistics.median(seconds)", "step, cost = min(seconds)"),
+    ("/ wall / os.cpu_count(), 3)", "/ wall, 3)"),
     ("floor = {name: max(flops / peak, moved / bandwidth) / 1e9",
      "floor = {name: min(flops / peak, moved / bandwidth) / 1e9"),
     ('"floor_ratio": {name: phases[name] / floor[name]', '"floor_ratio": {name: floor[name] / phases[name]'),
@@ -758,6 +782,7 @@ BENCHMARK = [
     ('result["length"] * (2 if what == "reward" else 1)', 'result["length"]'),
     ('floor["total"] = total, sum(floor.values())', 'floor["total"] = total, max(floor.values())'),
 ]
+<<<<<<< HEAD
 ADAPTERS = [  # with their files: what learns, what is shared, what lies below, files of adapters
     ("minirlhf/adapters.py", "alpha / rank\n", "alpha\n"),
     ("minirlhf/adapters.py", "bound = 1 / math.sqrt(linear.in_features)", "bound = 1 / linear.in_features"),
@@ -842,6 +867,26 @@ ADAPTERS = [  # with their files: what learns, what is shared, what lies below, 
     ("minirlhf/checkpoint.py", "0 <= layers <= model.config.n_layer", "0 <= layers"),
     ("minirlhf/checkpoint.py", 'if ["model" in entry for', 'if False and ["model" in entry for'),
     ("minirlhf/checkpoint.py", "        entries.append(entry)\n", ""),  # a chain forgets what it stands on
+=======
+PRETRAINED = [
+    ('values.flag("tie_word_embeddings", False)', 'values.flag("tie_word_embeddings", True)'),
+    ('("attn_q.weight", "attn_k.weight")', '("attn_q.weight",)'),
+    ("np.concatenate([q & 15, q >> 4], 1)", "np.concatenate([q >> 4, q & 15], 1)"),
+    ("weight.data[:block_size]", "weight.data[-block_size:]"),
+]
+TOKENIZER = [
+    ("if -n < 2:", "if -n < 1:"),
+    ("(-pair_counts[a, b], names[a], names[b], (a, b)))", "(-pair_counts[a, b], names[b], names[a], (a, b)))"),
+    ("special, eos, opening, size, nfc)\n    probe", "special, eos, eos, size, nfc)\n    probe"),
+    ("len(self.bytes[i]) for i in self._said(ids))", "len(self.bytes[i]) for i in ids)"),
+]
+REWARDS = [
+    ('getattr(self.run, "stop", 0) or signal', "signal"),
+    ("n + 1))  # it may be endless", "n))  # it may be endless"),
+    ("self.model.score(part.tokens, part.lengths)", "self.model.score(part.tokens, part.prompt_lengths)"),
+    ("    except OverflowError:\n        return math.inf\n", ""),
+    ("        torch.set_default_device(s[\"device\"])\n", "        pass\n"),
+>>>>>>> h12
 ]
 MUTATIONS = [(file, *pair) for file, pairs in (
     ("minirlhf/objectives.py", OBJECTIVES), ("minirlhf/generate.py", GENERATE), ("minirlhf/model.py", MODEL),
@@ -851,7 +896,12 @@ MUTATIONS = [(file, *pair) for file, pairs in (
     ("minirlhf/evaluate.py", EVALUATE_FIGURES), ("minirlhf/objectives.py", INTERVALS),
     ("minirlhf/runtime.py", RATES_AND_TIMES), ("minirlhf/prepare.py", PREPARE), ("minirlhf/sample.py", SAMPLE),
     ("minirlhf/check.py", CHECK), ("minirlhf/benchmark.py", BENCHMARK), ("minirlhf/config.py", CONFIG),
+<<<<<<< HEAD
     ("minirlhf/sizes.py", SIZES)) for pair in pairs] + STATE + ADAPTERS
+=======
+    ("minirlhf/sizes.py", SIZES), ("minirlhf/pretrained.py", PRETRAINED), ("minirlhf/tokenizer.py", TOKENIZER),
+    ("minirlhf/rewards.py", REWARDS)) for pair in pairs] + STATE
+>>>>>>> h12
 
 
 def misplaced():

@@ -139,8 +139,21 @@ def without_eos(f):
     return sample
 
 
+def falling(f):
+    """Log-probabilities that are lower each time that they are computed."""
+    calls = []
+
+    def score_rollout(batch, *rest):
+        f(batch, *rest)
+        batch.logprobs = batch.logprobs - 0.1 * len(calls) * batch.response_mask
+        calls.append(batch)
+    return score_rollout
+
+
 HALF = ("minirlhf.checkpoint.save", lambda f: lambda path, **parts: f(path, **parts, weights={
     name: value.half() for name, value in parts["model"].state_dict().items()}))
+LAST_BIT = ("minirlhf.checkpoint.save", lambda f: lambda path, **parts: f(path, **parts, weights={
+    name: value.nextafter(torch.tensor(9.0)) for name, value in parts["model"].state_dict().items()}))
 RANKS = ("minirlhf.tokenizer.Tokenizer.from_state", classmethod(
     lambda cls, state: cls({token.encode("latin-1"): rank for rank, token in
                             enumerate([*state["ranks"][:-2], *state["ranks"][:-3:-1]])}, "bpe")))
@@ -160,7 +173,8 @@ SABOTAGE = {
         (CLAIMS["sft"][4], *drifting("minirlhf.kernels.AdamW")), (CLAIMS["sft"][4], *drifting("minirlhf.kernels.Muon")),
         (CLAIMS["sft"][5], *unmerged("sft")),
         (CLAIMS["sft"][6], "minirlhf.data.response_mask", lambda f: lambda p, n, T: f(p, n - 1, T)),
-        (CLAIMS["sft"][6], *NO_EOS), (CLAIMS["sft"][7], *HALF), (CLAIMS["sft"][7], *RANKS)],
+        (CLAIMS["sft"][6], *NO_EOS), (CLAIMS["sft"][7], *HALF), (CLAIMS["sft"][7], *LAST_BIT),
+        (CLAIMS["sft"][7], *RANKS)],
     "rm": [
         (CLAIMS["rm"][0], *EVERYWHERE),
         (CLAIMS["rm"][1], "minirlhf.model.GPT.score", lambda f: lambda self, t, n: f(self, t, 0 * n + t.shape[1])),
@@ -179,7 +193,7 @@ SABOTAGE = {
         (CLAIMS["ppo"][6], *per_microbatch("train_ppo.policy_loss")),
         (CLAIMS["ppo"][6], *per_microbatch("train_ppo.value_loss")),
         (CLAIMS["ppo"][7], "minirlhf.model.GPT.with_head", copied),
-        (CLAIMS["ppo"][8], *drifting("minirlhf.kernels.AdamW")),
+        (CLAIMS["ppo"][8], *drifting("minirlhf.kernels.AdamW")), (CLAIMS["ppo"][8], "train_ppo.score_rollout", falling),
         (CLAIMS["ppo"][9], "minirlhf.checkpoint.compatible", other_tokenizer),
         (CLAIMS["ppo"][10], "minirlhf.generate.sample", without_eos),
         (CLAIMS["ppo"][11], *HALF), (CLAIMS["ppo"][11], *RANKS)]}

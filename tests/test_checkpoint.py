@@ -150,6 +150,29 @@ def test_a_truncated_file_is_named(save, refused, share):
     assert f"{path}: " in refused(checkpoint.read, path, ["sft"])
 
 
+def test_every_piece_of_a_large_file_is_looked_at(save):
+    """It is read a megabyte at a time: whole, or a byte has changed in the first, the second or the third."""
+    path, _ = save(training={"step": 3, "zeros": torch.zeros(700_000)})
+    checkpoint.check_whole(path)
+    content = open(path, "rb").read()
+    assert len(content) > 5 << 19
+    for at in (1 << 19, 3 << 19, 5 << 19):
+        with open(path, "r+b") as f:
+            f.seek(at)
+            f.write(bytes([content[at] ^ 1]))
+        with pytest.raises(checkpoint.Damaged, match="a byte of it has changed"):
+            checkpoint.check_whole(path)
+        open(path, "wb").write(content)
+
+
+@pytest.mark.parametrize("stage, head", [("rm", "lm"), ("sft", "scalar")])
+def test_a_stage_has_its_own_head(save, refused, stage, head):
+    """A reward model gives scalars, the others logits."""
+    path, _ = save(stage)
+    rewrite(path, lambda payload: payload.update(head=head))
+    assert f"{path}: holds {checkpoint.STAGES[stage]} with the head {head!r}" in refused(checkpoint.read, path, [stage])
+
+
 @pytest.mark.parametrize("content", [b"not a checkpoint", b"PK\x03\x04", b'{"format": 1}'])
 def test_another_kind_of_file_is_named(tmp_path, refused, content):
     """Text, a torn zip, JSON."""

@@ -1,4 +1,5 @@
-"""Bad input and faults: what each must do, seen from outside, on the commands that a person runs.
+"""Bad input and faults: what each must do, on the commands that a person runs: from outside, with real signals, where a
+process dies or is told to end; within this process where it would make no difference.
 
 A refusal is one line on standard error that names the file, line, flag or value, exit status 2, and nothing written.
 What kills a run costs it nothing: it goes on to the same last bit.
@@ -303,6 +304,14 @@ def test_a_model_s_size_is_known_before_it_is_made(make_model):
     model = make_model()
     shape = [getattr(model.config, name) for name in ("n_layer", "n_embd", "block_size", "vocab_size")]
     assert sizes.parameters(*shape) == runtime.count_parameters(model)
+
+
+def test_the_size_that_is_farthest_from_its_default_is_named(refused, monkeypatch):
+    """30,000 layers, not a vocabulary of 100,000: 7,500 and 12 times the defaults."""
+    monkeypatch.setattr(sizes, "memory_of", lambda device: 16e9)
+    o = importlib.import_module("train_sft").Options(n_layer=30_000, vocab_size=100_000)
+    error = refused(sizes.check_model, o, torch.device("cpu"))
+    assert "--n_layer 30000: with n_embd 128, block_size 128, vocab_size 100000 a model of 5.96e+09" in error
 
 
 def test_what_a_batch_of_answers_takes(make_model, refused, monkeypatch):

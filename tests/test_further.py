@@ -499,6 +499,15 @@ def test_overwrite_removes_kept_checkpoints(saves, refused):
         assert kept(saves.folder) == []
 
 
+def test_the_numbers_of_kept_checkpoints(tmp_path):
+    """Six digits or more, by step and not by name; other files are not the run's."""
+    for name in ("ckpt.999999.pt", "ckpt.1000000.pt", "ckpt.000002.pt", "ckpt.pt", "ckpt.old.pt", "ckpt.000003.pt.tmp",
+                 "ckpt.5.pt", "ckpt.000004.x.pt"):
+        (tmp_path / name).touch()
+    assert [*runtime.Run.numbered(types.SimpleNamespace(out_dir=tmp_path)).items()] == [
+        (2, "ckpt.000002.pt"), (999999, "ckpt.999999.pt"), (1000000, "ckpt.1000000.pt")]
+
+
 def no_links(*_):
     raise OSError("not supported")
 
@@ -622,6 +631,24 @@ def test_two_ranks_keep_all_answers(folder):
 
 
 # ---- advantages that say nothing
+
+def test_samples_in_a_context_shorter_than_an_answer(folder, capsys):
+    """A context of 10 does not hold the 48 tokens that an answer may have by default: prompts take at most a half of
+    it, answers the rest."""
+    write(folder / "data" / "prompts.val.jsonl", [{"prompt": "the cat is " * 4}])
+    train_sft.main([*COMMON[:8], *OWN["sft"][:8], "--block_size", "10", "--long_prompts", "trim", "--num_train_epochs",
+                    "0.3", "--out_dir", "out/new"])
+    _, tokenizer, _ = checkpoint.load("out/new", ["sft"], "cpu")
+    assert {len(tokenizer.encode_prompt(row["prompt"])) for row in rows("out/new", "samples")} == {5}
+
+
+def test_the_guard_names_what_the_kl_is_from(folder, capsys):
+    """A policy as the reference is no SFT model, in warnings and in the error."""
+    with pytest.raises(SystemExit, match="third batch in a row the KL from the reference model is"):
+        train("ppo", "--reference", "out/long/ppo", "--max_ref_kl", "1e-6", "--kl_coef", "0", "--value_warmup", "0",
+              out="out/new")
+    assert "warning: the KL from the reference model is" in capsys.readouterr().out
+
 
 @pytest.mark.parametrize("changes, white, words", [
     ({}, 1.0, None), ({}, 0.02, None),

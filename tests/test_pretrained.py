@@ -187,6 +187,14 @@ def test_a_folder_comes_in(folder, kind, form):
     assert info["model_type"] == kind and info["context"] == 32 and info["kinds"] == ["F32"]
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_an_output_of_its_own_is_what_a_missing_key_means(folder, kind):
+    """transformers' classes tie none of these families' outputs unless they are told to."""
+    path, model = folder(kind, tie_word_embeddings="absent")
+    assert not model.config.tied
+    check(pretrained.load(path)[0], model)
+
+
 def test_half_precision_is_widened(folder):
     """bfloat16 and float16 numbers are float32's too."""
     for dtype in (torch.bfloat16, torch.float16):

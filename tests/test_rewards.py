@@ -360,7 +360,7 @@ def test_its_own_surroundings_come_back_with_its_turn(function, tmp_path, monkey
     assert sys.modules["mine"].quiet.getvalue() == "loud\n"
 
 
-@pytest.mark.parametrize("device", ["meta", "cuda:7"])
+@pytest.mark.parametrize("device", ["meta", "cuda", "cuda:7"])
 def test_a_default_device_is_the_function_s_alone(function, device):
     """It is there again in the next turn; one that the machine lacks stops the function, not the run."""
     f = function(f"import torch\ntorch.set_default_device('{device}')\ndef f(prompts, completions):\n"

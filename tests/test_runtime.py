@@ -377,6 +377,20 @@ def test_adamw_is_torch_s(make_model):
     assert all(torch.equal(a, b) for a, b in zip(*weights))
 
 
+def test_no_gradient_is_left_after_a_step(make_model):
+    """The next batch's would be added to it; each optimizer moves its own weights once."""
+    model = make_model()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizers = [torch.optim.SGD([p for name, p in model.named_parameters() if name.startswith("h.") == blocks],
+                                  lr=0.5) for blocks in (True, False)]
+    model(torch.tensor([[1, 2, 3]])).square().sum().backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    runtime.optimizer_step(model, optimizers, 1.0, "here", SimpleNamespace(max_grad_norm=0.0))
+    for name, p in model.named_parameters():
+        assert p.grad is None
+        torch.testing.assert_close(p, before[name] - 0.5 * gradients[name])
+
+
 def test_optimizers_import_no_compiler():
     """torch._dynamo takes longer to import than all else that a step needs."""
     code = ("import sys, torch; from types import SimpleNamespace as N; from minirlhf import runtime, model\n"

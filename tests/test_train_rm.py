@@ -32,6 +32,21 @@ def test_scores_do_not_depend_on_the_batch(make_model):
         torch.testing.assert_close(a, b)
 
 
+def test_the_scale_is_set_on_the_prompts_of_training(tmp_path):
+    """In their order, as often as it takes; those that leave no room for an answer are left out; where there are none
+    the preferences' own are taken. Held-out ones never."""
+    tokenizer = types.SimpleNamespace(encode_prompt=lambda text: [0, *map(ord, text)])
+    o = types.SimpleNamespace(data_dir=str(tmp_path), preferences="p", response_length=4, long_prompts="drop",
+                              num_scale_samples=5)
+    (tmp_path / "p.train.jsonl").write_text('{"prompt": "c", "chosen": "x", "rejected": "y"}\n')
+    (tmp_path / "prompts.val.jsonl").write_text('{"prompt": "v"}\n')
+    assert train_rm.read_scale_prompts(o, tokenizer, 8) == ([[0, ord("c")]] * 5, [])
+    path = tmp_path / "prompts.train.jsonl"
+    path.write_text('{"prompt": "a"}\n{"prompt": "too long"}\n{"prompt": "bb"}\n')
+    a, b = [0, ord("a")], [0, ord("b"), ord("b")]
+    assert train_rm.read_scale_prompts(o, tokenizer, 8) == ([a, b, a, b, a], [str(path)])
+
+
 def test_scores_of_sft_samples_get_mean_0_and_deviation_1(make_model):
     """Gain and bias are set so, from a scale and bias that are neither, over the samples that stage 3 would see."""
     sft, model = make_model(), make_model("scalar", seed=2)
