@@ -719,6 +719,15 @@ def test_an_entry_of_adapters_that_is_damaged(runs, tmp_path, refused, keys, val
     assert str(tmp_path / "ckpt.pt") in error and words in error, error
 
 
+def test_a_rank_is_that_of_weights(runs, tmp_path, refused):
+    """Before anything of its size is made."""
+    payload = torch.load(f"{runs.chain['sft']}/ckpt.pt", weights_only=True)
+    payload["model"] = {}
+    change(payload, "base", "adapters", 0, "lora_rank", to=10 ** 9)
+    torch.save(payload, tmp_path / "ckpt.pt")
+    assert "adapters of rank 1000000000 and" in refused(checkpoint.load, str(tmp_path), ["sft"], CPU)
+
+
 @pytest.mark.parametrize("spoil", [
     lambda p: p["base"].pop("path"), lambda p: p["base"].pop("files"), lambda p: p["base"].pop("adapters"),
     lambda p: p["base"].update(path="/"), lambda p: p["base"].update(path=["x"]),
