@@ -27,12 +27,8 @@ NEAREST = {"minirlhf/objectives.py": ["objectives", "train_ppo"], "minirlhf/data
            "train_rm.py": ["figures", "train_rm", "state", "check"],
            "train_ppo.py": ["figures", "train_ppo", "state", "further"], "minirlhf/prepare.py": ["prepare"],
            "minirlhf/evaluate.py": ["figures", "train_ppo", "train_rm", "state"], "minirlhf/sizes.py": ["faults"],
-<<<<<<< HEAD
-           "minirlhf/checkpoint.py": ["state", "checkpoint", "adapters", "further", "pretrained", "faults"], "minirlhf/check.py": ["check", "figures"],
-=======
-           "minirlhf/checkpoint.py": ["state", "checkpoint", "further", "pretrained", "faults"],
+           "minirlhf/checkpoint.py": ["state", "checkpoint", "adapters", "further", "pretrained", "faults"],
            "minirlhf/check.py": ["check", "figures"],
->>>>>>> h12
            "minirlhf/runtime.py": ["runtime", "figures", "state", "train_ppo", "faults"],
            "minirlhf/sample.py": ["figures", "state", "sample"], "minirlhf/benchmark.py": ["figures", "benchmark"],
            "minirlhf/config.py": ["config"], "minirlhf/adapters.py": ["adapters", "state", "train_ppo"], "minirlhf/rewards.py": ["adapters", "rewards"], "minirlhf/fetch.py": ["fetch"],
@@ -782,7 +778,6 @@ BENCHMARK = [
     ('result["length"] * (2 if what == "reward" else 1)', 'result["length"]'),
     ('floor["total"] = total, sum(floor.values())', 'floor["total"] = total, max(floor.values())'),
 ]
-<<<<<<< HEAD
 ADAPTERS = [  # with their files: what learns, what is shared, what lies below, files of adapters
     ("minirlhf/adapters.py", "alpha / rank\n", "alpha\n"),
     ("minirlhf/adapters.py", "bound = 1 / math.sqrt(linear.in_features)", "bound = 1 / linear.in_features"),
@@ -867,7 +862,7 @@ ADAPTERS = [  # with their files: what learns, what is shared, what lies below, 
     ("minirlhf/checkpoint.py", "0 <= layers <= model.config.n_layer", "0 <= layers"),
     ("minirlhf/checkpoint.py", 'if ["model" in entry for', 'if False and ["model" in entry for'),
     ("minirlhf/checkpoint.py", "        entries.append(entry)\n", ""),  # a chain forgets what it stands on
-=======
+]
 PRETRAINED = [
     ('values.flag("tie_word_embeddings", False)', 'values.flag("tie_word_embeddings", True)'),
     ('("attn_q.weight", "attn_k.weight")', '("attn_q.weight",)'),
@@ -886,7 +881,6 @@ REWARDS = [
     ("self.model.score(part.tokens, part.lengths)", "self.model.score(part.tokens, part.prompt_lengths)"),
     ("    except OverflowError:\n        return math.inf\n", ""),
     ("        torch.set_default_device(s[\"device\"])\n", "        pass\n"),
->>>>>>> h12
 ]
 MUTATIONS = [(file, *pair) for file, pairs in (
     ("minirlhf/objectives.py", OBJECTIVES), ("minirlhf/generate.py", GENERATE), ("minirlhf/model.py", MODEL),
@@ -896,12 +890,8 @@ MUTATIONS = [(file, *pair) for file, pairs in (
     ("minirlhf/evaluate.py", EVALUATE_FIGURES), ("minirlhf/objectives.py", INTERVALS),
     ("minirlhf/runtime.py", RATES_AND_TIMES), ("minirlhf/prepare.py", PREPARE), ("minirlhf/sample.py", SAMPLE),
     ("minirlhf/check.py", CHECK), ("minirlhf/benchmark.py", BENCHMARK), ("minirlhf/config.py", CONFIG),
-<<<<<<< HEAD
-    ("minirlhf/sizes.py", SIZES)) for pair in pairs] + STATE + ADAPTERS
-=======
     ("minirlhf/sizes.py", SIZES), ("minirlhf/pretrained.py", PRETRAINED), ("minirlhf/tokenizer.py", TOKENIZER),
-    ("minirlhf/rewards.py", REWARDS)) for pair in pairs] + STATE
->>>>>>> h12
+    ("minirlhf/rewards.py", REWARDS)) for pair in pairs] + STATE + ADAPTERS
 
 
 def misplaced():

@@ -203,14 +203,9 @@ def naive_update(nets, batch, o, lr, step):
     {},
     {"temperature": 0.7, "ent_coef": 0.05, "kl_baseline": 0.5, "gamma": 0.9, "lam": 0.8},
     {"num_ppo_epochs": 3, "num_mini_batches": 5, "max_grad_norm": 0.01, "missing_eos_penalty": 2.0,
-<<<<<<< HEAD
-     "reward_clip": 0.5, "vf_coef": 1.0},
+     "reward_clip": 0.5, "vf_coef": 1.0, "cliprange": 0.1, "cliprange_value": 0.3},
     {"lora_rank": 3, "lora_layers": 1, "num_ppo_epochs": 3}, {"freeze_layers": 1, "temperature": 0.7},
 ], ids=["defaults", "other credit", "other update", "adapters in the last block", "the first block frozen"])
-=======
-     "reward_clip": 0.5, "vf_coef": 1.0, "cliprange": 0.1, "cliprange_value": 0.3},
-], ids=["defaults", "other credit", "other update"])
->>>>>>> h12
 def test_a_step_equals_the_naive_one(world, changes):
     """Same weights, same rollout: log-probabilities, advantages and returns, and the weights after all epochs and
     minibatches, are those of loops over rows and tokens, in float64; ratios were clipped on the way."""
