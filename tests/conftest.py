@@ -380,7 +380,7 @@ class Tiny:
         """Run a stage with more options in a folder, a new one unless given -> Ended."""
         self.count += 1
         folder = Path(out or self.folder / "out" / str(self.count))
-        argv = [*scratch(stage), "--device", "cpu", "--dtype", "float32", "--data_dir", self.folder / "data", "--out_dir", folder,
+        argv = [*([] if "--resume" in options else scratch(stage)), "--device", "cpu", "--dtype", "float32", "--data_dir", self.folder / "data", "--out_dir", folder,
                 *self.STAGES[stage].split()]
         argv += ["--init_from", self.sft] if stage != "sft" else []
         argv += ["--reward_model", self.rm] if stage == "ppo" else []

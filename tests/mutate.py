@@ -305,7 +305,7 @@ RUNTIME = [
 ]
 CONFIG = [
     ('decode("utf-8-sig")', 'decode("utf-8")'),
-    ("            if name in seen:\n", "            if False:\n"),
+    ("        if name in seen:\n", "        if False:\n"),
     ('r"\\r\\n|\\r|\\n"', 'r"\\r|\\n"'),  # lines are counted twice
     ('if "\\0" in text:', "if False:"),
     ('end = text[-1] if text[-1] in ",;" else ""', 'end = ""'),
@@ -756,7 +756,7 @@ CHECK = [
     ("self.failed + (failing > 0)", "(failing > 0)"),
     ("len(row.ids) * (i + 1) // len(rows)", "len(row.ids) * i // len(rows)"),
     ("self.limit = 1e-4 if run.dtype == torch.float32 else 0.03", "self.limit = 1e-4"),
-    ("torch.equal(own[name], loaded[name])]", "torch.allclose(own[name], loaded[name])]"),
+    ("torch.equal(own[name].cpu(), loaded[name].cpu())]", "torch.allclose(own[name].cpu(), loaded[name].cpu())]"),
     ("drift = abs(float(k1(batch.logprobs, batch.ref_logprobs).sum(1).mean() - kl))",
      "drift = float(k1(batch.logprobs, batch.ref_logprobs).sum(1).mean() - kl)"),
 ]
@@ -844,7 +844,11 @@ ADAPTERS = [  # with their files: what learns, what is shared, what lies below, 
     ("minirlhf/runtime.py", "                    if not p.requires_grad:\n                        continue\n", ""),
     ("minirlhf/runtime.py", 'learns = {name: p for name, p in model.named_parameters() if p.requires_grad}',
      'learns = {name: p for name, p in model.named_parameters()}'),
-    ("minirlhf/evaluate.py", "shared = policy.below(rollout.tokens)", "shared = None"),
+    ("minirlhf/evaluate.py", "adapters.add_states_below(rollout, policy,", "adapters.add_states_below(rollout, ref,"),
+    ("minirlhf/adapters.py", "model.first == policy.first and same_memory(model, policy)", "same_memory(model, policy)"),
+    ("minirlhf/adapters.py", "model.first == policy.first and same_memory(model, policy)", "model.first == policy.first"),
+    ("minirlhf/adapters.py", "all(torch.equal(p, theirs[name]) for name, p in own.items())", "True"),
+    ("minirlhf/adapters.py", "theirs[name].data = p.data", "pass"),
     ("minirlhf/check.py", "adapters.merged(model, on_cpu)", "model.state_dict()"),
     ("minirlhf/checkpoint.py", '"format": 2 if is_on_base(model) else 1', '"format": FORMAT'),
     ("minirlhf/checkpoint.py", 'any("model" not in entry for', 'all("model" not in entry for'),
@@ -878,7 +882,7 @@ TOKENIZER = [
 REWARDS = [
     ('getattr(self.run, "stop", 0) or signal', "signal"),
     ("n + 1))  # it may be endless", "n))  # it may be endless"),
-    ("self.model.score(part.tokens, part.lengths)", "self.model.score(part.tokens, part.prompt_lengths)"),
+    ("self.model.score(part.tokens, part.lengths,", "self.model.score(part.tokens, part.prompt_lengths,"),
     ("    except OverflowError:\n        return math.inf\n", ""),
     ("        torch.set_default_device(s[\"device\"])\n", "        pass\n"),
 ]

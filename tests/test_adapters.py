@@ -814,7 +814,7 @@ def finished(runs):
 def test_every_stage_has_the_four(runs):
     """In the same words, and each of them stays."""
     assert {*adapters.OPTIONS} <= {name for name in vars(RunOptions())}
-    assert [getattr(RunOptions(), name) for name in adapters.OPTIONS] == [0, 32.0, 0, 0]
+    assert [getattr(RunOptions(), name) for name in adapters.OPTIONS] == [16, 32.0, 0, 0]
 
 
 # ---- fewer held-out texts

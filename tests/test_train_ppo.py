@@ -21,7 +21,7 @@ DOUBLE = {"rtol": 1e-9, "atol": 1e-10}
 
 def options(**changes):
     return train_ppo.Options(**{"value_warmup": 0, "ent_coef": 0.0, "kl_baseline": 0.0, "reward_clip": 0.0,
-                                "micro_batch_size": 3, "response_length": 6, "out_dir": "out"} | changes)
+                                "micro_batch_size": 3, "response_length": 6, "out_dir": "out", "lora_rank": 0} | changes)
 
 
 def run_of(o, ranks=1):
