@@ -34,13 +34,14 @@ class Options(RunOptions):
     out_dir: str = "out/rm"  # where ckpt.pt, config.json, metrics.jsonl and samples.jsonl go
     init_from: str = "out/sft/ckpt.pt"  # the SFT model, or a policy: its trunk is the start, its samples set the scale
     dropout: float = 0.0  # in training only [0..1)
+    lora_layers: int = 12  # adapters in the last so many blocks only; 0 = in all [0..]
     long_prompts: Literal["drop", "trim"] = "drop"  # texts over the context: drop them, or trim the prompt at its left
     # ---- training
-    num_train_epochs: float = 0.02  # passes over the training data; more than 1 overfit fast (0..1000000]
+    num_train_epochs: float = 0.025  # passes over the training data; more than 1 overfit fast (0..1000000]
     batch_size: int = 4  # records (pairs or rankings) an optimizer step, over all ranks [1..]
     micro_batch_size: int = 4  # records a backward pass: for memory; changes no gradient [1..]
     optimizer: Literal["muon", "adamw"] = "adamw"  # muon: torch.optim.Muon for the blocks' matrices, AdamW for the rest
-    learning_rate: float = 5e-4  # AdamW's peak [0..]
+    learning_rate: float = 1e-3  # AdamW's peak [0..]
     muon_learning_rate: float = 1e-2  # Muon's peak [0..]
     weight_decay: float = 0.0  # on matrices only [0..]
     warmup_ratio: float = 0.05  # share of the steps in which the rate rises [0..1]

@@ -40,11 +40,11 @@ class Options(RunOptions):
     dropout: float = 0.0  # on embeddings, attention and residual branches, in training only [0..1)
     long_prompts: Literal["drop", "trim"] = "drop"  # rows over block_size: drop them, or trim the prompt at its left
     # ---- training
-    num_train_epochs: float = 0.04  # passes over the training data (0..1000000]
-    batch_size: int = 16  # rows an optimizer step, over all ranks [1..]
-    micro_batch_size: int = 16  # rows a forward and backward pass: for memory; changes no gradient [1..]
+    num_train_epochs: float = 0.08  # passes over the training data (0..1000000]
+    batch_size: int = 8  # rows an optimizer step, over all ranks [1..]
+    micro_batch_size: int = 8  # rows a forward and backward pass: for memory; changes no gradient [1..]
     optimizer: Literal["muon", "adamw"] = "adamw"  # muon: torch.optim.Muon for the blocks' matrices, AdamW for the rest
-    learning_rate: float = 1e-3  # AdamW's peak [0..]
+    learning_rate: float = 2e-3  # AdamW's peak [0..]
     muon_learning_rate: float = 2e-2  # Muon's peak, for updates of spectral norm about 1 [0..]
     weight_decay: float = 0.0  # on matrices only [0..]
     warmup_ratio: float = 0.05  # share of the steps in which the rate rises [0..1]
@@ -52,8 +52,8 @@ class Options(RunOptions):
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm; 0 = never [0..]
     # ---- evaluations and checkpoints
     eval_interval: int = 250  # steps between evaluations, checkpoints and samples; the last step always does [1..]
-    num_eval_texts: int = 300  # held-out rows of an evaluation, evenly spread over all of them; 0 = all [0..]
-    log_interval: int = 5  # steps between log lines [1..]
+    num_eval_texts: int = 500  # held-out rows of an evaluation, evenly spread over all of them; 0 = all [0..]
+    log_interval: int = 10  # steps between log lines [1..]
     response_length: int = 48  # longest sample in tokens [1..]
 
 

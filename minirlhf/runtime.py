@@ -522,7 +522,7 @@ def command_line(stage, options, **changes):
 def shortest(options, **changes):
     """The words of the shortest command line that gives these options."""
     values, found = asdict(replace(options, **changes)), []
-    for name, path in [("", ""), *presets().items()]:
+    for name, path in [("", ""), *(presets().items() if options.stage else ())]:
         usual = {f.name: f.default for f in fields(options)} | (preset_values(type(options), path) if path else {})
         found.append([f"@{name}"] * bool(path) + [
             f"--{k}" if values[k] is True else option(k, values[k]) for k in usual if values[k] != usual[k]])

@@ -368,7 +368,7 @@ def test_where_the_value_network_starts(folder, monkeypatch, given, name):
 
 def test_stage_1_starts_from_a_policy(folder, refused):
     """Its sizes and tokenizer are the policy's, in the options too; another size is refused."""
-    train_sft.main([*scratch("sft"), *COMMON, "--init_from", "out/ppo", "--num_train_epochs", "0.25", "--learning_rate=0",
+    train_sft.main([*scratch("sft"), *COMMON, "--init_from=out/ppo", "--num_train_epochs=0.25", "--learning_rate=0",
                     "--muon_learning_rate", "0", "--out_dir", "out/new"])
     new = load("out/new")
     assert new["stage"] == "sft" and same(new["model"], load("out/ppo")["model"])
@@ -619,7 +619,8 @@ def test_rows_of_all_ranks_come_together(monkeypatch):
 def test_two_ranks_keep_all_answers(folder):
     """Under torchrun each step has the answers of both, whose means are the figures over all ranks."""
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", str(ROOT / "train_ppo.py"),
-                    *scratch("ppo"), *COMMON, *OWN["ppo"], "--save_rollouts", "--keep_checkpoints", "1", "--out_dir", "out/new"],
+                    *scratch("ppo"), *COMMON, *OWN["ppo"], "--save_rollouts", "--keep_checkpoints", "1",
+                    "--out_dir", "out/new"],
                    env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, capture_output=True, timeout=170)
     found = rows("out/new", "rollouts")
     assert [row["step"] for row in found] == [step for step in range(1, 5) for _ in range(4)]
@@ -636,8 +637,8 @@ def test_samples_in_a_context_shorter_than_an_answer(folder, capsys):
     """A context of 10 does not hold the 48 tokens that an answer may have by default: prompts take at most a half of
     it, answers the rest."""
     write(folder / "data" / "prompts.val.jsonl", [{"prompt": "the cat is " * 4}])
-    train_sft.main([*COMMON[:8], *OWN["sft"][:8], "--block_size", "10", "--long_prompts", "trim", "--num_train_epochs",
-                    "0.3", "--out_dir", "out/new"])
+    train_sft.main([*scratch("sft"), *COMMON[:8], *OWN["sft"][:8], "--block_size", "10", "--long_prompts", "trim",
+                    "--num_train_epochs", "0.3", "--out_dir", "out/new"])
     _, tokenizer, _ = checkpoint.load("out/new", ["sft"], "cpu")
     assert {len(tokenizer.encode_prompt(row["prompt"])) for row in rows("out/new", "samples")} == {5}
 

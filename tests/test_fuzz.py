@@ -22,6 +22,7 @@ from typing import Literal
 import pytest
 import torch
 
+from conftest import scratch
 from minirlhf import checkpoint, config, data, runtime
 from minirlhf.model import GPT, GPTConfig
 from minirlhf.tokenizer import EOS, Tokenizer
@@ -617,7 +618,7 @@ def trained(tmp_path_factory):
     os.chdir(folder)
     try:
         for stage, options in TINY.items():
-            _, error = attempt(run_script, stage, "--device", "cpu", "--dtype", "float32", "--batch_size", "8",
+            _, error = attempt(run_script, stage, *scratch(stage), "--device", "cpu", "--dtype=float32", "--batch_size", "8",
                                "--eval_interval", "1", *options.split())
             assert not error
     finally:
