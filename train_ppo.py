@@ -33,7 +33,7 @@ class Options(RunOptions):
     reward: str = ""  # FILE.py:FUNCTION instead of it: fn(prompts: list[str], completions: list[str]) -> list[float]
     value_init: Literal["rm", "sft"] = "rm"  # the value network's start: the reward model, or init_from's trunk
     judge: str = ""  # a second reward model or FILE.py:FUNCTION, never trained on: its preferences are reported
-    lora_layers: int = 12  # adapters in the last so many blocks only; what lies below is computed once an answer [0..]
+    lora_layers: int = 12  # adapters in the last so many blocks: what lies below is computed once; 0 = in all [0..]
     long_prompts: Literal["drop", "trim"] = "drop"  # prompts too long for the context: drop, or trim at the left
     # ---- rollouts
     total_episodes: int = 11520  # answers to sample in all, rounded up to whole batches [1..]

@@ -34,7 +34,7 @@ class Options(RunOptions):
     out_dir: str = "out/rm"  # where ckpt.pt, config.json, metrics.jsonl and samples.jsonl go
     init_from: str = "out/sft/ckpt.pt"  # the SFT model, or a policy: its trunk is the start, its samples set the scale
     dropout: float = 0.0  # in training only [0..1)
-    lora_layers: int = 12  # adapters in the last so many blocks only; 0 = in all [0..]
+    lora_layers: int = 12  # adapters in the last so many blocks, where there are more; 0 = in all [0..]
     long_prompts: Literal["drop", "trim"] = "drop"  # texts over the context: drop them, or trim the prompt at its left
     # ---- training
     num_train_epochs: float = 0.025  # passes over the training data; more than 1 overfit fast (0..1000000]

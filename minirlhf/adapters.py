@@ -49,11 +49,12 @@ class LowRank(nn.Module):
 def check_options(o):
     """Exits 2 where options of what learns exclude each other."""
     if o.lora_rank and o.freeze_layers:
-        fail(f"--freeze_layers {o.freeze_layers}: excludes --lora_rank {o.lora_rank}, with which all blocks are frozen")
+        fail(f"--freeze_layers {o.freeze_layers}: excludes --lora_rank {o.lora_rank}, with which all blocks are frozen; "
+             "add --lora_rank 0")
     for name in ("lora_rank", "freeze_layers"):
         if getattr(o, name) and o.init_from == "scratch":
-            fail(f"--{name} {getattr(o, name)}: freezes random weights of --init_from scratch; name a trained model, "
-                 f"or use --{name} 0")
+            fail(f"--{name} {getattr(o, name)}: freezes random weights of --init_from scratch; use --{name} 0, or "
+                 "@scratch, which has all options of a model from scratch")
     warn_idle(o, "lora_rank 0", not o.lora_rank, "lora_alpha", "lora_layers")
 
 
@@ -62,16 +63,14 @@ def learner(model, head, o, generator, dropout=0.0):
 
     o: lora_rank, lora_alpha, lora_layers, freeze_layers. A scalar head learns in any case, and is the copy's own; so
     are all weights where the options name neither adapters nor frozen blocks. `first` of both models is the first block
-    in which they differ. Exits 2 where there are fewer blocks.
+    in which they differ. Exits 2 where no block is left to learn.
     """
     if not (o.lora_rank or o.freeze_layers):
         return model.with_head(head, dropout)
     layers = model.config.n_layer
-    for name in ("lora_layers", "freeze_layers"):
-        if (count := getattr(o, name)) > layers - (name == "freeze_layers"):
-            fail(f"--{name} {count}: the model has {layers} blocks"
-                 + (", and one at least must learn" if name == "freeze_layers" else ""))
-    first = layers - (o.lora_layers or layers) if o.lora_rank else o.freeze_layers
+    if o.freeze_layers >= layers:
+        fail(f"--freeze_layers {o.freeze_layers}: the model has {layers} blocks, and one at least must learn")
+    first = max(0, layers - (o.lora_layers or layers)) if o.lora_rank else o.freeze_layers
     other = sharing(model, head, dropout)
     for block in other.h[first:]:
         if o.lora_rank:
@@ -82,7 +81,7 @@ def learner(model, head, o, generator, dropout=0.0):
         own_weights(getattr(other, name, nn.Module()))
     other.first = model.first = first
     if o.lora_rank and model.base:
-        own = {"head": head, "lora_rank": o.lora_rank, "lora_alpha": o.lora_alpha, "lora_layers": o.lora_layers}
+        own = {"head": head, "lora_rank": o.lora_rank, "lora_alpha": o.lora_alpha, "lora_layers": layers - first}
         other.base = {**model.base, "adapters": [*model.base["adapters"], own]}
     return other.train(model.training)
 

@@ -483,8 +483,7 @@ def main(argv=None):
     o = parse(Options, argv)
     if ranks()[1] > 1:
         fail("the benchmark is of one process: run it without torchrun")
-    if o.lora_layers > SIZES[o.size].layers:
-        fail(f"--lora_layers {o.lora_layers}: the model has {SIZES[o.size].layers} blocks")
+    o.lora_layers = min(o.lora_layers, SIZES[o.size].layers)
     if o.scaling and o.what not in ("all", "ppo"):
         fail(f"--what {o.what}: --scaling is of PPO")
     all_printed()

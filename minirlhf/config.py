@@ -176,7 +176,7 @@ class RunOptions:
     # ---- what learns
     lora_rank: int = 16  # rank of adapters on the linear layers, all else frozen; 0 = no adapters, all learns [0..4096]
     lora_alpha: float = 32.0  # adapters count alpha / rank (0..]
-    lora_layers: int = 0  # adapters in the last so many blocks only; 0 = in all [0..]
+    lora_layers: int = 0  # adapters in the last so many blocks, where there are more; 0 = in all [0..]
     freeze_layers: int = 0  # embeddings and the first so many blocks stay as they are, the rest learns in full [0..]
 
 

@@ -790,8 +790,8 @@ ADAPTERS = [  # with their files: what learns, what is shared, what lies below, 
     ("minirlhf/adapters.py", "if o.lora_rank and o.freeze_layers:", "if False:"),
     ("minirlhf/adapters.py", 'and o.init_from == "scratch"', "and False"),
     ("minirlhf/adapters.py", 'not o.lora_rank, "lora_alpha", "lora_layers")', 'not o.lora_rank, "lora_alpha")'),
-    ("minirlhf/adapters.py", 'layers - (name == "freeze_layers")', "layers"),  # nothing but the last norm learns
-    ("minirlhf/adapters.py", "first = layers - (o.lora_layers or layers)", "first = layers - max(1, o.lora_layers)"),
+    ("minirlhf/adapters.py", "if o.freeze_layers >= layers:", "if o.freeze_layers > layers:"),  # only the last norm learns
+    ("minirlhf/adapters.py", "layers - (o.lora_layers or layers))", "layers - max(1, o.lora_layers))"),
     ("minirlhf/adapters.py", "for block in other.h[first:]:", "for block in other.h:"),  # below is not what it was
     ("minirlhf/adapters.py", '["score_head"] if o.lora_rank else ["score_head", "ln_f", "lm_head"]', '["score_head"]'),
     ("minirlhf/adapters.py", '["score_head"] if o.lora_rank else ["score_head", "ln_f", "lm_head"]',
