@@ -5,7 +5,6 @@ record. Its accuracy is set against chance, against length alone, and against ho
 """
 import os
 import time
-import zlib
 from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
@@ -15,7 +14,7 @@ import torch
 from minirlhf import adapters, checkpoint, evaluate, kernels, prepare, runtime
 from minirlhf.config import RunOptions, fail, launch, parse, warn_idle
 from minirlhf.data import (Order, Row, blank_ends, doubtful_columns, encode_prompts, encode_row, load_preferences,
-                           load_prompts, repeats, spread, too_long)
+                           load_prompts, repeats, too_long)
 from minirlhf.evaluate import score_all
 from minirlhf.generate import compile_model, generate
 from minirlhf.objectives import bradley_terry_loss, wins
@@ -92,10 +91,16 @@ def batch_gradients(model, batch, eos, o, run):
 
 
 def among(records, count):
-    """The records' pairs of `count` texts, evenly spread over all: texts that pairs share are scored once."""
-    texts = {tuple(row.ids) for rows, _, _ in records for row in rows}
-    few = {*spread(sorted(texts, key=lambda ids: zlib.crc32(str(ids).encode())), count)}
-    found = [(rows, [(i, j) for i, j in pairs if {tuple(rows[i].ids), tuple(rows[j].ids)} <= few], extra)
+    """All pairs of about `count` texts, those of records drawn at random, the same in each run -> records.
+
+    Where pairs share texts, as in rankings and in the default data, more pairs come with the same texts.
+    """
+    chosen = set()
+    for i in torch.randperm(len(records), generator=torch.Generator().manual_seed(0)).tolist():
+        if len(chosen) >= count:
+            break
+        chosen |= {tuple(row.ids) for row in records[i][0]}
+    found = [(rows, [(i, j) for i, j in pairs if {tuple(rows[i].ids), tuple(rows[j].ids)} <= chosen], extra)
              for rows, pairs, extra in records]
     return [record for record in found if record[1]]
 
@@ -131,7 +136,10 @@ def read_preferences(o, tokenizer, block_size):
                  "are the same or tied")
         sets.append(kept)
         if name == "held-out" and o.num_eval_texts:
-            sets[-1] = among(kept, o.num_eval_texts) or kept
+            sets[-1] = among(kept, o.num_eval_texts)
+            if len(sets[-1]) < len(kept):
+                lines.append(f"held-out records: {len(kept) - len(sets[-1]):,} of {len(kept):,} left out, for about "
+                             f"{o.num_eval_texts:,} texts are evaluated (--num_eval_texts 0: all)")
         if long := too_long(rows, block_size, o.long_prompts):
             lines.append(f"{name} texts: {long}")
         lines += [f"{name} records dropped, {why}: {count}" for why, count in dropped.items()]

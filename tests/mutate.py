@@ -835,8 +835,8 @@ ADAPTERS = [  # with their files: what learns, what is shared, what lies below, 
     ("train_sft.py", "        model.train()\n        seen", "        seen"),  # no dropout before the first evaluation
     ("train_sft.py", 'if adapters.is_partial(model) else {})})', "if False else {})})"),  # another base on resume
     ("train_sft.py", 'spread(kept, o.num_eval_texts) if name == "held-out" else kept', "spread(kept, o.num_eval_texts)"),
-    ("train_rm.py", "among(kept, o.num_eval_texts) or kept", "among(kept, o.num_eval_texts)"),
-    ("train_rm.py", "tuple(rows[j].ids)} <= few", "tuple(rows[j].ids)} & few"),  # pairs of which one text is there
+    ("train_rm.py", "if len(chosen) >= count:", "if len(chosen) > count:"),
+    ("train_rm.py", "tuple(rows[j].ids)} <= chosen", "tuple(rows[j].ids)} & chosen"),  # pairs of which one text is there
     ("train_rm.py", "for rows, pairs, extra in records]\n    return [record for record in found if record[1]]",
      "for rows, pairs, extra in records]\n    return found"),
     ("minirlhf/data.py", "rows[i * len(rows) // count]", "rows[i]"),
