@@ -120,7 +120,7 @@ def main(argv=None):
     given = parse(Options, argv)
     o, saved = checkpoint.resume(given, "sft", (
         *SIZES, "seed", "batch_size", "optimizer", "long_prompts", "lr_schedule", *adapters.OPTIONS))
-    if o.init_from != "scratch" and not o.resume and "init_from" not in o.given:
+    if o.init_from != "scratch" and not given.resume and "init_from" not in o.given:
         if sized := [runtime.option(name, getattr(o, name)) for name in SIZES[:-1] if name in o.given]:
             fail(f"{sized[0]}: {o.init_from} has its own size and vocabulary; for a model from scratch give @scratch "
                  f"{' '.join(sized)}")

@@ -49,8 +49,8 @@ class LowRank(nn.Module):
 def check_options(o):
     """Exits 2 where options of what learns exclude each other."""
     if o.lora_rank and o.freeze_layers:
-        fail(f"--freeze_layers {o.freeze_layers}: excludes --lora_rank {o.lora_rank}, with which all blocks are frozen; "
-             "add --lora_rank 0")
+        fail(f"--freeze_layers {o.freeze_layers}: excludes --lora_rank {o.lora_rank}, with which all blocks are "
+             "frozen; add --lora_rank 0")
     for name in ("lora_rank", "freeze_layers"):
         if getattr(o, name) and o.init_from == "scratch" and o.stage == "sft":
             fail(f"--{name} {getattr(o, name)}: freezes random weights of --init_from scratch; use --{name} 0, or "
