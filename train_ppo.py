@@ -33,7 +33,7 @@ class Options(RunOptions):
     reward: str = ""  # FILE.py:FUNCTION instead of it: fn(prompts: list[str], completions: list[str]) -> list[float]
     value_init: Literal["rm", "sft"] = "rm"  # the value network's start: the reward model, or init_from's trunk
     judge: str = ""  # a second reward model or FILE.py:FUNCTION, never trained on: its preferences are reported
-    lora_layers: int = 12  # adapters in the last so many blocks: what lies below is computed once; 0 = in all [0..]
+    lora_layers: int = 12  # adapters in the last so many blocks, where there are more; 0 = in all [0..]
     long_prompts: Literal["drop", "trim"] = "drop"  # prompts too long for the context: drop, or trim at the left
     # ---- rollouts
     total_episodes: int = 1792  # answers to sample in all, rounded up to whole batches [1..]
@@ -265,7 +265,7 @@ def main(argv=None):
                               o.init_from, run)
         judge = rewards.load(o.judge, "--judge", ref, tokenizer, o.init_from, run) if o.judge else None
         from_rm = reward.model is not None and o.value_init == "rm"
-        adapters.share_below(policy, reward.model)
+        adapters.share_below(policy, ref, reward.model)
         value = adapters.learner(reward.model if from_rm else start, "scalar", o,
                                  runtime.generator(o.seed, 0, 0, "value"))
         prompts, val_prompts, about_prompts, paths = read_prompts(o, tokenizer, policy.config.block_size)

@@ -120,6 +120,10 @@ def main(argv=None):
     given = parse(Options, argv)
     o, saved = checkpoint.resume(given, "sft", (
         *SIZES, "seed", "batch_size", "optimizer", "long_prompts", "lr_schedule", *adapters.OPTIONS))
+    if o.init_from != "scratch" and not given.resume and "init_from" not in o.given:
+        if sized := [runtime.option(name, getattr(o, name)) for name in SIZES[:-1] if name in o.given]:
+            fail(f"{sized[0]}: {o.init_from} has its own size and vocabulary; for a model from scratch give @scratch "
+                 f"{' '.join(sized)}")
     adapters.check_options(o)
     warn_idle(o, "optimizer adamw", o.optimizer == "adamw", "muon_learning_rate")
     warn_idle(o, "tokenizer gpt2", o.tokenizer == "gpt2", "vocab_size")
@@ -136,6 +140,9 @@ def main(argv=None):
         # ---- tokenizer and model: new, or a checkpoint's
         if not scratch:
             partial = o.lora_rank or o.freeze_layers
+            if saved and partial and o.init_from != "smollm2" and not os.path.exists(o.init_from):
+                fail(f"--resume: {o.init_from}: is no longer there, which holds the run's frozen weights; name its "
+                     "new place with --init_from")
             shorter = o.block_size if saved or "block_size" in given.given else 0
             model, tokenizer, payload = (*checkpoint.build(*saved, run.device, o.dropout), saved.payload) if saved and (
                 not partial) else checkpoint.load(o.init_from, checkpoint.POLICIES, run.device, o.dropout, shorter)
@@ -143,9 +150,10 @@ def main(argv=None):
                 model = adapters.learner(model, "lm", o, runtime.generator(o.seed, 0, 0, "adapters"), o.dropout)
             found = {"family": "gpt2", "tokenizer": o.tokenizer, **payload["config"], **payload["options"]}
             own = {name: found[name] for name in SIZES}
+            had = own | {"tokenizer": (saved.payload if saved else payload)["options"].get("tokenizer", tokenizer.name)}
             for name in own.keys() & given.given:
-                if getattr(o, name) != own[name]:
-                    fail(f"--{name} {getattr(o, name)}: {saved.path if saved else o.init_from} has {own[name]}; leave "
+                if getattr(o, name) != had[name]:
+                    fail(f"--{name} {getattr(o, name)}: {saved.path if saved else o.init_from} has {had[name]}; leave "
                          "the option out")
             run.options = o = replace(o, **own)
         else:

@@ -49,10 +49,10 @@ class LowRank(nn.Module):
 def check_options(o):
     """Exits 2 where options of what learns exclude each other."""
     if o.lora_rank and o.freeze_layers:
-        fail(f"--freeze_layers {o.freeze_layers}: excludes --lora_rank {o.lora_rank}, with which all blocks are frozen; "
-             "add --lora_rank 0")
+        fail(f"--freeze_layers {o.freeze_layers}: excludes --lora_rank {o.lora_rank}, with which all blocks are "
+             "frozen; add --lora_rank 0")
     for name in ("lora_rank", "freeze_layers"):
-        if getattr(o, name) and o.init_from == "scratch":
+        if getattr(o, name) and o.init_from == "scratch" and o.stage == "sft":
             fail(f"--{name} {getattr(o, name)}: freezes random weights of --init_from scratch; use --{name} 0, or "
                  "@scratch, which has all options of a model from scratch")
     warn_idle(o, "lora_rank 0", not o.lora_rank, "lora_alpha", "lora_layers")
@@ -155,21 +155,27 @@ def merge(model):
     return model.requires_grad_(True)
 
 
-def share_below(model, other):
-    """Where all weights below the first block that learns are those of another model too, that one takes the memory.
+def share_below(model, *others):
+    """Each weight below the first block that learns which another model has too is one memory for both; where that is
+    all of them, what `model` computes there is the other's as well.
 
     So it is where a reward model's adapters stand in the same blocks as the policy's, or higher ones.
     """
-    if other is None or not model.first or model.config != other.config:
-        return
-    own, theirs = (dict(below(m, model.first)) for m in (model, other))
-    if own.keys() == theirs.keys() and all(torch.equal(p, theirs[name]) for name, p in own.items()):
-        for name, p in own.items():
-            theirs[name].data = p.data
+    for other in others:
+        if other is None or not model.first or model.config != other.config:
+            continue
+        theirs = dict(below(other, model.first))
+        for name, p in below(model, model.first):
+            if torch.equal(p, theirs[name]):
+                theirs[name].data = p.data
+        if same_memory(model, other, model.first):
+            other.first = model.first
 
 
-def same_memory(a, b):
-    return a.wte.weight.data_ptr() == b.wte.weight.data_ptr()
+def same_memory(a, b, first):
+    """Whether all below a block is one memory for both models."""
+    pointers = [{name: p.data_ptr() for name, p in below(model, first)} for model in (a, b)]
+    return pointers[0] == pointers[1]
 
 
 def below(model, first):
@@ -190,7 +196,7 @@ def add_states_below(batch, policy, value, run, rows=128):
     for name, model in (("below", policy), ("value_below", value)):
         if model is None or not model.first:
             continue
-        if batch.below is not None and model.first == policy.first and same_memory(model, policy):
+        if batch.below is not None and model.first == policy.first and same_memory(model, policy, policy.first):
             batch.value_below = batch.below
             continue
         column = model.wte.weight.new_zeros(*batch.tokens.shape, model.config.n_embd)

@@ -37,7 +37,7 @@ import train_ppo
 import train_rm
 import train_sft
 from minirlhf import adapters, kernels, runtime, sizes
-from minirlhf.config import all_printed, fail, launch, parse, ranks, say, unprinted
+from minirlhf.config import all_printed, fail, launch, parse, ranks, say, unprinted, warn_idle
 from minirlhf.data import Row
 from minirlhf.generate import compile_model
 from minirlhf.model import GPT, GPTConfig, outline
@@ -124,6 +124,11 @@ def forward_flops(*work):
     return sum(passes(*work))
 
 
+def blocks_of(w, o):
+    """How many blocks learn, the last ones: those that have adapters, or all."""
+    return min(o.lora_layers or w.layers, w.layers) if o.lora_rank else w.layers
+
+
 def adapters_of(w, o):
     """Numbers in one block's adapters, rank (in + out) each: those of queries, keys and values; the others."""
     c = config_of(w)
@@ -134,7 +139,7 @@ def adapters_of(w, o):
 
 def adapter_flops(w, o, rows, tokens, selected):
     """FLOPs of a forward pass through the adapters alone."""
-    (a, b), L = adapters_of(w, o), o.lora_layers or w.layers
+    (a, b), L = adapters_of(w, o), blocks_of(w, o)
     return 2 * rows * (L * a * tokens + (L - 1) * b * tokens + b * selected)
 
 
@@ -145,7 +150,7 @@ def training_flops(w, o, rows, tokens, pairs, selected, words):
     """
     if not o.lora_rank:
         return 3 * forward_flops(w, rows, tokens, pairs, selected, words)
-    layers = o.lora_layers or w.layers
+    layers = blocks_of(w, o)
     qkv, other, attention, head = passes(w, rows, tokens, pairs, selected, words, layers)
     entering = 2 * rows * tokens * o.lora_rank * w.width
     return (2 * (qkv + other) - qkv // layers + 3 * attention + (3 if words == 1 else 2) * head
@@ -166,7 +171,7 @@ def learned(w, o):
     """Numbers that learn in a policy or SFT model, and in a value network or reward model."""
     if not o.lora_rank:
         return [parameters(w, head) for head in ("lm", "scalar")]
-    own = sum(adapters_of(w, o)) * (o.lora_layers or w.layers)
+    own = sum(adapters_of(w, o)) * blocks_of(w, o)
     return [own, own + w.width + 1]
 
 
@@ -181,7 +186,7 @@ def ppo_cost(w, o, itemsize=4):
     lies below the blocks that have some.
     """
     P, R, T = w.prompt, w.response, w.prompt + w.response
-    c, layers = config_of(w), (o.lora_layers if o.lora_rank else 0) or w.layers
+    c, layers = config_of(w), blocks_of(w, o)
     block, head = sum(linear_weights(c)), w.vocab * w.width
     policy = forward_flops(w, w.batch, T - 1, causal(T - 1), R, w.vocab)
     rows = (w.batch, T - 1, causal(T - 1), R)
@@ -200,7 +205,7 @@ def step_cost(w, what, batch, o):
     """-> {"step": (FLOPs, bytes)} of one SFT step (rows) or reward-model step (pairs)."""
     rows, tokens, selected, words = ((batch, LENGTH - 1, LENGTH - 1, w.vocab) if what == "sft" else
                                      (2 * batch, LENGTH, 1, 1))
-    layers = (o.lora_layers if o.lora_rank else 0) or w.layers
+    layers = blocks_of(w, o)
     c = config_of(w)
     flops = training_flops(w, o, rows, tokens, causal(tokens), selected, words)
     flops += 2 * rows * (w.layers - layers) * (sum(linear_weights(c)) * tokens
@@ -483,7 +488,7 @@ def main(argv=None):
     o = parse(Options, argv)
     if ranks()[1] > 1:
         fail("the benchmark is of one process: run it without torchrun")
-    o.lora_layers = min(o.lora_layers, SIZES[o.size].layers)
+    warn_idle(o, "lora_rank 0", not (o.lora_rank or o.json), "lora_layers")  # JSON is for programs
     if o.scaling and o.what not in ("all", "ppo"):
         fail(f"--what {o.what}: --scaling is of PPO")
     all_printed()

@@ -98,11 +98,29 @@ def is_on_base(model):
     return bool(model.base) and any("model" not in entry for entry in model.base["adapters"])
 
 
+def is_merged(model):
+    """Whether a file holds the model whole, what learns added to what is frozen."""
+    return adapters.is_partial(model) and not is_on_base(model)
+
+
 def contents(model, learned=None):
     """What a file holds of a model. learned: its weights of another time, as `learned_state` gives them."""
     if is_on_base(model):
-        return {"model": learned or learned_state(model), "base": model.base}
+        learned, entries = learned or learned_state(model), model.base["adapters"]
+        return {"model": learned, "base": {**model.base, "chain": chain_hash([*entries[:-1],
+                                                                              {**entries[-1], "model": learned}])}}
     return {"model": adapters.merged(model, learned)}
+
+
+def chain_hash(entries):
+    """A short hash of adapters, the one after the other: their options and tensors."""
+    digest = hashlib.sha256()
+    for entry in entries:
+        digest.update(repr([entry[name] for name in ("head", "lora_rank", "lora_alpha", "lora_layers")]).encode())
+        for name, tensor in sorted(entry["model"].items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().flatten().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
 
 
 def learned_state(model):
@@ -213,8 +231,9 @@ def files_of(path):
 
 
 def located(path):
-    """The path of a model that is named: "smollm2", where no file has this name, is fetched."""
-    return fetch.smollm2() if path == "smollm2" and not os.path.exists(path) else path
+    """The path of a model that is named: "smollm2", where no model has this name, is fetched."""
+    own = os.path.isfile(file_of(path)) or pretrained.is_foreign(path)
+    return fetch.smollm2() if path == "smollm2" and not own else path
 
 
 def is_foreign(path):
@@ -282,8 +301,9 @@ def build(payload, path, device, dropout=0.0):
 
 def on_base(payload, config, path):
     """The model of a file that holds adapters only: another program's, to whose weights all of them are added."""
-    base, entries = {**payload["base"], "path": found_base(payload["base"], path)}, []
-    model = published(located(base["path"]), None, config.block_size)[0]
+    named, place, entries = payload["base"]["path"], found_base(payload["base"], path), []
+    base = {**payload["base"], "path": named if named == "smollm2" else place}
+    model = published(place, None, config.block_size, f"{path}: does not fit: {config.block_size} tokens")[0]
     if ["model" in entry for entry in base["adapters"]] != [True] * (len(base["adapters"]) - 1) + [False]:
         fail(f"{path}: does not fit: the last of the adapters are the file's own, and no others")
     for entry in base["adapters"]:
@@ -292,6 +312,8 @@ def on_base(payload, config, path):
         ranks = {len(t) for name, t in entry["model"].items() if name.endswith(".a")}
         if type(rank) is not int or ranks != {rank} or type(alpha) is not float or not 0 < alpha < math.inf:
             fail(f"{path}: does not fit: adapters of rank {str(rank)[:40]} and alpha {str(alpha)[:40]}")
+        if odd := [name for name, tensor in entry["model"].items() if not tensor.is_floating_point()]:
+            fail(f"{path}: does not fit: {odd[0]} is of {entry['model'][odd[0]].dtype}")
         if type(layers) is not int or not 0 <= layers <= model.config.n_layer or entry["head"] not in ("lm", "scalar"):
             fail(f"{path}: does not fit: adapters in {str(layers)[:40]} blocks, under the head {entry['head']!r:.40}")
         settings = SimpleNamespace(lora_rank=rank, lora_alpha=alpha, lora_layers=layers, freeze_layers=0)
@@ -299,6 +321,8 @@ def on_base(payload, config, path):
         load_weights(adapted, entry["model"], path)
         model = adapters.merge(adapted)
         entries.append(entry)
+    if base.get("chain", found := chain_hash(entries)) != found:  # files of early versions have none
+        fail(f"{path}: does not fit: the adapters are not those that were saved, or not in their order")
     if replace(model.config, dropout=config.dropout) != config or model.head != payload["head"]:
         fail(f"{path}: does not fit the model that it is made from, {base['path']}")
     model.base = {**base, "adapters": entries}
@@ -306,8 +330,8 @@ def on_base(payload, config, path):
 
 
 def found_base(base, path):
-    """The path of the model that a file's adapters stand on: where it was, beside the file, or in the cache of fetched
-    ones. Exits 2 where there is none with its contents."""
+    """The absolute path of the model that a file's adapters stand on: where it was, beside the file, or in the cache of
+    fetched ones. Exits 2 where there is none with its contents."""
     wanted = str(base["path"])
     places = [wanted, *(os.path.join(folder, os.path.basename(wanted)) for folder in (
         os.path.dirname(path) or ".", str(fetch.cache_folder())))]
@@ -315,17 +339,22 @@ def found_base(base, path):
         places = [fetch.smollm2()]
     there = [place for place in places if os.path.exists(place)]
     for place in there:
-        if fingerprint(*pretrained.files(place)) == base["files"]:
-            return wanted if wanted == "smollm2" else os.path.abspath(place)
+        try:
+            if fingerprint(*pretrained.files(place)) == base["files"]:
+                return os.path.abspath(place)
+        except OSError as error:
+            fail(f"{path}: holds adapters on {wanted}, but {error.filename or place} cannot be read ({error.strerror})")
     fail(f"{path}: holds adapters on {wanted}, which " + (
         f"is another model now ({', '.join(there)})" if there else f"is not there, nor at {places[1]} or {places[2]}")
-        + "; put the model that they were trained on there")
+        + f"; put the model that they were trained on into {fetch.cache_folder()} (MINIRLHF_CACHE), where all files "
+        "find it")
 
 
-def published(path, head, block_size):
-    """Another program's model -> (model, its tokenizer, info). It knows its `base`: itself."""
-    model, found, info = pretrained.load(path, head, block_size)
-    model.base = {"path": path, "files": fingerprint(*pretrained.files(path)), "adapters": []}
+def published(path, head, block_size, asked=""):
+    """Another program's model -> (model, its tokenizer, info), as `pretrained.load`. It knows its `base`: itself."""
+    model, found, info = pretrained.load(path, head, block_size, asked)
+    with pretrained.readable(path):
+        model.base = {"path": path, "files": fingerprint(*pretrained.files(path)), "adapters": []}
     return model, found, info
 
 
@@ -458,7 +487,8 @@ class Training:
                     fail(f"--resume: {what} is not what the run of {path} began with")
             if "best" in state:
                 check_shapes(self.model, state["best"], path)
-            best = state.pop("best", payload["model"] if "model" in state else None)
+            apart = "model" in state and not is_merged(self.model)  # a merged model is no state of one that learns
+            best = state.pop("best", payload["model"] if apart else None)
             load_weights(self.model, state.pop("model", payload["model"]), path)
             for name, network in self.networks.items():
                 load_weights(network, state.pop(name), path)
@@ -481,7 +511,7 @@ class Training:
             training = {"step": step, "data": self.fingerprints, **state,
                         **{name: learned_state(network) for name, network in self.networks.items()},
                         "optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
-            merged = adapters.is_partial(self.model) and not is_on_base(self.model)
+            merged = is_merged(self.model)
             if best is not None or merged:
                 training["model"] = learned_state(self.model)
             if best is not None and merged:

@@ -175,7 +175,7 @@ class RunOptions:
     check: bool = False  # test what must hold on this model, data and device, a line for each, and write nothing
     # ---- what learns
     lora_rank: int = 16  # rank of adapters on the linear layers, all else frozen; 0 = no adapters, all learns [0..4096]
-    lora_alpha: float = 32.0  # adapters count alpha / rank (0..]
+    lora_alpha: float = 32.0  # what adapters add is multiplied by alpha / rank (0..]
     lora_layers: int = 0  # adapters in the last so many blocks, where there are more; 0 = in all [0..]
     freeze_layers: int = 0  # embeddings and the first so many blocks stay as they are, the rest learns in full [0..]
 
@@ -280,13 +280,15 @@ def _comments(cls):
 
 @functools.cache
 def _headings(cls):
-    """{first option under it: heading}, of the lines "# ---- heading"."""
-    found, heading = {}, None
+    """{first option under it: heading}, of the lines "# ---- heading". A field that a class declares again stays in its
+    place, under the heading there."""
+    found, heading, known = {}, None, set()
     for owner in reversed(cls.__mro__[:-1]):
         for line in inspect.getsource(owner).splitlines():
             heading = line.strip()[7:] if line.startswith("    # ---- ") else heading
-            if heading and (match := re.match(r"    (\w+): .*?  # ", line)):
+            if heading and (match := re.match(r"    (\w+): .*?  # ", line)) and match[1] not in known:
                 found[match[1]], heading = heading, None
+        known |= {*inspect.get_annotations(owner)}
     return found
 
 
@@ -340,7 +342,7 @@ def _words(cls, argv):
 def read_options(path, cls):
     """Yields (name, text of the value, "FILE:LINE: ") for each option in a file. Exits 2 on what is none."""
     kinds, seen = {field.name: field.type for field in fields(cls)}, {}
-    if not os.path.lexists(path):
+    if not os.path.isfile(path):
         path = presets().get(path, path)
     for number, line in lines_for(path, getattr(cls, "stage", "")):
         name, text = _setting(line, f"{path}:{number}", kinds)
@@ -372,6 +374,10 @@ def lines_for(path, stage):
         line = line.strip()
         heading = re.fullmatch(r"\[(sft|rm|ppo)\]\s*(#.*)?", line) if stage else None
         section = heading[1] if heading else section
+        if line.startswith("[") and not heading:
+            fail(f"{path}:{number}: {line[:60]}: " + (
+                "there are no sections but [sft], [rm] and [ppo], for those scripts; leave the line out, one `name = "
+                "value` a line is all" if stage else "this command takes no sections; leave the line out"))
         if line and not heading and section in ("", stage) and not line.startswith("#"):
             yield number, line
 
@@ -379,9 +385,6 @@ def lines_for(path, stage):
 def _setting(line, where, kinds):
     """A line -> (name, text of the value); `where` is its file and number."""
     match = re.fullmatch(r"(--)?([\w.-]+)[ \t]*(=?)[ \t]*(.*)", line)
-    if line.startswith("["):
-        fail(f"{where}: {line[:60]}: there are no sections but [sft], [rm] and [ppo], for those scripts; leave the line "
-             "out, one `name = value` a line is all")
     if line.startswith("@"):
         fail(f"{where}: {line[:60]}: such a file names no other; put both on the command line")
     if colon := re.match(r"""(--)?["']?([\w.-]+)["']?[ \t]*:""", line):

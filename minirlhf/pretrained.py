@@ -27,6 +27,7 @@ from minirlhf.model import GPTConfig, outline
 
 PIECE = 1 << 20  # numbers that are widened at once
 LARGEST_JSON, LARGEST_HEADER = 256 << 20, 100_000_000  # bytes
+WEIGHTS = "model.safetensors", "pytorch_model.bin"
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 BLOCKS = {"F32": (1, 4), "F16": (1, 2), "BF16": (1, 2), "Q8_0": (32, 34), "Q4_0": (32, 18), "Q4_1": (32, 20)}
 # of each way to store numbers: how many make a block, and its bytes
@@ -46,10 +47,11 @@ def is_foreign(path):
     return path.endswith(".gguf") or os.path.isfile(config) and "stage" not in read_json(config)
 
 
-def load(path, head=None, block_size=0):
+def load(path, head=None, block_size=0, asked=""):
     """A folder or .gguf file -> (GPT on the CPU in eval mode, what its tokenizer is made of, info).
 
-    head: "lm" or "scalar" where only that will do. block_size: a shorter context than the model's own; 0 = its own.
+    head: "lm" or "scalar" where only that will do. block_size: a shorter context than the model's own; 0 = its own;
+    asked: who wants it, for the refusal of a longer one; "" = the option.
     The second is what `tokenizer_files` gives, or the "tokenizer.ggml." part of GGUF's metadata. info: source,
     model_type, context, vocab_size, kinds of tensors. Exits 2 where the model is not whole or cannot be computed
     exactly.
@@ -64,7 +66,7 @@ def load(path, head=None, block_size=0):
             values, tokenizer = Values(read_json(os.path.join(path, "config.json")), f"{path}/config.json"), None
         config = sizes(values)
         if block_size > config.block_size:
-            fail(f"--block_size {block_size}: {path} has a context of {config.block_size} tokens")
+            fail(f"{asked or f'--block_size {block_size}'}: {path} has a context of {config.block_size} tokens")
         if not gguf:
             stored, tokenizer = read_folder(path), tokenizer_files(path)
         stored = own_names(stored, config, gguf, path)
@@ -403,7 +405,7 @@ def pointer(path):
 
 def read_folder(folder):
     """-> {name: Stored} of all weights. Exits 2 where a file is missing, cut short, or not what its name says."""
-    for name, read in (("model.safetensors", read_safetensors), ("pytorch_model.bin", read_pickle)):
+    for name, read in zip(WEIGHTS, (read_safetensors, read_pickle)):
         path = os.path.join(folder, name)
         if os.path.isfile(path):
             return read(path)
@@ -412,11 +414,17 @@ def read_folder(folder):
     fail(f"{folder}: holds neither model.safetensors nor pytorch_model.bin, nor an index of either")
 
 
-def read_shards(index, read):
-    where, stored = read_json(index).get("weight_map"), {}
+def weight_map(index):
+    """{tensor: file} of an index."""
+    where = read_json(index).get("weight_map")
     if not isinstance(where, dict) or not all(isinstance(file, str) and os.path.basename(file) == file and file
                                               for file in where.values()):
         fail(f"{index}: weight_map must name a file of this folder for each tensor")
+    return where
+
+
+def read_shards(index, read):
+    where, stored = weight_map(index), {}
     for file in sorted(set(where.values())):
         path = os.path.join(os.path.dirname(index), file)
         if not os.path.isfile(path):
@@ -494,12 +502,17 @@ def read_pickle(path):
 
 
 def files(path):
-    """The files that a folder's or .gguf file's model is made of."""
+    """The files that a folder's or .gguf file's model is made of: those that this program takes it from, in order."""
     if os.path.isfile(path):
         return [path]
-    return [os.path.join(path, name) for name in sorted(os.listdir(path))
-            if name.endswith((".safetensors", ".bin")) or name in ("config.json", "merges.txt", "vocab.json")
-            or name.endswith(".index.json") or name.startswith("tokenizer") and name.endswith(".json")]
+    there = {*os.listdir(path)}
+    weights = next((name for whole in WEIGHTS for name in (whole, f"{whole}.index.json")
+                    if os.path.isfile(os.path.join(path, name))), WEIGHTS[0])
+    tokens = ["tokenizer.json"] if "tokenizer.json" in there else ["vocab.json", "merges.txt"]
+    names = {"config.json", "tokenizer_config.json", weights, *tokens}
+    if weights.endswith(".index.json"):
+        names |= {*weight_map(os.path.join(path, weights)).values()}
+    return [os.path.join(path, name) for name in sorted(names & there)]
 
 
 def tokenizer_files(folder):

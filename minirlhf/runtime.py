@@ -559,7 +559,7 @@ def next_command(script, after, **options):
     """"python SCRIPT --name value ...", without options that have the stages' usual values. after: the options of the
     stage before, whose file of options, if they are those of one in the package, is for the next stage too."""
     preset = [word for word in shortest(after) if word.startswith("@")]
-    usual = USUAL | {name.strip(): value.strip() for word in preset for name, _, value in (
+    usual = USUAL | {name.strip(): value.strip().strip("'\"") for word in preset for name, _, value in (
         line.partition("=") for _, line in lines_for(presets()[word[1:]], script[6:-3]))}
     return " ".join([start_of(script), *preset, *(option(name, value) for name, value in options.items()
                                                   if value != usual.get(name))])

