@@ -11,6 +11,7 @@ import torch
 
 import train_ppo
 from minirlhf import adapters, evaluate, rewards
+from minirlhf.config import parse
 from minirlhf.generate import KVCache, compile_model, generate
 from minirlhf.model import GPT, GPTConfig, flat_indices
 from minirlhf.runtime import generator
@@ -20,8 +21,9 @@ DOUBLE = {"rtol": 1e-9, "atol": 1e-10}
 
 
 def options(**changes):
-    return train_ppo.Options(**{"value_warmup": 0, "ent_coef": 0.0, "kl_baseline": 0.0, "reward_clip": 0.0,
-                                "micro_batch_size": 3, "response_length": 6, "out_dir": "out", "lora_rank": 0} | changes)
+    return replace(parse(train_ppo.Options, ["@scratch"]), **{
+        "value_warmup": 0, "ent_coef": 0.0, "kl_baseline": 0.0, "reward_clip": 0.0, "micro_batch_size": 3,
+        "response_length": 6, "out_dir": "out"} | changes)
 
 
 def run_of(o, ranks=1):
