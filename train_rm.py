@@ -4,6 +4,7 @@ Starts from the SFT trunk with a new scalar head and minimises -log sigmoid(r_be
 record. Its accuracy is set against chance, against length alone, and against how well people predict one another.
 """
 import os
+import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -36,7 +37,8 @@ class Options(RunOptions):
     lora_layers: int = 12  # adapters in the last so many blocks, where there are more; 0 = in all [0..]
     long_prompts: Literal["drop", "trim"] = "drop"  # texts over the context: drop them, or trim the prompt at its left
     # ---- training
-    num_train_epochs: float = 0.025  # passes over the training data; more than 1 overfit fast (0..1000000]
+    num_train_epochs: float = 1  # passes over the training data; more overfit fast (0..1000000]
+    max_steps: int = 76  # at most so many optimizer steps, whatever the epochs; 0 = no limit [0..]
     batch_size: int = 4  # records (pairs or rankings) an optimizer step, over all ranks [1..]
     micro_batch_size: int = 4  # records a backward pass: for memory; changes no gradient [1..]
     optimizer: Literal["muon", "adamw"] = "adamw"  # muon: torch.optim.Muon for the blocks' matrices, AdamW for the rest
@@ -166,7 +168,7 @@ def read_scale_prompts(o, tokenizer, block_size):
 
 def main(argv=None):
     o, saved = checkpoint.resume(parse(Options, argv), "rm", (
-        "seed", "batch_size", "optimizer", "long_prompts", "lr_schedule", *adapters.OPTIONS))
+        "seed", "batch_size", "max_steps", "optimizer", "long_prompts", "lr_schedule", *adapters.OPTIONS))
     adapters.check_options(o)
     warn_idle(o, "optimizer adamw", o.optimizer == "adamw", "muon_learning_rate")
     if os.path.normpath(o.data_dir) == Options.data_dir:
@@ -184,7 +186,7 @@ def main(argv=None):
         train_set, val_set, about_data, paths = read_preferences(o, tokenizer, block_size)
         scale_prompts, scale_paths = read_scale_prompts(o, tokenizer, block_size)
         order = Order([max(len(row.ids) for row in rows) for rows, _, _ in train_set], o.batch_size, o.seed)
-        steps = max(1, round(o.num_train_epochs * order.steps_per_epoch))
+        steps = min(max(1, round(o.num_train_epochs * order.steps_per_epoch)), o.max_steps or sys.maxsize)
         optimizers = runtime.make_optimizers(model, o)
 
         # ---- a new run, or one that goes on

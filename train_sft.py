@@ -4,6 +4,7 @@ Minimises the cross-entropy of completion tokens and eos given the prompt, from 
 """
 import math
 import os
+import sys
 import time
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -40,7 +41,8 @@ class Options(RunOptions):
     dropout: float = 0.0  # on embeddings, attention and residual branches, in training only [0..1)
     long_prompts: Literal["drop", "trim"] = "drop"  # rows over block_size: drop them, or trim the prompt at its left
     # ---- training
-    num_train_epochs: float = 0.08  # passes over the training data (0..1000000]
+    num_train_epochs: float = 1  # passes over the training data (0..1000000]
+    max_steps: int = 178  # at most so many optimizer steps, whatever the epochs; 0 = no limit [0..]
     batch_size: int = 8  # rows an optimizer step, over all ranks [1..]
     micro_batch_size: int = 8  # rows a forward and backward pass: for memory; changes no gradient [1..]
     optimizer: Literal["muon", "adamw"] = "adamw"  # muon: torch.optim.Muon for the blocks' matrices, AdamW for the rest
@@ -119,7 +121,7 @@ def encode_demonstrations(parts, paths, o, tokenizer, block_size):
 def main(argv=None):
     given = parse(Options, argv)
     o, saved = checkpoint.resume(given, "sft", (
-        *SIZES, "seed", "batch_size", "optimizer", "long_prompts", "lr_schedule", *adapters.OPTIONS))
+        *SIZES, "seed", "batch_size", "max_steps", "optimizer", "long_prompts", "lr_schedule", *adapters.OPTIONS))
     if o.init_from != "scratch" and not given.resume and "init_from" not in o.given:
         if sized := [runtime.option(name, getattr(o, name)) for name in SIZES[:-1] if name in o.given]:
             fail(f"{sized[0]}: {o.init_from} has its own size and vocabulary; for a model from scratch give @scratch "
@@ -169,7 +171,7 @@ def main(argv=None):
                 fail(f"a model of --n_layer {o.n_layer} and --n_embd {o.n_embd} cannot be made: {error}")
         kernels.pick_matmul(model)
         order = Order([len(row.ids) for row in train_rows], o.batch_size, o.seed)
-        steps = max(1, round(o.num_train_epochs * order.steps_per_epoch))
+        steps = min(max(1, round(o.num_train_epochs * order.steps_per_epoch)), o.max_steps or sys.maxsize)
         optimizers = runtime.make_optimizers(model, o)
 
         # ---- a new run, or one that goes on

@@ -596,7 +596,7 @@ def resume(o, stage, structural):
         fail(f"--resume: {path if payload else begun}: has options that this version does not know: "
              f"{', '.join(unknown)}; go on with the version that made it, or start another run")
     own, changes, length = names - {"resume", "overwrite", "check", "out_dir"}, {}, LENGTH[stage]
-    defaults = {f.name: f.default for f in fields(o)} | {"lora_rank": 0, "num_eval_texts": 0}
+    defaults = {f.name: f.default for f in fields(o)} | {"lora_rank": 0, "num_eval_texts": 0, "max_steps": 0}
     for name, value in (defaults | was).items():  # what an older run did not know yet, it did not do
         if name in own and name not in o.given:
             changes[name] = value
@@ -606,6 +606,9 @@ def resume(o, stage, structural):
                 fail(f"--resume: {text}, which cannot change; leave the option out or start another run")
             tell(f"resume: {text}")
     if payload and length in o.given and was.get(length) != getattr(o, length):
+        if was.get("max_steps"):
+            fail(f"--resume: --{length} {getattr(o, length)}: this run ends at --max_steps {was['max_steps']}, which cannot "
+                 "change; start another run")
         with fitting(path):
             changes |= of_another_length(o, stage, was, tell)
     if payload is None:

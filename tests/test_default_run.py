@@ -34,12 +34,12 @@ def test_default_run(tmp_path):
     """Fetched weights and data, a third of the default run: the SFT model has learned what the sentences are like, the
     reward model and a judge trained on other sentences tell which people prefer, and the policy's answers score higher
     by both, not far from the SFT model. All that is left on the disk is small."""
-    seconds = {"sft": run(script("sft"), "--num_train_epochs", "0.03", "--num_eval_texts", "300", cwd=tmp_path)}
+    seconds = {"sft": run(script("sft"), "--max_steps", "66", "--num_eval_texts", "300", cwd=tmp_path)}
     few = "--num_eval_texts", "300", "--num_scale_samples", "64"
-    seconds["rm"] = run(script("rm"), "--num_train_epochs", "0.01", *few, cwd=tmp_path)
-    seconds["judge"] = run(script("rm"), "--preferences", "judge", "--num_train_epochs", "0.03", *few, "--out_dir",
+    seconds["rm"] = run(script("rm"), "--max_steps", "30", *few, cwd=tmp_path)
+    seconds["judge"] = run(script("rm"), "--preferences", "judge", "--max_steps", "30", *few, "--out_dir",
                            "out/judge", cwd=tmp_path)
-    seconds["ppo"] = run(script("ppo"), "--total_episodes", "704", "--num_eval_prompts", "96", "--eval_interval", "50",
+    seconds["ppo"] = run(script("ppo"), "--total_episodes", "960", "--num_eval_prompts", "96", "--eval_interval", "50",
                          "--value_warmup", "3", "--judge", "out/judge", cwd=tmp_path)
     print({stage: round(s) for stage, s in seconds.items()}, "seconds")
     bits = rows(tmp_path / "out/sft/metrics.jsonl", "eval")[-1]["all"]["bits_per_byte"]
@@ -47,8 +47,8 @@ def test_default_run(tmp_path):
     (final,) = rows(tmp_path / "out/ppo/metrics.jsonl", "final")
     before, after = final["before"], final["after"]
     assert bits < 1.45 and accuracy > 0.68
-    assert after["score"][0] > before["score"][0] + 0.2 and after["judge_score"][0] > before["judge_score"][0]
-    assert after["win_rate"][0] > 0.55 and 0 < after["kl"][0] < 15 and after["eos_rate"] > 0.8
+    assert after["score"][0] > before["score"][0] + 0.1 and after["judge_score"][0] > before["judge_score"][0]
+    assert after["win_rate"][0] > 0.5 and 0 < after["kl"][0] < 15 and after["eos_rate"] > 0.8
     left = sum(path.stat().st_size for path in (tmp_path / "out").rglob("*") if path.is_file())
     assert left < 2e9, f"{left:,} bytes"
 

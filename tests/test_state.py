@@ -301,6 +301,7 @@ COMMON = {
     "lora_layers": Alone("test_a_part_learns"), "freeze_layers": Alone("test_a_part_learns")}
 TRAINING = {
     "dropout": row(0.5, "weights", "steps"), "num_train_epochs": row(2, "weights", "steps"),
+    "max_steps": row(1, "weights", "steps"),
     "batch_size": row(2, "weights", "steps"), "micro_batch_size": row(1, "passes", "rounding"),
     "optimizer": row("adamw", "weights", "steps"), "learning_rate": row(0.2, "weights", "steps"),
     "muon_learning_rate": row(0.2, "weights", "steps"), "weight_decay": row(5.0, "weights", "steps"),
@@ -772,3 +773,17 @@ def test_a_file_system_that_cannot_sync_folders(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="Input/output"):
         runtime.sync_folder(tmp_path)
     assert not before or len(os.listdir("/proc/self/fd")) == before  # the handle was closed
+
+
+@pytest.mark.parametrize("stage", ["sft", "rm"])
+def test_max_steps_ends_a_run(tiny, stage):
+    """After the steps of all epochs or so many, whichever are fewer; the schedule falls over these, so that a run of
+    half an epoch is the same to the last bit. It does not change on resume, nor do epochs make the run longer."""
+    steps = [len([row for row in ended.rows() if "lr" in row]) for ended in (
+        tiny.train(stage), tiny.train(stage, "--max_steps", "2"), tiny.train(stage, "--max_steps", "99"))]
+    assert steps[0] == steps[2] > steps[1] == 2
+    half, capped = tiny.train(stage, "--num_train_epochs", str(2 / steps[0])), tiny.train(stage, "--max_steps", "2")
+    assert equal(half.payload()["model"], capped.payload()["model"])
+    for option, value, words in (("max_steps", "3", "cannot change"), ("num_train_epochs", "2", "ends at --max_steps 2")):
+        again = tiny.train(stage, "--resume", f"--{option}", value, out=capped.folder)
+        assert again.code == 2 and words in again.error
