@@ -471,7 +471,7 @@ SFT = [
     ("        loss_sum += loss.detach()", "        loss_sum = loss.detach()"),
     ("room if room >= 2 else block_size // 2", "room if room >= 2 else block_size"),
     (".sum() / n_tokens", ".mean()"),
-    ("steps = max(1, round(o.num_train_epochs * order.steps_per_epoch))",
+    ("max(1, round(o.num_train_epochs * order.steps_per_epoch))",
      "steps = max(1, int(o.num_train_epochs) * len(train_rows) // o.batch_size)"),
     ('"epoch": done / order.steps_per_epoch, "loss": loss', '"epoch": step / order.steps_per_epoch, "loss": loss'),
     ('"epoch": done / order.steps_per_epoch, "loss": loss',
