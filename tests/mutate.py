@@ -31,7 +31,8 @@ NEAREST = {"minirlhf/objectives.py": ["objectives", "train_ppo"], "minirlhf/data
            "minirlhf/check.py": ["check", "figures"],
            "minirlhf/runtime.py": ["runtime", "figures", "state", "train_ppo", "faults"],
            "minirlhf/sample.py": ["figures", "state", "sample"], "minirlhf/benchmark.py": ["figures", "benchmark"],
-           "minirlhf/config.py": ["config"], "minirlhf/adapters.py": ["adapters", "state", "train_ppo"], "minirlhf/rewards.py": ["adapters", "rewards"], "minirlhf/fetch.py": ["fetch"],
+           "minirlhf/config.py": ["config"], "minirlhf/adapters.py": ["adapters", "state", "train_ppo"],
+           "minirlhf/rewards.py": ["rewards", "adapters", "train_ppo"], "minirlhf/fetch.py": ["fetch"],
            "minirlhf/tokenizer.py": ["tokenizer", "pretrained"], "minirlhf/pretrained.py": ["pretrained"]}
 
 OBJECTIVES = [
@@ -965,7 +966,7 @@ def main():
             if test and test.startswith("tests/"):
                 killers[str((file, old, new))] = test
                 KILLERS.write_text(json.dumps(killers))
-            change = " => ".join(text.strip().splitlines()[0] for text in (old, new))
+            change = " => ".join((text.strip().splitlines() or ["nothing"])[0] for text in (old, new))
             print(f"{'SURVIVED' if test is None else 'killed  '} {file}: {change}" + (f"  [{test}]" if test else ""),
                   flush=True)
     print(f"{len(chosen) - survivors} of {len(chosen)} mutations killed")
