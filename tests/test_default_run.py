@@ -39,7 +39,7 @@ def test_default_run(tmp_path):
     seconds["rm"] = run(script("rm"), "--max_steps", "30", *few, cwd=tmp_path)
     seconds["judge"] = run(script("rm"), "--preferences", "judge", "--max_steps", "30", *few, "--out_dir",
                            "out/judge", cwd=tmp_path)
-    seconds["ppo"] = run(script("ppo"), "--total_episodes", "960", "--num_eval_prompts", "96", "--eval_interval", "50",
+    seconds["ppo"] = run(script("ppo"), "--total_episodes", "704", "--num_eval_prompts", "128", "--eval_interval", "50",
                          "--value_warmup", "3", "--judge", "out/judge", cwd=tmp_path)
     print({stage: round(s) for stage, s in seconds.items()}, "seconds")
     bits = rows(tmp_path / "out/sft/metrics.jsonl", "eval")[-1]["all"]["bits_per_byte"]
@@ -48,7 +48,7 @@ def test_default_run(tmp_path):
     before, after = final["before"], final["after"]
     assert bits < 1.45 and accuracy > 0.68
     assert after["score"][0] > before["score"][0] + 0.1 and after["judge_score"][0] > before["judge_score"][0]
-    assert after["win_rate"][0] > 0.5 and 0 < after["kl"][0] < 15 and after["eos_rate"] > 0.8
+    assert after["win_rate"][0] > 0.5 and 0 < after["kl"][0] < 15 and after["eos_rate"] > 0.5
     left = sum(path.stat().st_size for path in (tmp_path / "out").rglob("*") if path.is_file())
     assert left < 2e9, f"{left:,} bytes"
 
