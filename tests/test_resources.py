@@ -9,6 +9,8 @@ import time
 
 import pytest
 
+from conftest import scratch
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 ENV = {**os.environ, "PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1"}
 SIZE = 200_000_000  # bytes of the large file
@@ -42,7 +44,7 @@ def steps_of(path):
 
 
 def start(stage, folder, *options):
-    command = [sys.executable, os.path.join(ROOT, f"train_{stage}.py"), "--data_dir", "data", *options]
+    command = [sys.executable, os.path.join(ROOT, f"train_{stage}.py"), *scratch(stage), "--data_dir", "data", *options]
     with open(folder / f"{stage}.log", "wb") as log:
         return subprocess.Popen(command, cwd=folder, env=ENV, stdout=log, stderr=log)
 
