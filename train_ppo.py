@@ -107,8 +107,8 @@ def score_rollout(batch, policy, ref, value, reward, o, run):
             entropies = entropy(all_logprobs)
             del all_logprobs
             ref_logprobs, _ = ref.logprobs(part.tokens, part.decisions, o.temperature, part.below)
-            values = value.values(part.tokens, part.decisions, part.value_below)
-            columns.append((logprobs, ref_logprobs, entropies, values))
+            columns.append((logprobs, ref_logprobs, entropies,
+                            value.values(part.tokens, part.decisions, part.value_below)))
     batch.logprobs, batch.ref_logprobs, batch.entropies, batch.values = (  # parts follow one another row by row
         batch.grid(torch.cat(column)) for column in zip(*columns))
     batch.scores = reward(batch, o.micro_batch_size)
@@ -202,8 +202,8 @@ def means(sums, count, ratios):
 def make_optimizers(policy, value, o):
     """AdamW for each of the two networks, so that each keeps its own gradient norm. No weight decay."""
     rates = o.learning_rate, o.value_learning_rate or o.learning_rate
-    return [kernels.AdamW([{"params": [p for p in model.parameters() if p.requires_grad], "peak": rate}], lr=rate,
-                          eps=1e-5, weight_decay=0.0, fused=True) for model, rate in zip((policy, value), rates)]
+    return [kernels.AdamW([{"params": runtime.learning(model), "peak": rate}], lr=rate, eps=1e-5, weight_decay=0.0,
+                          fused=True) for model, rate in zip((policy, value), rates)]
 
 
 def read_options(argv):

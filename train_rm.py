@@ -4,7 +4,6 @@ Starts from the SFT trunk with a new scalar head and minimises -log sigmoid(r_be
 record. Its accuracy is set against chance, against length alone, and against how well people predict one another.
 """
 import os
-import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -186,7 +185,7 @@ def main(argv=None):
         train_set, val_set, about_data, paths = read_preferences(o, tokenizer, block_size)
         scale_prompts, scale_paths = read_scale_prompts(o, tokenizer, block_size)
         order = Order([max(len(row.ids) for row in rows) for rows, _, _ in train_set], o.batch_size, o.seed)
-        steps = min(max(1, round(o.num_train_epochs * order.steps_per_epoch)), o.max_steps or sys.maxsize)
+        steps = order.steps(o.num_train_epochs, o.max_steps)
         optimizers = runtime.make_optimizers(model, o)
 
         # ---- a new run, or one that goes on

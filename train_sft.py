@@ -4,7 +4,6 @@ Minimises the cross-entropy of completion tokens and eos given the prompt, from 
 """
 import math
 import os
-import sys
 import time
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -141,15 +140,8 @@ def main(argv=None):
         parts, paths = read_demonstrations(o)
         # ---- tokenizer and model: new, or a checkpoint's
         if not scratch:
-            partial = o.lora_rank or o.freeze_layers
-            if saved and partial and o.init_from != "smollm2" and not os.path.exists(o.init_from):
-                fail(f"--resume: {o.init_from}: is no longer there, which holds the run's frozen weights; name its "
-                     "new place with --init_from")
             shorter = o.block_size if saved or "block_size" in given.given else 0
-            model, tokenizer, payload = (*checkpoint.build(*saved, run.device, o.dropout), saved.payload) if saved and (
-                not partial) else checkpoint.load(o.init_from, checkpoint.POLICIES, run.device, o.dropout, shorter)
-            if partial:
-                model = adapters.learner(model, "lm", o, runtime.generator(o.seed, 0, 0, "adapters"), o.dropout)
+            model, tokenizer, payload = checkpoint.start(o, saved, run.device, shorter)
             found = {"family": "gpt2", "tokenizer": o.tokenizer, **payload["config"], **payload["options"]}
             own = {name: found[name] for name in SIZES}
             had = own | {"tokenizer": (saved.payload if saved else payload)["options"].get("tokenizer", tokenizer.name)}
@@ -171,7 +163,7 @@ def main(argv=None):
                 fail(f"a model of --n_layer {o.n_layer} and --n_embd {o.n_embd} cannot be made: {error}")
         kernels.pick_matmul(model)
         order = Order([len(row.ids) for row in train_rows], o.batch_size, o.seed)
-        steps = min(max(1, round(o.num_train_epochs * order.steps_per_epoch)), o.max_steps or sys.maxsize)
+        steps = order.steps(o.num_train_epochs, o.max_steps)
         optimizers = runtime.make_optimizers(model, o)
 
         # ---- a new run, or one that goes on

@@ -73,10 +73,10 @@ def learner(model, head, o, generator, dropout=0.0):
     first = max(0, layers - (o.lora_layers or layers)) if o.lora_rank else o.freeze_layers
     other = sharing(model, head, dropout)
     for block in other.h[first:]:
-        if o.lora_rank:
-            adapt(block, o.lora_rank, o.lora_alpha, generator)
-        else:
+        if not o.lora_rank:
             own_weights(block)
+        for part, name, layer in layers_of(block, nn.Linear) if o.lora_rank else ():
+            setattr(part, name, LowRank(layer, o.lora_rank, o.lora_alpha, generator))
     for name in ["score_head"] if o.lora_rank else ["score_head", "ln_f", "lm_head"]:
         own_weights(getattr(other, name, nn.Module()))
     other.first = model.first = first
@@ -90,7 +90,7 @@ def sharing(model, head, dropout):
     """A model under `head` whose frozen weights are the memory of `model`; a scalar head as `with_head` makes it, gain
     and bias its own."""
     other = outline(replace(model.config, dropout=dropout), head)
-    state = {name: tensor for name, tensor in model.state_dict().items()}
+    state = model.state_dict()
     if head == "scalar":
         device = model.wte.weight.device
         new = {"score_head.weight": torch.zeros(1, model.config.n_embd), "score_head.bias": torch.zeros(1),
@@ -100,11 +100,10 @@ def sharing(model, head, dropout):
     return other.requires_grad_(False)
 
 
-def adapt(block, rank, alpha, generator):
-    for part in (block.attn, block.mlp):
-        for name, layer in [*part.named_children()]:
-            if isinstance(layer, nn.Linear):
-                setattr(part, name, LowRank(layer, rank, alpha, generator))
+def layers_of(block, kind):
+    """(owner, name, layer) of a block's layers of one kind."""
+    return [(part, name, layer) for part in (block.attn, block.mlp) for name, layer in part.named_children()
+            if isinstance(layer, kind)]
 
 
 def own_weights(module):
@@ -146,11 +145,10 @@ def merged(model, state=None):
 def merge(model):
     """The adapted model as a plain one: its adapters are added to the matrices, in the memory of the model that it was
     made from, which nobody may use any more."""
-    for part in [part for block in model.h for part in (block.attn, block.mlp)]:
-        for name, layer in [*part.named_children()]:
-            if isinstance(layer, LowRank):
-                layer.linear.weight.addmm_(layer.b, layer.a, alpha=layer.scale)
-                setattr(part, name, layer.linear)
+    for block in model.h:
+        for part, name, layer in layers_of(block, LowRank):
+            layer.linear.weight.addmm_(layer.b, layer.a, alpha=layer.scale)
+            setattr(part, name, layer.linear)
     model.first = 0
     return model.requires_grad_(True)
 

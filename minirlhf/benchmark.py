@@ -124,6 +124,13 @@ def forward_flops(*work):
     return sum(passes(*work))
 
 
+def below_flops(w, o, rows, tokens):
+    """FLOPs of a forward pass through the blocks below those that learn, where no place is selected."""
+    c = config_of(w)
+    return 2 * rows * (w.layers - blocks_of(w, o)) * (sum(linear_weights(c)) * tokens
+                                                      + 2 * c.n_head * c.head_size * causal(tokens))
+
+
 def blocks_of(w, o):
     """How many blocks learn, the last ones: those that have adapters, or all."""
     return min(o.lora_layers or w.layers, w.layers) if o.lora_rank else w.layers
@@ -192,12 +199,11 @@ def ppo_cost(w, o, itemsize=4):
     rows = (w.batch, T - 1, causal(T - 1), R)
     scoring = [forward_flops(w, *rows, words, layers) for words in (w.vocab, w.vocab, 1)]
     scoring.append(forward_flops(w, w.batch, T, causal(T), 1, 1, layers))
-    scoring.append(2 * w.batch * (w.layers - layers) * (block * T + 2 * c.n_head * c.head_size * causal(T)))  # below
-    scoring.append(2 * adapter_flops(w, o, w.batch, T - 1, R) if o.lora_rank else 0)
+    scoring.append(below_flops(w, o, w.batch, T) + 2 * adapter_flops(w, o, w.batch, T - 1, R))
     cached = 2 * w.layers * c.n_kv_head * c.head_size * w.batch * sum(range(P + 1, T))  # read at each decode step
     update = sum(training_flops(w, o, *rows, words) for words in (w.vocab, 1))
     return {"rollout": (policy, itemsize * (R * (block * w.layers + head) + cached)),
-            "scoring": (sum(scoring), itemsize * (block * (w.layers - layers + 4 * layers) + 2 * head)),
+            "scoring": (sum(scoring), itemsize * (block * (w.layers + 3 * layers) + 2 * head)),
             "update": (w.epochs * update, w.epochs * w.minibatches * 7 * 4 * sum(learned(w, o)))}
 
 
@@ -205,11 +211,7 @@ def step_cost(w, what, batch, o):
     """-> {"step": (FLOPs, bytes)} of one SFT step (rows) or reward-model step (pairs)."""
     rows, tokens, selected, words = ((batch, LENGTH - 1, LENGTH - 1, w.vocab) if what == "sft" else
                                      (2 * batch, LENGTH, 1, 1))
-    layers = blocks_of(w, o)
-    c = config_of(w)
-    flops = training_flops(w, o, rows, tokens, causal(tokens), selected, words)
-    flops += 2 * rows * (w.layers - layers) * (sum(linear_weights(c)) * tokens
-                                               + 2 * c.n_head * c.head_size * causal(tokens))
+    flops = below_flops(w, o, rows, tokens) + training_flops(w, o, rows, tokens, causal(tokens), selected, words)
     return {"step": (flops, 7 * 4 * learned(w, o)[what != "sft"])}
 
 

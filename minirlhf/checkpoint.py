@@ -232,8 +232,9 @@ def files_of(path):
 
 def located(path):
     """The path of a model that is named: "smollm2", where no model has this name, is fetched."""
-    own = os.path.isfile(file_of(path)) or pretrained.is_foreign(path)
-    return fetch.smollm2() if path == "smollm2" and not own else path
+    if path != "smollm2" or os.path.isfile(file_of(path)) or pretrained.is_foreign(path):
+        return path
+    return fetch.smollm2()
 
 
 def is_foreign(path):
@@ -303,7 +304,7 @@ def on_base(payload, config, path):
     """The model of a file that holds adapters only: another program's, to whose weights all of them are added."""
     named, place, entries = payload["base"]["path"], found_base(payload["base"], path), []
     base = {**payload["base"], "path": named if named == "smollm2" else place}
-    model = published(place, None, config.block_size, f"{path}: does not fit: {config.block_size} tokens")[0]
+    model = pretrained.load(place, None, config.block_size, f"{path}: does not fit: {config.block_size} tokens")[0]
     if ["model" in entry for entry in base["adapters"]] != [True] * (len(base["adapters"]) - 1) + [False]:
         fail(f"{path}: does not fit: the last of the adapters are the file's own, and no others")
     for entry in base["adapters"]:
@@ -348,14 +349,6 @@ def found_base(base, path):
         f"is another model now ({', '.join(there)})" if there else f"is not there, nor at {places[1]} or {places[2]}")
         + f"; put the model that they were trained on into {fetch.cache_folder()} (MINIRLHF_CACHE), where all files "
         "find it")
-
-
-def published(path, head, block_size, asked=""):
-    """Another program's model -> (model, its tokenizer, info), as `pretrained.load`. It knows its `base`: itself."""
-    model, found, info = pretrained.load(path, head, block_size, asked)
-    with pretrained.readable(path):
-        model.base = {"path": path, "files": fingerprint(*pretrained.files(path)), "adapters": []}
-    return model, found, info
 
 
 def with_dropout(model, dropout):
@@ -408,8 +401,10 @@ def load(path, stages, device, dropout=0.0, block_size=0):
         model, tokenizer = build(payload, file_of(path), device, dropout)
         return model.eval(), tokenizer, payload
     head = "scalar" if stages == ["rm"] else None if "rm" in stages else "lm"
-    model, found, info = published(path, head, block_size)
-    model.base["path"] = named if named != path else os.path.abspath(path)
+    model, found, info = pretrained.load(path, head, block_size)
+    with pretrained.readable(path):
+        model.base = {"path": named if named != path else os.path.abspath(path),
+                      "files": fingerprint(*pretrained.files(path)), "adapters": []}
     tokenizer = (tokenizers.from_gguf(path, {f"tokenizer.ggml.{k}": v for k, v in found.items()})
                  if path.endswith(".gguf") else tokenizers.from_folder(path, model.config.vocab_size))
     if tokenizer.vocab_size != model.config.vocab_size:
@@ -417,6 +412,24 @@ def load(path, stages, device, dropout=0.0, block_size=0):
     stage = "rm" if model.head == "scalar" else "sft"
     return with_dropout(model, dropout).to(device), tokenizer, {
         "stage": stage, "config": sizes_of(model.config), "options": {}, "info": info}
+
+
+def start(o, saved, device, block_size):
+    """The model of stage 1 that goes on or starts from another, and learns as the options say -> as `load`.
+
+    What is frozen is not in the run's own checkpoint, `saved`, but in the model of --init_from. Exits 2 where that has
+    gone since.
+    """
+    partial = o.lora_rank or o.freeze_layers
+    if saved and not partial:
+        return *build(*saved, device, o.dropout), saved.payload
+    if saved and o.init_from != "smollm2" and not os.path.exists(o.init_from):
+        fail(f"--resume: {o.init_from}: is no longer there, which holds the run's frozen weights; name its new place "
+             "with --init_from")
+    model, tokenizer, payload = load(o.init_from, POLICIES, device, o.dropout, block_size)
+    if partial:
+        model = adapters.learner(model, "lm", o, runtime.generator(o.seed, 0, 0, "adapters"), o.dropout)
+    return model, tokenizer, payload
 
 
 def load_pair(init_from, reference, device):
@@ -607,8 +620,8 @@ def resume(o, stage, structural):
             tell(f"resume: {text}")
     if payload and length in o.given and was.get(length) != getattr(o, length):
         if was.get("max_steps"):
-            fail(f"--resume: --{length} {getattr(o, length)}: this run ends at --max_steps {was['max_steps']}, which cannot "
-                 "change; start another run")
+            fail(f"--resume: --{length} {getattr(o, length)}: this run ends at --max_steps {was['max_steps']}, which "
+                 "cannot change; start another run")
         with fitting(path):
             changes |= of_another_length(o, stage, was, tell)
     if payload is None:

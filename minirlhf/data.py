@@ -537,6 +537,11 @@ class Order:
         self.steps_per_epoch = math.ceil(len(lengths) / batch_size)
         self.epoch, self.batches = None, []
 
+    def steps(self, epochs: float, most: int) -> int:
+        """Of so many epochs, rounded, one at least; no more than `most`, if that is not 0."""
+        steps = max(1, round(epochs * self.steps_per_epoch))
+        return min(steps, most) if most else steps
+
     def batch(self, step: int) -> list[int]:
         epoch, i = divmod(step, self.steps_per_epoch)
         if epoch != self.epoch:

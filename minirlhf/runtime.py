@@ -662,8 +662,7 @@ def clip_gradients(model, loss, where, o, check_weights=True):
     where: names the batch.
     """
     norm = torch.nn.utils.get_total_norm(p.grad for p in model.parameters() if p.grad is not None)
-    learns = [p.detach() for p in model.parameters() if p.requires_grad]
-    size = torch.nn.utils.get_total_norm(learns) if check_weights else 0.0
+    size = torch.nn.utils.get_total_norm(p.detach() for p in learning(model)) if check_weights else 0.0
     found = float(loss), float(norm), float(size)
     if not all(map(math.isfinite, found)):
         fail_before_update(f"{where}: not finite (loss {found[0]:.4g}, norm of the gradient {found[1]:.4g}"
@@ -682,11 +681,16 @@ def optimizer_step(model, optimizers, loss, where, o, check_weights=True):
     return norm
 
 
+def learning(model):
+    """The parameters that are not frozen."""
+    return [p for p in model.parameters() if p.requires_grad]
+
+
 def count_parameters(model):
     return sum(p.numel() for p in model.parameters())
 
 
 def describe_parameters(model):
     """"1,234 parameters", and how many of them learn, where not all do."""
-    learn, every = sum(p.numel() for p in model.parameters() if p.requires_grad), count_parameters(model)
+    learn, every = sum(p.numel() for p in learning(model)), count_parameters(model)
     return f"{every:,} parameters" + (f" ({learn:,} of them learn)" if learn < every else "")

@@ -6,7 +6,6 @@ import io
 import json
 import multiprocessing
 import os
-import re
 import resource
 import runpy
 import signal
@@ -34,10 +33,7 @@ both_families = pytest.mark.parametrize("shape", [{}, LLAMA], ids=["gpt2", "llam
 
 def scratch(stage):
     """Words that make a stage train a small model in full, as `@scratch` does, in the usual folders."""
-    text = (ROOT / "minirlhf" / "scratch.toml").read_text()
-    parts = re.split(r"\[(sft|rm|ppo)\]", text)
-    lines = (parts[0] + dict(zip(parts[1::2], parts[2::2]))[stage]).splitlines()
-    found = dict(re.split(r"\s*=\s*", line.replace('"', "")) for line in lines if line and line[0] != "#")
+    found = config.preset_values(importlib.import_module(f"train_{stage}").Options, config.presets()["scratch"])
     return [f"--{name}={value}" for name, value in found.items()
             if name not in ("out_dir", "reward_model") and (name != "init_from" or stage == "sft")]
 
@@ -380,8 +376,9 @@ class Tiny:
         """Run a stage with more options in a folder, a new one unless given -> Ended."""
         self.count += 1
         folder = Path(out or self.folder / "out" / str(self.count))
-        argv = [*([] if "--resume" in options else scratch(stage)), "--device", "cpu", "--dtype", "float32", "--data_dir", self.folder / "data", "--out_dir", folder,
-                *self.STAGES[stage].split()]
+        argv = [] if "--resume" in options else scratch(stage)
+        argv += ["--device", "cpu", "--dtype", "float32", "--data_dir", self.folder / "data", "--out_dir", folder,
+                 *self.STAGES[stage].split()]
         argv += ["--init_from", self.sft] if stage != "sft" else []
         argv += ["--reward_model", self.rm] if stage == "ppo" else []
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -407,6 +404,19 @@ class Tiny:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
         return Ended(code, said.getvalue(), error.getvalue(), folder)
+
+
+@pytest.fixture
+def loaded(monkeypatch):
+    """{first stage that would do: (model, its weights as they were)} of what runs load from now on."""
+    noted, load = {}, checkpoint.load
+
+    def noting(path, stages, device):
+        model, *rest = load(path, stages, device)
+        noted[stages[0]] = model, {name: value.clone() for name, value in model.state_dict().items()}
+        return model, *rest
+    monkeypatch.setattr(checkpoint, "load", noting)
+    return noted
 
 
 @pytest.fixture(scope="session")

@@ -189,6 +189,8 @@ DATA = [
     ("p = trim_left(p, block_size - len(c))", "p = p[:block_size - len(c)]"),
     ("prompt[:1] + prompt[len(prompt) - room + 1:]", "prompt[len(prompt) - room:]"),  # the opening eos is lost
     ("epoch, i = divmod(place, n)", "epoch, i = 0, place % n"),
+    ("max(1, round(epochs * self.steps_per_epoch))", "max(1, int(epochs) * self.steps_per_epoch)"),
+    ("return min(steps, most) if most else steps", "return max(steps, most) if most else steps"),
     ("epoch, i = divmod(step, self.steps_per_epoch)", "epoch, i = 0, step % self.steps_per_epoch"),
 ]
 PPO = [
@@ -340,7 +342,7 @@ STATE = [
      'best = float(kept["info"]["nats_per_token"])'),
     ("train_sft.py", '"held_out": best_figures}, best_weights)', '"held_out": best_figures})'),
     ("train_sft.py", '"held_out": best_figures}, best_weights)', '"held_out": held_out}, best_weights)'),
-    ("train_sft.py", 'checkpoint.POLICIES, run.device, o.dropout, shorter)', 'checkpoint.POLICIES, run.device, 0.0, shorter)'),
+    ("minirlhf/checkpoint.py", "POLICIES, device, o.dropout, block_size)", "POLICIES, device, 0.0, block_size)"),
     ("train_sft.py", 'o.block_size, o.dropout, o.family)', 'o.block_size, 0.0, o.family)'),
     ("train_sft.py", '            runtime.set_rate(optimizers, factor)\n', ''),
     ("train_sft.py", 'min(o.response_length, model.config.block_size - max(map(len, prompts)))',
@@ -472,8 +474,6 @@ SFT = [
     ("        loss_sum += loss.detach()", "        loss_sum = loss.detach()"),
     ("room if room >= 2 else block_size // 2", "room if room >= 2 else block_size"),
     (".sum() / n_tokens", ".mean()"),
-    ("max(1, round(o.num_train_epochs * order.steps_per_epoch))",
-     "steps = max(1, int(o.num_train_epochs) * len(train_rows) // o.batch_size)"),
     ('"epoch": done / order.steps_per_epoch, "loss": loss', '"epoch": step / order.steps_per_epoch, "loss": loss'),
     ('"epoch": done / order.steps_per_epoch, "loss": loss',
      '"epoch": done * o.batch_size / len(train_rows), "loss": loss'),
@@ -804,10 +804,10 @@ ADAPTERS = [  # with their files: what learns, what is shared, what lies below, 
     ("minirlhf/adapters.py", "outline(replace(model.config, dropout=dropout), head)", "outline(model.config, head)"),
     ("minirlhf/adapters.py", "(state[name].clone() if name in state else", "(state[name] if name in state else"),  # gain
     ("minirlhf/adapters.py", "assign=True)\n    return other.requires_grad_(False)", "assign=True)\n    return other"),
-    ("minirlhf/adapters.py", "state = {name: tensor for", "state = {name: tensor.clone() for"),  # a trunk of its own
-    ("minirlhf/adapters.py", "for part in (block.attn, block.mlp):\n        for name, layer in [*part.named_children()]:\n"
-     "            if isinstance(layer, nn.Linear)", "for part in (block.attn,):\n        for name, layer in "
-     "[*part.named_children()]:\n            if isinstance(layer, nn.Linear)"),
+    ("minirlhf/adapters.py", "    state = model.state_dict()\n",  # a trunk of its own
+     "    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}\n"),
+    ("minirlhf/adapters.py", "for part in (block.attn, block.mlp) for name, layer",
+     "for part in (block.attn,) for name, layer"),
     ("minirlhf/adapters.py", "nn.Parameter(p.detach().clone())", "nn.Parameter(p.detach())"),  # writes to the reference
     ("minirlhf/adapters.py", "return not all(p.requires_grad", "return not any(p.requires_grad"),
     ("minirlhf/adapters.py", "model.named_parameters() if p.requires_grad} | {name for name, _ in\n", "model."
@@ -832,7 +832,7 @@ ADAPTERS = [  # with their files: what learns, what is shared, what lies below, 
      "ref.logprobs(part.tokens, part.decisions, o.temperature)"),
     ("train_ppo.py", "                    values = value.values(part.tokens, part.decisions, part.value_below)",
      "                    values = value.values(part.tokens, part.decisions)"),
-    ("train_ppo.py", '[{"params": [p for p in model.parameters() if p.requires_grad]', '[{"params": [*model.parameters()]'),
+    ("train_ppo.py", '[{"params": runtime.learning(model)', '[{"params": [*model.parameters()]'),
     ("train_sft.py", "        model.train()\n        seen", "        seen"),  # no dropout before the first evaluation
     ("train_sft.py", 'if adapters.is_partial(model) else {})})', "if False else {})})"),  # another base on resume
     ("train_sft.py", 'spread(kept, o.num_eval_texts) if name == "held-out" else kept', "spread(kept, o.num_eval_texts)"),
@@ -865,7 +865,7 @@ ADAPTERS = [  # with their files: what learns, what is shared, what lies below, 
     ("minirlhf/checkpoint.py", "if best is not None or merged:", "if best is not None:"),  # a merged run cannot go on
     ("minirlhf/checkpoint.py", '"path": named if named == "smollm2" else place}', '"path": named}'),
     ("minirlhf/checkpoint.py", '!= found:  # files of early', '== 0:  # files of early'),
-    ("minirlhf/checkpoint.py", 'published(place, None,', 'published(located(named), None,'),
+    ("minirlhf/checkpoint.py", 'pretrained.load(place, None,', 'pretrained.load(located(named), None,'),
     ("minirlhf/checkpoint.py", '== base["files"]:', '!= "":'),  # any model will do
     ("minirlhf/checkpoint.py", "os.path.dirname(path) or", "os.path.dirname(wanted) or"),  # not beside the file
     ("minirlhf/checkpoint.py", "build(payload, file_of(path), device, dropout)", "build(payload, path, device, dropout)"),

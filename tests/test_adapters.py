@@ -601,15 +601,8 @@ def test_check_passes(runs, stage, way):
 
 
 @pytest.mark.parametrize("options", [LORA, LAST, ["--freeze_layers", "1"]], ids=["all", "last", "frozen"])
-def test_a_run_writes_to_nothing_that_is_frozen(runs, quick, monkeypatch, options):
+def test_a_run_writes_to_nothing_that_is_frozen(runs, quick, loaded, options):
     """Stage 3: reference and reward model are as they were, and in the policy's file all but what learns is theirs."""
-    loaded, load = {}, checkpoint.load
-
-    def noting(path, stages, device):
-        model, *rest = load(path, stages, device)
-        loaded[stages[0]] = model, {name: value.clone() for name, value in model.state_dict().items()}
-        return model, *rest
-    monkeypatch.setattr(checkpoint, "load", noting)
     payload = runs.train("ppo", "own", *options).payload()
     assert len(loaded) == 2 and all(equal(model.state_dict(), before) for model, before in loaded.values())
     moved = {name for name, tensor in payload["model"].items() if not torch.equal(tensor, loaded["sft"][1][name])}

@@ -589,6 +589,14 @@ def test_an_epoch_holds_each_row_once(batch_size):
         assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
 
 
+def test_steps_of_a_run():
+    """Four batches an epoch: 1.5 epochs are 6 steps, and 0.7 are 2.8, so 3; never none; `most` ends them earlier."""
+    order = Order([1] * 13, 4, 0)
+    assert [order.steps(epochs, 0) for epochs in (1.5, 0.7, 0.01)] == [6, 3, 1]
+    assert [order.steps(1.5, most) for most in (2, 6, 99)] == [2, 6, 6]
+
+
+
 def test_order_is_a_function_of_seed_and_step():
     """Asked for in any order, by a fresh object or by one in use, a step's batch is the same; another seed's is not."""
     one = Order(LENGTHS, 8, seed=5)

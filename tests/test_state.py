@@ -258,16 +258,9 @@ def test_an_adapted_kl_coef_gives_way_to_one_that_is_named(tiny, stopping):
     assert other[3]["objective/kl_coef"] == 2.0
 
 
-def test_what_is_frozen_stays(tiny, monkeypatch):
+def test_what_is_frozen_stays(tiny, loaded):
     """Stage 3 trains the policy and the value network, which begin as the SFT model and the reward model: neither of
     those has moved at the end, though both of these have."""
-    loaded, load = {}, checkpoint.load
-
-    def noting(path, stages, device):
-        model, *rest = load(path, stages, device)
-        loaded[stages[0]] = model, {name: value.clone() for name, value in model.state_dict().items()}
-        return model, *rest
-    monkeypatch.setattr(checkpoint, "load", noting)
     payload = tiny.train("ppo").payload()
     assert all(equal(model.state_dict(), before) for model, before in loaded.values()) and len(loaded) == 2
     for name, stage in (("model", "sft"), ("value_model", "rm")):
