@@ -194,7 +194,7 @@ def add_states_below(batch, policy, value, run, rows=128):
     for name, model in (("below", policy), ("value_below", value)):
         if model is None or not model.first:
             continue
-        if batch.below is not None and model.first == policy.first and same_memory(model, policy, policy.first):
+        if batch.below is not None and same_memory(model, policy, policy.first):
             batch.value_below = batch.below
             continue
         column = model.wte.weight.new_zeros(*batch.tokens.shape, model.config.n_embd)
