@@ -24,7 +24,6 @@ class Options(RunOptions):
     """Stage 3, PPO: SFT model + reward -> policy. Reads prompts.{train,val}.jsonl of --data_dir."""
     stage = "ppo"
     # ---- models, data, output
-    dtype: Literal["auto", "float32", "bfloat16"] = "float32"  # of matmuls; float32 lets sampler and trainer agree
     data_dir: str = "data/sentiment"  # folder of the prompts; the default is prepared when it is missing
     out_dir: str = "out/ppo"  # where ckpt.pt, config.json, metrics.jsonl and samples.jsonl go
     init_from: str = "out/sft/ckpt.pt"  # what the policy starts from: the SFT model, or a policy to train further

@@ -21,7 +21,6 @@ rollout and in an iteration.
 """
 import json
 import math
-import os
 import resource
 import signal
 import statistics
@@ -276,32 +275,6 @@ def peak_memory(device):
     return found
 
 
-class Load:
-    """The share of the machine's cores that other processes take meanwhile: a figure to trust results by."""
-
-    def __init__(self):
-        self.at = self.read()
-
-    @staticmethod
-    def read():
-        """-> wall, busy and own seconds of all cores."""
-        own = os.times()
-        try:
-            with open("/proc/stat") as f:
-                user, nice, system, _, _, irq, softirq, steal = map(int, f.readline().split()[1:9])
-        except OSError:
-            return None
-        busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
-        return time.perf_counter(), busy, own.user + own.system + own.children_user + own.children_system
-
-    def others(self):
-        """None where there is no /proc/stat."""
-        if self.at is None:
-            return None
-        wall, busy, own = (now - then for then, now in zip(self.at, self.read()))
-        return round(max(0.0, busy - own) / wall / os.cpu_count(), 3)
-
-
 # ---- the scripts' own steps, timed
 
 def make_model(w, head, device, seed):
@@ -390,7 +363,7 @@ def time_step(o, w, iters, batch):
 
 def measure(o):
     """One part, in this process -> its result, flat enough for a line of JSON."""
-    load, w = Load(), SIZES[o.size]
+    load, w = kernels.Load(), SIZES[o.size]
     if o.what == "ppo":
         w = replace(w, batch=o.batch or w.batch)
         run, seconds, first = time_ppo(o, w, o.iters or 5)

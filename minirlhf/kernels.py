@@ -1,14 +1,18 @@
 """What makes training and sampling fast on a CPU. Without it the numbers are the same up to rounding, only later.
 
-`packed` for sampling, `pick_matmul` for float32 matmuls, `keep_freed_memory` for the allocator, `Muon` where a CPU has
-no bfloat16, `AdamW` without a second of imports. Nothing here is part of an algorithm.
+`packed` for sampling, `pick_matmul` for float32 matmuls, `keep_freed_memory` for the allocator, `share_cores` beside
+other processes, `Muon` where a CPU has no bfloat16, `AdamW` without a second of imports. Nothing here is part of an
+algorithm.
 """
 import contextlib
 import ctypes
+import functools
 import inspect
 import math
 import os
 import sys
+import threading
+import time
 from functools import partial
 
 import torch
@@ -114,6 +118,77 @@ def pick_matmul(model):
         torch.set_float32_matmul_precision("medium")
         if matmul_error() > MATMUL_ERROR:
             torch.set_float32_matmul_precision(before)
+
+
+# ---- a machine that others use too
+
+class Load:
+    """The share that other processes take, meanwhile, of the cores that this one may use."""
+
+    def __init__(self):
+        self.at = self.read()
+
+    @staticmethod
+    def read():
+        """-> wall, busy and own seconds of all cores; None where there is no /proc/stat."""
+        own = os.times()
+        try:
+            with open("/proc/stat") as f:
+                rows = [line.split() for line in f if line.startswith("cpu")]
+        except OSError:
+            return None
+        cores = {f"cpu{i}" for i in os.sched_getaffinity(0)}
+        ticks = sum(int(n) for row in rows if row[0] in cores for n in (*row[1:4], *row[6:9]))  # neither idle nor iowait
+        return (time.perf_counter(), ticks / os.sysconf("SC_CLK_TCK"),
+                own.user + own.system + own.children_user + own.children_system)
+
+    def others(self):
+        """None where there is no /proc/stat."""
+        if self.at is None:
+            return None
+        wall, busy, own = (now - then for then, now in zip(self.at, self.read()))
+        return round(max(0.0, busy - own) / wall / cores_allowed(), 3)
+
+
+def cores_allowed():
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+@functools.cache
+def share_cores():
+    """From now on OpenMP's threads sleep while they wait for one another, whenever other processes want their cores.
+
+    At the end of a loop that they share, they spin: fastest on an idle machine. But while one spins on its core, another
+    may stand still because a process of somebody else has its core, and a step takes 7 to 60 times as long. GNU's OpenMP
+    spins 100 rounds instead of 300,000 (libgomp's env.c) as soon as it has more threads than there are cores: so a
+    watcher looks twice a second, and as long as cores are wanted, further threads that do nothing are there. Which
+    thread computes what stays the same, and so do all results.
+
+    Nothing happens where the environment says how to wait, and on systems without /proc/stat.
+    """
+    if torch.get_num_threads() > 1 and Load().at and not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & {*os.environ}:
+        threading.Thread(target=watch, name="share_cores", daemon=True).start()
+
+
+def watch(interval=0.5):
+    leave = None
+    while True:
+        load, cores, threads = Load(), cores_allowed(), torch.get_num_threads()
+        time.sleep(interval)
+        crowded = load.others() * cores > cores - threads + (0.15 if leave else 0.3)
+        if crowded and not leave:
+            leave = threading.Event()
+            for _ in range(-(-(cores - threads + 1) // max(1, threads - 1))):
+                threading.Thread(target=idle_team, args=(leave,), daemon=True).start()
+        elif leave and not crowded:
+            leave.set()
+            leave = None
+
+
+def idle_team(leave):
+    """A thread with an OpenMP team of its own, which lasts as long as the thread."""
+    torch.zeros(torch.get_num_threads() << 16).add_(1)
+    leave.wait()
 
 
 # ---- optimizers

@@ -26,7 +26,7 @@ import torch
 
 from minirlhf.config import fail, lines_for, one_line, preset_values, presets, ranks, say
 from minirlhf.data import clean
-from minirlhf.kernels import AdamW, Muon, keep_freed_memory
+from minirlhf.kernels import AdamW, Muon, keep_freed_memory, share_cores
 from minirlhf.sizes import check_batch
 
 try:
@@ -55,6 +55,7 @@ class Precision:
 
     def __init__(self, device, dtype):
         self.device, self.dtype = device, pick_dtype(dtype, device)
+        share_cores()
 
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
@@ -104,6 +105,7 @@ class Run:
         self.dtype = pick_dtype(options.dtype, self.device)
         self.hardware = f"{self.device} x {self.world}, {str(self.dtype).removeprefix('torch.')}"
         keep_freed_memory()
+        share_cores()
         self.main = self.rank == 0
         self.out_dir = options.out_dir
         check_batch(options)

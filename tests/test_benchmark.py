@@ -153,14 +153,14 @@ def test_a_step_s_line(tiny, capsys, what, rows):
 
 def test_what_others_take(monkeypatch):
     """In 10 seconds the cores were busy for 14, 4 of them with this: of two cores' 20 seconds others had a half."""
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(kernels, "cores_allowed", lambda: 2)
     at = iter([(5.0, 100.0, 7.0), (15.0, 114.0, 11.0), (16.0, 114.5, 12.0)])
-    monkeypatch.setattr(benchmark.Load, "read", staticmethod(lambda: next(at)))
-    load = benchmark.Load()
+    monkeypatch.setattr(kernels.Load, "read", staticmethod(lambda: next(at)))
+    load = kernels.Load()
     assert load.others() == 0.5
     assert load.others() == round(9.5 / 11 / 2, 3)
-    monkeypatch.setattr(benchmark.Load, "read", staticmethod(lambda: None))
-    assert benchmark.Load().others() is None
+    monkeypatch.setattr(kernels.Load, "read", staticmethod(lambda: None))
+    assert kernels.Load().others() is None
 
 
 def test_the_table(tiny, capsys):

@@ -5,6 +5,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -15,6 +17,9 @@ from minirlhf import kernels, runtime
 from minirlhf.config import RunOptions
 from minirlhf.model import GPT, GPTConfig
 from minirlhf.runtime import Run, rate_factor
+
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 @dataclass
@@ -485,3 +490,101 @@ def test_muon_is_torch_s_where_the_chip_has_bfloat16(native, monkeypatch):
     model.h = torch.nn.Linear(2, 2)
     o = SimpleNamespace(optimizer="muon", learning_rate=0.01, muon_learning_rate=0.02, weight_decay=0.1)
     assert (type(runtime.make_optimizers(model, o)[1]) is torch.optim.Muon) is native
+
+
+# ---- beside other processes
+
+def looks(monkeypatch, shares, cores=2, threads=2):
+    """What `kernels.watch` does at looks that find these shares of the cores taken by others: idle threads after each."""
+    found, at = [], iter(shares)
+
+    class Load:
+        def others(self):
+            return next(at)
+
+    def sleep(seconds):
+        found.append(sum(thread.name == "idle_team" for thread in threading.enumerate()))
+
+    class Named(threading.Thread):
+        def __init__(self, **settings):
+            super().__init__(**settings, name="idle_team")
+
+    def idle_team(leave):
+        leave.wait()
+
+    monkeypatch.setattr(kernels, "Load", Load)
+    monkeypatch.setattr(kernels, "cores_allowed", lambda: cores)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(kernels, "time", SimpleNamespace(sleep=lambda seconds: (time.sleep(0.05), sleep(seconds))))
+    monkeypatch.setattr(kernels, "threading", SimpleNamespace(Thread=Named, Event=threading.Event))
+    monkeypatch.setattr(kernels, "idle_team", idle_team)
+    with pytest.raises(StopIteration):
+        kernels.watch(0)
+    return found[1:]
+
+
+def test_a_team_sleeps_while_others_want_the_cores(monkeypatch):
+    """Two threads on two cores: others may have 0.3 cores, a share of 0.15, and 0.15 cores once the team is there."""
+    assert looks(monkeypatch, [0.14, 0.16, 0.08, 0.07, 0.14, 0.5, 0.0]) == [0, 1, 1, 0, 0, 1, 0]
+
+
+def test_threads_and_teams_add_up_to_more_than_the_cores(monkeypatch):
+    """Four cores, two threads: nothing stands still until others take 2.3 cores; then 2 + 3 threads are more than 4."""
+    assert looks(monkeypatch, [0.57, 0.58, 0.0], cores=4) == [0, 3, 0]
+    assert looks(monkeypatch, [0.9, 0.9], cores=2, threads=3) == [0, 0]  # more than the cores as it is
+
+
+SPINNING = """
+import sys, threading, time, torch
+from minirlhf import kernels
+torch.set_num_threads(2)
+kernels.cores_allowed = lambda: 2
+x = torch.zeros(1 << 17)
+def used():
+    began = time.process_time()
+    for _ in range(100):
+        x.add_(1)
+        time.sleep(0.002)
+    return time.process_time() - began
+used()
+alone, leave = used(), threading.Event()
+teams = [threading.Thread(target=kernels.idle_team, args=(leave,)) for _ in range(%d)]
+for team in teams: team.start()
+time.sleep(0.3)
+beside = used()
+leave.set()
+for team in teams: team.join()
+time.sleep(0.3)
+print(alone, beside, used())
+"""
+
+
+@pytest.mark.skipif("GOMP_SPINCOUNT" in os.environ or "OMP_WAIT_POLICY" in os.environ or sys.platform != "linux",
+                    reason="how to wait is set, or there is no GNU OpenMP")
+def test_threads_spin_only_while_there_is_no_idle_team():
+    """Between loops of two threads 2 ms pass, 100 times: a thread that spins burns most of these 0.2 s, in its user's
+    name; one that sleeps does not. It spins again when the team is gone."""
+    teams = len(os.sched_getaffinity(0)) - 1
+    out = subprocess.run([sys.executable, "-c", SPINNING % teams], capture_output=True, text=True, check=True, cwd=ROOT)
+    alone, beside, after = map(float, out.stdout.split())
+    assert beside < 0.5 * alone and beside < 0.5 * after
+
+
+@pytest.mark.parametrize("name", ["OMP_WAIT_POLICY", "GOMP_SPINCOUNT"])
+def test_what_the_user_has_said_of_waiting_stands(monkeypatch, name):
+    """Nothing watches where the environment says how threads wait, or where one thread has nobody to wait for."""
+    started = []
+    monkeypatch.setattr(kernels, "threading", SimpleNamespace(Thread=lambda **settings: started.append(settings) or
+                                                              SimpleNamespace(start=lambda: None)))
+    for other in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(other, raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    kernels.share_cores.__wrapped__()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    with monkeypatch.context() as patch:
+        patch.setenv(name, "active")
+        kernels.share_cores.__wrapped__()
+    assert not started
+    if os.path.exists("/proc/stat"):
+        kernels.share_cores.__wrapped__()
+        assert [settings["target"] for settings in started] == [kernels.watch]
