@@ -37,7 +37,7 @@ class Options(RunOptions):
     long_prompts: Literal["drop", "trim"] = "drop"  # texts over the context: drop them, or trim the prompt at its left
     # ---- training
     num_train_epochs: float = 1  # passes over the training data; more overfit fast (0..1000000]
-    max_steps: int = 76  # at most so many optimizer steps, whatever the epochs; 0 = no limit [0..]
+    max_steps: int = 180  # at most so many optimizer steps, whatever the epochs; 0 = no limit [0..]
     batch_size: int = 4  # records (pairs or rankings) an optimizer step, over all ranks [1..]
     micro_batch_size: int = 4  # records a backward pass: for memory; changes no gradient [1..]
     optimizer: Literal["muon", "adamw"] = "adamw"  # muon: torch.optim.Muon for the blocks' matrices, AdamW for the rest
@@ -49,7 +49,7 @@ class Options(RunOptions):
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm; 0 = never [0..]
     # ---- evaluations, checkpoints, scale
     eval_interval: int = 250  # steps between evaluations and checkpoints; the last step always does [1..]
-    num_eval_texts: int = 500  # held-out texts of an evaluation, which takes all pairs of them; 0 = all [0..]
+    num_eval_texts: int = 0  # held-out texts of an evaluation, which takes all pairs of them; 0 = all [0..]
     log_interval: int = 5  # steps between log lines [1..]
     response_length: int = 48  # longest SFT sample in tokens, as in stage 3, when the scale is set [1..]
     num_scale_samples: int = 128  # SFT samples whose scores shall have mean 0 and standard deviation 1 [2..1000000]

@@ -41,7 +41,7 @@ class Options(RunOptions):
     long_prompts: Literal["drop", "trim"] = "drop"  # rows over block_size: drop them, or trim the prompt at its left
     # ---- training
     num_train_epochs: float = 1  # passes over the training data (0..1000000]
-    max_steps: int = 178  # at most so many optimizer steps, whatever the epochs; 0 = no limit [0..]
+    max_steps: int = 360  # at most so many optimizer steps, whatever the epochs; 0 = no limit [0..]
     batch_size: int = 8  # rows an optimizer step, over all ranks [1..]
     micro_batch_size: int = 8  # rows a forward and backward pass: for memory; changes no gradient [1..]
     optimizer: Literal["muon", "adamw"] = "adamw"  # muon: torch.optim.Muon for the blocks' matrices, AdamW for the rest
@@ -53,7 +53,7 @@ class Options(RunOptions):
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm; 0 = never [0..]
     # ---- evaluations and checkpoints
     eval_interval: int = 250  # steps between evaluations, checkpoints and samples; the last step always does [1..]
-    num_eval_texts: int = 500  # held-out rows of an evaluation, evenly spread over all of them; 0 = all [0..]
+    num_eval_texts: int = 0  # held-out rows of an evaluation, evenly spread over all of them; 0 = all [0..]
     log_interval: int = 10  # steps between log lines [1..]
     response_length: int = 48  # longest sample in tokens [1..]
 
