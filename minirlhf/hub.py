@@ -37,7 +37,7 @@ FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safete
 OPTIONAL = "tokenizer_config.json"  # a model works without, where config.json names what ends a text
 RECORD = "fetched.json"  # which commit the files are of, and their SHA-256
 
-CONNECT, SILENCE = 3, 20  # seconds that a connection, and the next piece of an answer, may take
+CONNECT, SILENCE = 2.5, 20  # seconds that a connection, and the next piece of an answer, may take
 TRIES, LONGEST_WAIT = 5, 300  # in a row that bring less than a megabyte; seconds that a server may ask to wait
 PIECE = 1 << 20
 BUSY = (408, 425, 429, 500, 502, 503, 504)
@@ -63,18 +63,19 @@ def fetched(name):
         return fetch.smollm2()
     folder = fetch.cache_folder() / name
     with fetch.kept(name, folder):
-        if missing(folder):
+        record = read_record(folder)
+        if missing(folder, record):
             with fetch.alone(folder, name):
                 download(name, folder)
         else:
-            for file, sha256 in read_record(folder)["sha256"].items():
+            for file, sha256 in record["sha256"].items():
                 fetch.check(folder / file, sha256)
     return str(folder)
 
 
-def missing(folder):
-    """The files that are not there, of those that a model cannot do without."""
-    return [file for file in FILES if file != OPTIONAL and not (folder / file).is_file()]
+def missing(folder, record):
+    """The files that are not there, of those that a model needs or had."""
+    return [file for file in FILES if (file != OPTIONAL or file in record["sha256"]) and not (folder / file).is_file()]
 
 
 def read_record(folder):
@@ -89,9 +90,10 @@ def read_record(folder):
 
 def download(name, folder):
     """All files that are not there yet. Exits 2 where one cannot be had, naming what to put where by hand."""
-    if not missing(folder):
+    record = read_record(folder)
+    if not missing(folder, record):
         return  # another process has fetched them
-    server, record, began, checks = Server(), read_record(folder), time.monotonic(), {}
+    server, began, checks = Server(), time.monotonic(), {}
     say(f"fetching {name} ({MODELS[name]} at {server.address}) into {folder}")
     try:
         for file in FILES:
@@ -101,12 +103,12 @@ def download(name, folder):
         kept = "; what has come so far is kept, and the same command goes on from there"
         absent = ", ".join(file for file in FILES if not (folder / file).is_file())
         fail(f"could not fetch {name}: {refused}{kept * any(folder.glob('*.part'))}; by hand: put {absent} of "
-             f"{server.address}/{MODELS[name]}/resolve/{record['revision']}/ into {folder}; HF_ENDPOINT names a mirror, "
-             f"MINIRLHF_CACHE another place than {fetch.cache_folder()}")
+             f"{server.address}/{MODELS[name]}/resolve/{record['revision']}/ into {folder}; HF_ENDPOINT names a mirror"
+             f", MINIRLHF_CACHE another place than {fetch.cache_folder()}")
     size = sum((folder / file).stat().st_size for file, how in checks.items() if how)
     by = {how: [file for file in checks if checks[file] == how] for how in checks.values() if how}
     say(f"fetched {name}, revision {record['revision']}: {size / 1e6:.1f} MB in {clock(time.monotonic() - began)}; "
-        "checked by " + ", by ".join(f"{how}: {' and '.join(files)}" for how, files in by.items()))
+        "checked by " + "; by ".join(f"{how}: {', '.join(files)}" for how, files in by.items()))
 
 
 def patiently(attempt, file, server):
@@ -148,8 +150,8 @@ def take(server, name, file, folder, record):
     if published is None:
         if file == OPTIONAL:
             return None
-        raise Refused(f"{server.address} has no {file} of {MODELS[name]} at revision {record['revision']} (HTTP 404)" + (
-            f"; to begin anew, remove {folder}" * bool(record["sha256"])))
+        raise Refused(f"{server.address} has no {file} of {MODELS[name]} at revision {record['revision']} (HTTP 404)"
+                      + f"; to begin anew, remove {folder}" * bool(record["sha256"]))
     part = folder / f"{file}.{hashlib.sha256(published.etag.encode()).hexdigest()[:16]}.part"
     for other in folder.glob(f"{file}.*.part"):
         if other != part or not published.etag:
@@ -186,25 +188,16 @@ def looks_right(path, file):
 
 # ---- a server
 
-class Stay(urllib.request.HTTPRedirectHandler):
-    """Redirects are followed by `Server.ask`, which reads what they tell."""
-
-    def http_error_302(self, *_):
-        return None
-
-    http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
-
-
-class Connecting:
+class InTime:
     """A connection that stands, or is given up, after CONNECT seconds. The system may take longer to find that it
-    cannot look up a name, and waits in a thread of its own."""
+    cannot look up a name, and does so in a thread of its own."""
 
     def connect(self):
         outcome = []
 
         def connect():
             try:
-                outcome.append(super(Connecting, self).connect())
+                outcome.append(super(InTime, self).connect())
             except Exception as error:
                 outcome.append(error)
 
@@ -217,22 +210,27 @@ class Connecting:
             raise outcome[0]
 
 
-class HTTP(Connecting, http.client.HTTPConnection):
+class HTTP(InTime, http.client.HTTPConnection):
     pass
 
 
-class HTTPS(Connecting, http.client.HTTPSConnection):
+class HTTPS(InTime, http.client.HTTPSConnection):
     pass
 
 
-class ByHTTP(urllib.request.HTTPHandler):
+class OneStep(urllib.request.HTTPHandler, urllib.request.HTTPSHandler, urllib.request.HTTPRedirectHandler):
+    """Requests over these connections. Redirects are left to `Server.ask`, which reads what they tell."""
+
     def http_open(self, request):
         return self.do_open(HTTP, request)
 
-
-class ByHTTPS(urllib.request.HTTPSHandler):
     def https_open(self, request):
         return self.do_open(HTTPS, request)
+
+    def http_error_302(self, *_):
+        return None
+
+    http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
 
 
 class Server:
@@ -241,7 +239,7 @@ class Server:
     def __init__(self):
         self.address, self.answered, self.have = endpoint(), False, 0
         self.own = {host(address) for address in (self.address, HUB)}  # a mirror may lead to the hub
-        self.opener = urllib.request.build_opener(Stay, ByHTTP, ByHTTPS)
+        self.opener = urllib.request.build_opener(OneStep)
         self.opener.addheaders = [("User-Agent", "minirlhf")]
 
     @contextlib.contextmanager
