@@ -259,7 +259,7 @@ def read(path, stages):
     if not os.path.isfile(path):
         needed = " or ".join(MADE_BY[s] for s in stages)
         fail(f"{path}: no such checkpoint; run {needed} first, or name another"
-             + did_you_mean(os.path.basename(path), hub.NAMES))
+             + did_you_mean(os.path.basename(path.rstrip("/")), hub.NAMES))
     try:
         return verified(unpack(path), path, stages)
     except Damaged as error:

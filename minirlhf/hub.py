@@ -154,7 +154,7 @@ def take(server, name, file, folder, record):
                       + f"; to begin anew, remove {folder}" * bool(record["sha256"]))
     part = folder / f"{file}.{hashlib.sha256(published.etag.encode()).hexdigest()[:16]}.part"
     for other in folder.glob(f"{file}.*.part"):
-        if other != part or not published.etag:
+        if other != part or not published.etag or other.stat().st_size > published.size:
             other.unlink()  # of what has changed since
     begun = part.stat().st_size if part.exists() else 0
     if begun < published.size:

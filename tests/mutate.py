@@ -906,7 +906,8 @@ HUB = [
     ("tries = 1 if server.have >= furthest + PIECE else tries + 1", "tries = 1 if server.have >= PIECE else tries + 1"),
     ("tries = 1 if server.have >= furthest + PIECE else tries + 1", "tries += 1"),
     ("if wait > LONGEST_WAIT:", "if False:"),
-    ("if other != part or not published.etag:", "if other != part:"),  # goes on as another file
+    ("if other != part or not published.etag or", "if other != part or"),  # goes on as another file
+    ("other.stat().st_size > published.size:", "False:"),
     ("{hashlib.sha256(published.etag.encode()).hexdigest()[:16]}", "{published.size}"),
     ("if digest != published.digest else", "if False else"),
     ('"" if looks_right(part, file) else', '"" if True else'),
@@ -936,7 +937,7 @@ HUB_IN_CHECKPOINT = [
     ("if path not in hub.NAMES:\n        return path", "if path not in hub.NAMES or os.path.exists(path):\n        return path"),
     ("os.path.exists(cached) and os.path.samefile(path, cached)", "False"),
     ('    if stages == ["rm"]:\n        fail(f"{path}: is a language', '    if False:\n        fail(f"{path}: is a language'),
-    ("+ did_you_mean(os.path.basename(path), hub.NAMES))", ")"),
+    ("+ did_you_mean(os.path.basename(path.rstrip(\"/\")), hub.NAMES))", ")"),
     ("if saved and o.init_from not in hub.NAMES and not", "if saved and not"),
 ]
 MUTATIONS = [(file, *pair) for file, pairs in (

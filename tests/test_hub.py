@@ -90,25 +90,21 @@ class Request(http.server.BaseHTTPRequestHandler):
                 return
         if "/resolve/" in place:
             repository, revision = place[1:].split("/resolve/")
-            self.data = self.server.files[repository].get(self.file)
-            if self.data is None or revision not in ("main", self.server.commit):
+            data = self.server.files[repository].get(self.file)
+            if data is None or revision not in ("main", self.server.commit):
                 self.send(404)
             elif self.file == MODEL:
                 self.send(302, headers={"Location": f"{self.server.cdn}/bucket/{repository}/{MODEL}?signed=1",
-                                        **self.linked(self.data)})
+                                        **self.linked(data)})
             else:
                 self.send(307, b"Temporary Redirect", {"Location": f"/api/resolve-cache/{repository}/{self.file}?x=",
                                                        "X-Repo-Commit": self.server.commit})
         elif place.startswith("/bucket/") and self.command == "HEAD":
             self.send(403)  # signed for GET alone
         else:
-            self.data = self.server.files["/".join(place.split("/")[-2:])][self.file]
-            etag = git_sha1(self.data) if place.startswith("/api") else sha256(b"of chunks" + self.data)
-            begin = int(self.range[6:-1] or 0) if self.range else 0
-            whole = {"ETag": f'"{etag}"', "X-Repo-Commit": self.server.commit}
-            size = len(self.data)
-            self.send(206 if self.range else 200, self.data[begin:],
-                      whole | ({"Content-Range": f"bytes {begin}-{size - 1}/{size}"} if self.range else {}))
+            data = self.server.files["/".join(place.split("/")[-2:])][self.file]
+            etag = git_sha1(data) if place.startswith("/api") else sha256(b"of chunks" + data)
+            cut(None, data, ETag=f'"{etag}"', X_Repo_Commit=self.server.commit)(self)
 
     do_GET = do_HEAD = answer
 
@@ -129,23 +125,22 @@ class Request(http.server.BaseHTTPRequestHandler):
         after()
 
     def rest(self):
-        """What of the model was asked for."""
-        data = next(files[MODEL] for files in self.server.files.values() if MODEL in files)
-        return data[int(self.range[6:-1]) if self.range else 0:]
+        """What of gpt2 was asked for."""
+        return self.server.gpt2[MODEL][int(self.range[6:-1]) if self.range else 0:]
 
 
-def cut(at, **headers):
-    """Ends a file after so many of the bytes that were asked for."""
+def cut(at, data=None, **headers):
+    """Sends what was asked for of data, or of gpt2, and ends after so many bytes of it."""
     def answer(request):
-        rest, begin = request.rest(), int(request.range[6:-1]) if request.range else 0
-        size = begin + len(rest)
-        place = {"Content-Range": f"bytes {begin}-{size - 1}/{size}"} if request.range else {}
-        request.send(206 if request.range else 200, rest[:at], headers | place, len(rest))
+        whole, begin = data or request.server.gpt2[MODEL], int(request.range[6:-1]) if request.range else 0
+        place = {"Content_Range": f"bytes {begin}-{len(whole) - 1}/{len(whole)}"} if request.range else {}
+        status(206 if request.range else 200, whole[begin:][:at], len(whole[begin:]), **headers | place)(request)
     return answer
 
 
-def status(code, **headers):
-    return lambda request: request.send(code, headers={name.replace("_", "-"): v for name, v in headers.items()})
+def status(code, body=b"", length=None, **headers):
+    headers = {name.replace("_", "-"): value for name, value in headers.items()}
+    return lambda request: request.send(code, body, headers, length)
 
 
 def folder_of(kind, make_model):
@@ -510,9 +505,17 @@ def test_a_part_that_is_not_what_it_seems(server, capsys):
     assert "its SHA-256 is" in capsys.readouterr().out
 
 
-def spoil(server, done):
+def test_a_part_that_is_longer_than_its_file(server, monkeypatch):
+    """No part that came from there, then: it is fetched anew."""
+    server.once("GET", MODEL, cut(500))
+    monkeypatch.setattr(hub.time, "sleep", lambda seconds: spoil(server, [], 10 ** 6))
+    hub.fetched("gpt2")
+    assert is_whole(server) and server.log[-1] == f"GET {MODEL}"
+
+
+def spoil(server, done, size=500):
     for part in [] if done else server.cache.glob("gpt2/model*.part"):
-        part.write_bytes(bytes(500))
+        part.write_bytes(bytes(size))
         done.append(part)
 
 
@@ -853,7 +856,8 @@ def test_a_language_model_is_no_reward_model(world, refused):
 
 @pytest.mark.parametrize("typed, meant", [
     ("gtp2", "gpt2"), ("GPT2-XL", "gpt2-xl"), ("Qwen/Qwen2.5-0.5B", "qwen2.5-0.5b"), ("qwen3-0.6b", "qwen3-0.6b-base"),
-    ("openai-community/gpt2", "gpt2"), ("gpt2_medium", "gpt2-medium"), ("smollm2-135", "smollm2-135m")])
+    ("openai-community/gpt2", "gpt2"), ("gpt2/", "gpt2"), ("gpt2_medium", "gpt2-medium"),
+    ("smollm2-135", "smollm2-135m")])
 def test_a_name_that_is_misspelled(world, refused, typed, meant):
     error = refused(checkpoint.load, typed, ["sft"], "cpu")
     assert f"{typed}: no such checkpoint" in error and "did you mean " in error
