@@ -455,7 +455,37 @@ def test_the_waiting_process_takes_over(server, tmp_path):
     assert second.wait()[0] == 0 and is_whole(server)
 
 
-# ---- lies
+# ---- mirrors and lies
+
+
+def test_a_mirror_of_few_words(server, capsys):
+    """It knows no commits, no ranges and no redirects, and its ETag is a hash of its own: the model is whole all the
+    same, and by what little it was checked is said."""
+    whole, cuts = server.gpt2[MODEL], iter([500, None])
+    server.always("HEAD", status(200, length=len(whole), ETag="ab" * 20))
+    server.always("GET", lambda request: status(200, whole[:next(cuts)], len(whole), ETag="ab" * 20)(request))
+    hub.fetched("gpt2")
+    assert is_whole(server) and server.log[-1] == f"GET {MODEL} bytes=500-"
+    assert (said := capsys.readouterr().out).endswith(f"; by size: {MODEL}\n") and "goes on at" not in said
+
+
+def test_a_mirror_that_answers_itself_and_leads_elsewhere(server):
+    """What another host calls an ETag is not compared."""
+    server.always("HEAD", cut(None, ETag="one"))
+    server.always("GET", status(302, Location=f"{server.cdn}/bucket/openai-community/gpt2/{MODEL}"))
+    hub.fetched("gpt2")
+    assert is_whole(server)
+
+
+@pytest.mark.parametrize("place", ["bytes 0-{last}/{size}", "bytes 500-{last}/{more}", "bytes */{size}", "", None])
+def test_another_range_than_was_asked_for(server, place):
+    """It is not taken for the rest: the file begins anew."""
+    size = len(server.gpt2[MODEL])
+    place = place and place.format(last=size - 1, size=size, more=size + 1)
+    server.once("GET", MODEL, cut(500))
+    server.once("GET", MODEL, status(206, server.gpt2[MODEL][500:], Content_Range=place))
+    hub.fetched("gpt2")
+    assert is_whole(server) and server.log[-1] == f"GET {MODEL}"
 
 def test_another_commit_between_two_files(server):
     """main moves on while a model is fetched: the rest comes from the commit of what is there, also after a kill."""
