@@ -29,7 +29,7 @@ class Options(RunOptions):
     # ---- model, data, output
     data_dir: str = "data/sentiment"  # folder of sft.{train,val}.jsonl; the default is prepared when it is missing
     out_dir: str = "out/sft"  # where ckpt.pt, config.json, metrics.jsonl and samples.jsonl go
-    init_from: str = "smollm2"  # smollm2, which is fetched; a folder or file of another model, or a checkpoint; scratch
+    init_from: str = "smollm2"  # a name, fetched once (minirlhf/README.md); a folder or file of a model, or scratch
     tokenizer: Literal["bpe", "gpt2"] = "bpe"  # bpe learns byte-level ranks from the training text; gpt2 takes GPT-2's
     vocab_size: int = 8192  # size of a learned vocabulary, end of text included [257..]
     family: Literal["gpt2", "llama"] = "gpt2"  # llama: RMSNorm, rotary positions and SwiGLU instead of GPT-2's parts

@@ -25,9 +25,9 @@ from typing import NamedTuple
 
 import torch
 
-from minirlhf import adapters, fetch, pretrained, runtime
+from minirlhf import adapters, fetch, hub, pretrained, runtime
 from minirlhf import tokenizer as tokenizers
-from minirlhf.config import check_ranges, fail, fitting, one_line, ranks, say
+from minirlhf.config import check_ranges, did_you_mean, fail, fitting, one_line, ranks, say
 from minirlhf.data import fingerprint
 from minirlhf.model import GPT, GPTConfig, outline
 from minirlhf.runtime import sync_folder
@@ -230,11 +230,19 @@ def files_of(path):
     return pretrained.files(path) if is_foreign(path) else [file_of(path)]
 
 
-def located(path):
-    """The path of a model that is named: "smollm2", where no model has this name, is fetched."""
-    if path != "smollm2" or os.path.isfile(file_of(path)) or pretrained.is_foreign(path):
+def located(path, stages=()):
+    """The path of a model that is named: one of `hub.NAMES` is fetched. Exits 2 where it cannot be of these stages, or
+    a model of the user's has the same name: neither stands in for the other."""
+    if path not in hub.NAMES:
         return path
-    return fetch.smollm2()
+    cached = os.path.join(fetch.cache_folder(), path)
+    if (os.path.isfile(file_of(path)) or pretrained.is_foreign(path)) and not (
+            os.path.exists(cached) and os.path.samefile(path, cached)):
+        fail(f"{path}: the name of a published model, and here of one of yours: {os.path.join('.', path)} names yours; "
+             "for the published one, rename yours or work in another folder")
+    if stages == ["rm"]:
+        fail(f"{path}: is a language model, expected a reward model: train_rm.py makes one, also from {path}")
+    return hub.fetched(path)
 
 
 def is_foreign(path):
@@ -250,7 +258,8 @@ def read(path, stages):
     path = file_of(path)
     if not os.path.isfile(path):
         needed = " or ".join(MADE_BY[s] for s in stages)
-        fail(f"{path}: no such checkpoint; run {needed} first, or name another")
+        fail(f"{path}: no such checkpoint; run {needed} first, or name another"
+             + did_you_mean(os.path.basename(path.rstrip("/")), hub.NAMES))
     try:
         return verified(unpack(path), path, stages)
     except Damaged as error:
@@ -303,7 +312,7 @@ def build(payload, path, device, dropout=0.0):
 def on_base(payload, config, path):
     """The model of a file that holds adapters only: another program's, to whose weights all of them are added."""
     named, place, entries = payload["base"]["path"], found_base(payload["base"], path), []
-    base = {**payload["base"], "path": named if named == "smollm2" else place}
+    base = {**payload["base"], "path": named if named in hub.NAMES else place}
     model = pretrained.load(place, None, config.block_size, f"{path}: does not fit: {config.block_size} tokens")[0]
     if ["model" in entry for entry in base["adapters"]] != [True] * (len(base["adapters"]) - 1) + [False]:
         fail(f"{path}: does not fit: the last of the adapters are the file's own, and no others")
@@ -336,8 +345,8 @@ def found_base(base, path):
     wanted = str(base["path"])
     places = [wanted, *(os.path.join(folder, os.path.basename(wanted)) for folder in (
         os.path.dirname(path) or ".", str(fetch.cache_folder())))]
-    if wanted == "smollm2":
-        places = [fetch.smollm2()]
+    if wanted in hub.NAMES:
+        places = [hub.fetched(wanted)]
     there = [place for place in places if os.path.exists(place)]
     for place in there:
         try:
@@ -395,7 +404,7 @@ def load(path, stages, device, dropout=0.0, block_size=0):
     Another program's language model counts as an SFT model, its classifier as a reward model; block_size, if not 0,
     shortens its context. Exits 2 as `read` and `pretrained.load` do.
     """
-    named, path = path, located(path)
+    named, path = path, located(path, stages)
     if not is_foreign(path):
         payload = read(path, stages)
         model, tokenizer = build(payload, file_of(path), device, dropout)
@@ -423,7 +432,7 @@ def start(o, saved, device, block_size):
     partial = o.lora_rank or o.freeze_layers
     if saved and not partial:
         return *build(*saved, device, o.dropout), saved.payload
-    if saved and o.init_from != "smollm2" and not os.path.exists(o.init_from):
+    if saved and o.init_from not in hub.NAMES and not os.path.exists(o.init_from):
         fail(f"--resume: {o.init_from}: is no longer there, which holds the run's frozen weights; name its new place "
              "with --init_from")
     model, tokenizer, payload = load(o.init_from, POLICIES, device, o.dropout, block_size)

@@ -199,7 +199,7 @@ class Parser(argparse.ArgumentParser):
 def did_you_mean(word, names, dashes=""):
     """"; did you mean A or B?", of the names that are spelled or abbreviated like the word, or ""."""
     word = re.sub("[-_]", "", word).lower()
-    plain = {name: name.replace("_", "") for name in names}
+    plain = {name: re.sub("[-_]", "", name) for name in names}
     found = [name for name in names if word and word in (plain[name], "".join(part[0] for part in name.split("_")))]
     found = found or [name for name in names if len(word) > 2 and word in plain[name]]
     close = difflib.get_close_matches(word, plain.values(), 3, 0.7)

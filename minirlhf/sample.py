@@ -47,7 +47,8 @@ class Loaded(NamedTuple):
 def parse(argv=None):
     parser = argparse.ArgumentParser(prog="python -m minirlhf.sample", allow_abbrev=False, description=DESCRIPTION,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoints", nargs="+", metavar="CKPT", help="ckpt.pt of any stage, or its folder")
+    parser.add_argument("checkpoints", nargs="+", metavar="CKPT", help="ckpt.pt of any stage, its folder, another "
+                        "program's model, or the name of a published one, as gpt2")
     parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; may be given again")
     parser.add_argument("--prompts", metavar="FILE.jsonl", help='prompts from a file of {"prompt": ...} records; for '
                         "reward models alone, the records to score")

