@@ -1,0 +1,296 @@
+"""Models out: folders that transformers reads, the small file to hand on, what a model is; and all of it back again."""
+import fcntl
+import json
+import os
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from conftest import LLAMA
+from minirlhf import adapters, checkpoint, export, fetch, pretrained, sizes
+from minirlhf import tokenizer as tok
+from minirlhf.data import encode_row
+from minirlhf.generate import generate
+from minirlhf.model import GPT, GPTConfig
+from minirlhf.tokenizer import EOS, Tokenizer
+from test_fuzz import attempt, case, cases, mutated
+from test_tokenizer import LETTER, learned, nasty
+
+CPU, STAGES = torch.device("cpu"), ["sft", "rm", "ppo"]
+KINDS = {"gpt2": {}, "llama": {**LLAMA, "qkv_bias": False, "qk_norm": False},
+         "llama tied": {**LLAMA, "qkv_bias": False, "qk_norm": False, "n_kv_head": 0, "tied": True},
+         "qwen2": {**LLAMA, "qk_norm": False, "tied": True}, "qwen3": {**LLAMA, "qkv_bias": False}}
+PROMPTS, COMPLETIONS = ["the cat", "", "12 dogs,", "é the"], [" sat", " on the mat and the dog", "x", ""]
+
+
+@dataclass
+class Options:
+    response_length: int = 7
+    temperature: float = 0.5
+
+
+@pytest.fixture(scope="session")
+def bpe():
+    """A vocabulary of our own."""
+    return Tokenizer.train(["the cat sat on the mat", "the cat and the dog", "12 dogs and 100 cats, the"] * 3, 280)
+
+
+def with_specials(bpe):
+    """The same merges as SmolLM2 has them: special tokens first, digits apart, a few bytes without a token."""
+    absent = {bytes([b]) for b in (4, 0x13, 0xF1)}
+    ranks = {token: i + 3 for i, token in enumerate(token for token in bpe.ranks if token not in absent)}
+    return Tokenizer(ranks, "x", tok.DIGITS_APART, {EOS: 0, "<|im_start|>": 1, "<|im_end|>": 2}, 2, 1)
+
+
+@pytest.fixture
+def made(tmp_path, make_model, bpe):
+    """made(kind, head, tokenizer) -> a checkpoint's path, its model and its tokenizer."""
+    def make(kind="gpt2", head="lm", tokenizer=bpe, name="ckpt.pt", **shape):
+        model = make_model(head, **{"vocab_size": tokenizer.vocab_size} | KINDS[kind] | shape)
+        if head == "scalar":
+            model.gain.fill_(0.7), model.bias.fill_(-1.3)
+        checkpoint.save(str(tmp_path / name), stage="rm" if head == "scalar" else "ppo", model=model, info={},
+                        tokenizer=tokenizer, options=Options(), training={"step": 3, "moments": torch.ones(1000)})
+        return str(tmp_path / name), model, tokenizer
+    return make
+
+
+@pytest.fixture
+def out(tmp_path):
+    return str(tmp_path / "out")
+
+
+def same_weights(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(tensor, b[name]) for name, tensor in a.items())
+
+
+# ---- transformers reads them
+
+
+@pytest.fixture(scope="module")
+def hf():
+    return pytest.importorskip("transformers")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_transformers_reads_a_language_model(made, out, hf, kind):
+    """Model and tokenizer by from_pretrained alone: the ids of texts, logits to 1e-5, and greedy answers to ragged
+    prompts are ours; its generate samples as stage 3 did."""
+    path, model, ours = made(kind)
+    export.export(path, out)
+    theirs = hf.AutoModelForCausalLM.from_pretrained(out).eval()
+    if kind == "qwen2":  # see test_a_qwen2_with_another_tokenizer
+        tokenizer = hf.PreTrainedTokenizerFast.from_pretrained(out)
+    else:
+        tokenizer = hf.AutoTokenizer.from_pretrained(out)
+    assert type(theirs).__name__.lower().startswith(kind.split()[0]) and theirs.dtype == torch.float32
+    for text in [*PROMPTS, *nasty(20)]:
+        ids = ours.encode_prompt(text)
+        assert tokenizer(text, split_special_tokens=True).input_ids == ids
+        assert EOS in text or tokenizer(text).input_ids == ids
+        assert tokenizer.decode(ids, skip_special_tokens=True) == ours.decode(ids)
+    tokens = torch.randint(model.config.vocab_size, (3, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits = theirs(tokens).logits
+        assert logits.std() > 1
+        torch.testing.assert_close(model(tokens), logits, rtol=1e-5, atol=1e-5)
+    batch = tokenizer(PROMPTS, padding=True, return_tensors="pt")
+    greedy = theirs.generate(**batch, do_sample=False)[:, batch.input_ids.shape[1]:].tolist()
+    answers = generate(model, [ours.encode_prompt(p) for p in PROMPTS], 7, ours.eos, temperature=0).responses()
+    assert [row[:len(answer)] for row, answer in zip(greedy, answers)] == answers and max(map(len, answers)) == 7
+    usual = theirs.generation_config
+    assert (usual.do_sample, usual.temperature, usual.top_k, usual.top_p, usual.max_new_tokens) == (True, 0.5, 0, 1, 7)
+    assert tokenizer.model_max_length == 32 and usual.eos_token_id == ours.eos == tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize("special", [False, True], ids=["own padding", "spare token"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_transformers_reads_a_reward_model(made, out, hf, bpe, capsys, kind, special):
+    """tokenizer(prompts, completions) makes the rows of stage 2, in one ragged batch, and the scores are ours: gain and
+    bias are in the weights of a GPT-2, and in those of the others but for a constant that is told."""
+    path, model, ours = made(kind, "scalar", with_specials(bpe) if special else bpe)
+    export.export(path, out)
+    theirs = hf.AutoModelForSequenceClassification.from_pretrained(out).eval()
+    tokenizer = hf.PreTrainedTokenizerFast.from_pretrained(out)
+    batch = tokenizer(PROMPTS, COMPLETIONS, padding=True, return_tensors="pt")
+    rows = [encode_row(ours, p, c, 32, "drop") for p, c in zip(PROMPTS, COMPLETIONS)]
+    assert [ids[real].tolist() for ids, real in zip(batch.input_ids, batch.attention_mask.bool())] == [
+        row.ids for row in rows]
+    padding = tokenizer.pad_token_id
+    assert padding == (0 if special else ours.vocab_size) and tokenizer.padding_side == "right"
+    assert batch.input_ids[0, -1] == padding != ours.eos and {*batch} == {"input_ids", "attention_mask"}
+    with torch.no_grad():
+        scores = theirs(**batch).logits[:, 0]
+        expected = torch.cat([model.score(torch.tensor([row.ids]), torch.tensor([len(row.ids)])) for row in rows])
+    assert theirs.config.num_labels == 1 and expected.std() > 0.2
+    constant = getattr(theirs.config, "score_bias", 0.0)
+    torch.testing.assert_close(scores + constant, expected, rtol=1e-5, atol=1e-5)
+    said = capsys.readouterr().out
+    assert constant == 0 and "lack" not in said if kind == "gpt2" else f"its scores lack {constant:+.6g}" in said
+
+
+def test_folding_by_hand(make_model):
+    """w = (3, 4), b = 2, gain 0.5, bias 9: w' = (1.5, 2), c = 10, |w'|^2 = 6.25, so ln_f.bias gets 1.6 w' more. A
+    Llama keeps the constant, and so does a head of zeros."""
+    def head(model, w):
+        model.score_head.weight.data, model.score_head.bias.data = torch.tensor([w]), torch.tensor([2.0])
+        model.gain.fill_(0.5), model.bias.fill_(9)
+        return model
+    gpt2 = head(make_model("scalar", n_embd=2), [3.0, 4.0])
+    gpt2.ln_f.bias.data = torch.tensor([1.0, 0.0])
+    state, constant = export.folded(gpt2)
+    assert constant == 0 and state["score_head.weight"].tolist() == [[1.5, 2.0]]
+    torch.testing.assert_close(state["ln_f.bias"], torch.tensor([3.4, 3.2]))
+    assert gpt2.ln_f.bias.tolist() == [1, 0] and not {"gain", "bias", "score_head.bias"} & state.keys()
+    llama = head(make_model("scalar", **KINDS["llama"] | {"n_embd": 2}), [3.0, 4.0])
+    assert export.folded(llama)[1] == 10
+    state, constant = export.folded(head(gpt2, [0.0, 0.0]))
+    assert constant == 10 and state["ln_f.bias"].tolist() == [1, 0]
+
+
+def test_a_qwen2_with_another_tokenizer(made, out, bpe, capsys):
+    """AutoTokenizer of transformers 5 takes Qwen2's way to split for every Qwen2: what has another is told."""
+    export.export(made("qwen2")[0], out)
+    assert "PreTrainedTokenizerFast" in capsys.readouterr().out
+    own = Tokenizer(bpe.ranks, "x", tok.QWEN2, nfc=True)
+    export.export(made("qwen2", tokenizer=own)[0], out + "2")
+    assert "PreTrainedTokenizerFast" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "digits", "qwen", "bytes missing"])
+@pytest.mark.parametrize("specials", [(EOS,), (EOS, "<|im_start|>", "<|im_end|>")], ids=["plain", "special first"])
+def test_ids_of_a_tokenizer_json(tmp_path, kind, specials):
+    """What is written back finds the ids of the tokenizer that it came from, on 500 nasty strings and in pairs."""
+    absent = {4, 0x13, 0x1D} if kind == "bytes missing" else {}
+    parts = json.loads(learned({"bytes missing": "digits"}.get(kind, kind), specials,
+                               [b for b in range(256) if b not in absent]).to_str())
+    vocab = parts["model"]["vocab"]
+    parts["model"]["vocab"] = {t: i for t, i in vocab.items() if not any(LETTER[b] in t for b in absent)}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(parts))
+    compare_ids(tok.from_folder(tmp_path, 450))
+
+
+def compare_ids(ours, more=()):
+    tokenizers = pytest.importorskip("tokenizers")
+    back = tokenizers.Tokenizer.from_str(json.dumps(tok.to_json(ours, ours.special)))
+    back.encode_special_tokens = True
+    for text in [*nasty(500), *more]:
+        assert back.encode(text).ids == ours.encode_prompt(text), text
+        assert back.encode(text, "the").ids == ours.encode_prompt(text) + ours.encode_completion("the")
+
+
+def test_a_token_that_merges_do_not_lead_to():
+    """"abcd" of ab and cd, where bc is merged first: alone it is one token, within a longer word a, bc, d."""
+    ranks = [*(bytes([b]) for b in range(256)), b"bc", b"ab", b"cd", b"abcd"]
+    ours = Tokenizer({piece: i for i, piece in enumerate(ranks)}, "x")
+    assert ours.encode("abcd") == [259] and ours.encode("abcde") == [97, 256, 100, 101]
+    assert tok._merges_of(ours.ranks)[1] and not tok._merges_of(Tokenizer.train(["abab"] * 3, 258).ranks)[1]
+    compare_ids(ours, ["abcd", "abcde", "xabcd abcd"])
+
+
+# ---- and back
+
+
+def random_tokenizer(rng):
+    """Of any kind that is read: bytes missing, special tokens before or behind the others, a padded vocabulary."""
+    words = ["".join(rng.choices("abc 1é", k=rng.randint(1, 6))) for _ in range(30)]
+    tokens, first = [*Tokenizer.train(words * 2, rng.randint(257, 290)).ranks], rng.choice([0, 0, 3])
+    if rng.random() < 0.3:
+        tokens = [token for token in tokens if not {*token} & {4, 0x13}]
+    ranks = {token: i + first for i, token in enumerate(tokens)}
+    ids = [*range(first), *range(first + len(ranks), first + len(ranks) + rng.randint(not first, 3))]
+    special = dict(zip(rng.sample([EOS, "<s>", "é</s>", "<pad>", "[ ]", "<|padding|>"], len(ids)), ids))
+    eos, opening = rng.choice(ids), rng.choice(ids)
+    pattern, nfc = rng.choice([(tok.PATTERN, False), (tok.DIGITS_APART, False), (tok.QWEN2, True)])
+    return Tokenizer(ranks, "x", pattern, special, eos, opening, first + len(ranks) + 3 + rng.choice([0, 5]), nfc)
+
+
+def random_model(rng, head, vocab_size):
+    """Of any family and size that is written."""
+    shape = {"n_layer": rng.randint(1, 3), "n_head": rng.choice([1, 2, 4]), "n_embd": 4 * rng.randint(1, 3),
+             "block_size": rng.randint(4, 40), "vocab_size": vocab_size}
+    if rng.random() < 0.7:
+        shape |= {"family": "llama", "n_kv_head": rng.choice([k for k in (1, 2, 4) if shape["n_head"] % k == 0]),
+                  "head_size": 2 * rng.randint(1, 4), "n_inner": rng.randint(1, 20), "tied": rng.random() < 0.5,
+                  "rope_theta": rng.choice([1e4, 1e6, 33.7]), "norm_eps": rng.choice([1e-5, 1e-6]),
+                  **rng.choice([{}, {"qkv_bias": True}, {"qk_norm": True}])}
+    model = GPT(GPTConfig(**shape), head)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, 0.3, 0.4, generator=torch.Generator().manual_seed(rng.randrange(2 ** 31)))
+    if head == "scalar":
+        model.gain.fill_(rng.uniform(-2, 2)), model.bias.fill_(rng.uniform(-2, 2))
+    return model.eval()
+
+
+@cases(20, 1000)
+def test_exported_and_imported_again_is_bit_equal(numbers, tmp_path):
+    """A language model of any accepted kind, to the last bit, its tokenizer too; a reward model to rounding, and what
+    came in from its folder goes out again as the same bytes."""
+    for number in numbers:
+        with case(number) as rng:
+            head, tokenizer, folder = rng.choice(["lm", "lm", "scalar"]), random_tokenizer(rng), tmp_path / str(number)
+            model = random_model(rng, head, tokenizer.vocab_size)
+            folder.mkdir()
+            checkpoint.save(str(folder / "x.pt"), stage="rm" if head == "scalar" else "sft", model=model, info={},
+                            tokenizer=tokenizer, options=Options(), training={})
+            export.export(str(folder / "x.pt"), str(folder / "a"))
+            back, ids, _ = checkpoint.load(str(folder / "a"), STAGES, CPU)
+            assert back.config == model.config and ids.same_ids(tokenizer)
+            tokens = torch.randint(model.config.vocab_size, (2, 4))
+            assert same_weights(back, model) if head == "lm" else torch.allclose(back(tokens), model(tokens), atol=1e-4)
+            export.export(str(folder / "a"), str(folder / "b"))
+            for name in export.FILES:
+                one, other = folder / "a" / name, folder / "b" / name
+                assert one.exists() == other.exists() == (head == "lm" or name != "generation_config.json")
+                assert name == "generation_config.json" or not one.exists() or one.read_bytes() == other.read_bytes()
+
+
+def test_a_padded_vocabulary_survives_a_checkpoint(made, bpe):
+    """A model with more rows than its tokenizer has tokens."""
+    path, model, _ = made(tokenizer=Tokenizer(bpe.ranks, "x", vocab_size=300))
+    back, tokenizer, _ = checkpoint.load(path, STAGES, CPU)
+    assert back.config.vocab_size == tokenizer.vocab_size == 300 and same_weights(back, model)
+
+
+def test_a_row_for_padding_goes_out_and_not_in(made, out, refused):
+    """It is behind the vocabulary and 0; one that is not 0, or that is no padding's, is a token, whose text the
+    tokenizer knows."""
+    path, model, tokenizer = made("llama", "scalar")
+    export.export(path, out)
+    found = pretrained.read_safetensors(f"{out}/model.safetensors")["model.embed_tokens.weight"]
+    rows = torch.cat([*found.pieces()]).view(found.shape)
+    assert torch.equal(rows[:-1], model.wte.weight) and not rows[-1].any() and len(rows) == tokenizer.vocab_size + 1
+    back, ids, payload = checkpoint.load(out, STAGES, CPU)
+    assert back.config == model.config and payload["info"]["vocab_size"] == tokenizer.vocab_size == ids.vocab_size
+    config = json.loads(Path(out, "config.json").read_text())
+    assert config["pad_token_id"] == tokenizer.vocab_size and config["vocab_size"] == tokenizer.vocab_size + 1
+    Path(out, "config.json").write_text(json.dumps(config | {"pad_token_id": 3}))
+    assert checkpoint.load(out, STAGES, CPU)[0].config.vocab_size == tokenizer.vocab_size + 1
+    for value in ("1", None, float("nan"), True, [0.5]):
+        Path(out, "config.json").write_text(json.dumps(config | {"score_bias": value}))
+        assert "score_bias" in refused(checkpoint.load, out, STAGES, CPU)
+    Path(out, "config.json").write_text(json.dumps(config))
+    raw = Path(out, "model.safetensors").read_bytes()
+    begin = 8 + int.from_bytes(raw[:8], "little")
+    place = begin + tokenizer.vocab_size * 16 * 4  # the embedding comes first
+    Path(out, "model.safetensors").write_bytes(raw[:place] + b"\0\0\x80\x3f" + raw[place + 4:])
+    assert checkpoint.load(out, STAGES, CPU)[0].config.vocab_size == tokenizer.vocab_size + 1
+
+
+def test_what_no_folder_can_say(made, out, refused, tmp_path, bpe):
+    """Sizes that no family has together, tokens without a name or with one that is another's, a name in no UTF-8: one
+    line, and nothing is left."""
+    both = made("llama", qkv_bias=True, qk_norm=True, name="a.pt")[0]
+    assert "no model of transformers has both" in refused(export.export, both, out)
+    assert "12 with 8 heads" in refused(export.export, made("llama", n_embd=12, n_head=8, name="b.pt")[0], out)
+    unnamed = made(tokenizer=Tokenizer(bpe.ranks, "x", eos=290, vocab_size=291), name="c.pt")[0]
+    assert "token 290 opens a row or ends an answer and has no name" in refused(export.export, unnamed, out)
+    for text, words in (("at", "a special token of its tokenizer is spelled as"), ("\udc80", "UnicodeEncodeError")):
+        named = made(tokenizer=Tokenizer(bpe.ranks, "x", special={EOS: 290, text: 291}, eos=290), name="d.pt")[0]
+        assert words in (error := refused(export.export, named, out)) and named in error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pt", "b.pt", "c.pt", "ckpt.previous.pt", "d.pt"]
