@@ -20,7 +20,7 @@ import torch
 
 from minirlhf import checkpoint, pretrained, runtime, sizes
 from minirlhf import tokenizer as tokenizers
-from minirlhf.adapters import OPTIONS, layers_of
+from minirlhf.adapters import layers_of
 from minirlhf.config import Parser, all_printed, escaped, fail, fitting, one_line, say, unprinted
 from minirlhf.model import outline
 
@@ -29,15 +29,13 @@ CLASSES = {"gpt2": ("GPT2LMHeadModel", "GPT2ForSequenceClassification"),  # for 
            "llama": ("LlamaForCausalLM", "LlamaForSequenceClassification"),
            "qwen2": ("Qwen2ForCausalLM", "Qwen2ForSequenceClassification"),
            "qwen3": ("Qwen3ForCausalLM", "Qwen3ForSequenceClassification")}
-DESCRIPTION = """\
-Models of this program for others, and what a model of whatever program is."""
 EXPORT = """\
 OUT becomes a folder that transformers reads with from_pretrained, model and tokenizer: config.json, model.safetensors
 in float32, tokenizer.json, tokenizer_config.json, generation_config.json. A reward model becomes a sequence classifier
 with one label. Adapters are added to the weights. What is there already is never replaced."""
 INSPECT = """\
 Says what PATH is: a checkpoint of this program, a folder or a .gguf file of another; whether this program takes it, and
-if not, why not; its size, its tokenizer, and the memory that the stages need for it. Exit status 2 if it is not taken.
+if not, why not; its size, its tokenizer, and the memory that the stages need for it. Exit status 2 if it is not taken.\
 """
 
 
@@ -48,17 +46,17 @@ def family_of(config, path):
     if config.family == "gpt2":
         return "gpt2"
     if config.qkv_bias and config.qk_norm:
-        fail(f"{path}: has biases on queries, keys and values as Qwen2 and norms as Qwen3: no model of transformers has "
-             "both")
+        fail(f"{path}: has biases on queries, keys and values as Qwen2, and norms as Qwen3: no model of transformers "
+             "has both")
     family = "qwen2" if config.qkv_bias else "qwen3" if config.qk_norm else "llama"
     if family == "llama" and config.n_embd % config.n_head:
-        fail(f"{path}: a width of {config.n_embd} with {config.n_head} heads: transformers takes a Llama only where the "
-             "one is a multiple of the other")
+        fail(f"{path}: a width of {config.n_embd} with {config.n_head} heads: transformers takes a Llama only where "
+             "the one is a multiple of the other")
     return family
 
 
 def config_json(model, tokenizer, family, padding, constant):
-    """config.json's values. padding: (id, ...) of a classifier's padding token; constant: of its scores."""
+    """config.json's values. padding: the id that pads a batch; constant: what a classifier's scores lack."""
     c, scalar = model.config, model.head == "scalar"
     values = {"architectures": [CLASSES[family][scalar]], "model_type": family, "torch_dtype": "float32",
               "bos_token_id": tokenizer.opening, "eos_token_id": tokenizer.eos,
@@ -78,7 +76,7 @@ def config_json(model, tokenizer, family, padding, constant):
 
 
 def tensors(model, state, family):
-    """(name, tensor) of transformers' class, in order. state: the model's weights."""
+    """Yields (name, tensor) as transformers' class has them. state: the model's weights."""
     prefix = "transformer." if family == "gpt2" else "model."
     for name, tensor in state.items():
         names = pretrained.their_names(name, model.config, gguf=False)
@@ -140,8 +138,7 @@ def write_folder(folder, model, tokenizer, options, path):
         "eos_token": named[tokenizer.eos], "pad_token": padding[1], "clean_up_tokenization_spaces": False,
         "padding_side": "right" if scalar else "left", "model_max_length": model.config.block_size,
         "model_input_names": ["input_ids", "attention_mask"]})
-    if not tokenizers.from_folder(folder, model.config.vocab_size).same_ids(tokenizer):
-        fail(f"{path}: its tokenizer, {tokenizer.name}, is none that a tokenizer.json can describe")
+    tokenizers.from_folder(folder, model.config.vocab_size)  # refuses what could not come back
     write_json(folder, "config.json", config_json(model, tokenizer, family, padding[0], constant))
     if not scalar:  # the whole distribution, as in training
         length = options.get("response_length")
@@ -154,8 +151,8 @@ def write_folder(folder, model, tokenizer, options, path):
         lacks.append(f"its scores lack {constant:+.6g}, the same for every text, for which that class has no place: it "
                      f"is {pretrained.CONSTANT} in config.json, which this program adds and others must")
     if family == "qwen2" and (tokenizer.pattern, tokenizer.nfc) != (tokenizers.QWEN2, True):
-        lacks.append("its tokenizer splits texts otherwise than Qwen2's, which AutoTokenizer of transformers 5 takes for "
-                     "every Qwen2: read it with PreTrainedTokenizerFast.from_pretrained")
+        lacks.append("its tokenizer splits texts otherwise than Qwen2's, which AutoTokenizer of transformers 5 takes "
+                     "for every Qwen2: read it with PreTrainedTokenizerFast.from_pretrained")
     return CLASSES[family][scalar], lacks
 
 
@@ -187,7 +184,7 @@ def appearing(folder):
     Exits 1 naming path and size where the disk is full; of what fails or is refused within nothing stays.
     """
     temporary = f"{os.path.normpath(folder)}.tmp"
-    lock, files, whole = claimed(temporary), [os.path.join(temporary, name) for name in FILES], False
+    files, whole, lock = [os.path.join(temporary, name) for name in FILES], False, claimed(temporary)
     try:
         yield temporary
         for file in filter(os.path.exists, files):
@@ -210,15 +207,18 @@ def claimed(temporary):
     """Makes a folder, or takes that of an export that was killed -> its lock. Exits 2 where it is somebody else's."""
     try:
         os.makedirs(temporary, exist_ok=True)
+        if odd := sorted({*os.listdir(temporary)} - {*FILES}):
+            fail(f"{temporary}: holds {odd[0]}, which no export wrote; this one would write there: move it away")
         lock = os.open(temporary, os.O_RDONLY)
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a dead process holds none
-        odd = sorted({*os.listdir(temporary)} - {*FILES})
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a dead process holds none
+        except OSError:
+            os.close(lock)
+            raise
     except BlockingIOError:
-        fail(f"{temporary}: another export is writing there")
+        fail(f"{temporary}: another export is writing there; wait for it, or name another folder")
     except OSError as error:
         fail(f"{temporary}: cannot be written ({error.strerror})")
-    if odd:
-        fail(f"{temporary}: holds {odd[0]}, which no export wrote, where this one would write; move it away")
     return lock
 
 
@@ -236,6 +236,7 @@ def check_out(out, weights_only):
 
 
 def export(path, out, weights_only=False):
+    """A model of this program, or of another, as a folder; or a checkpoint as a smaller one."""
     check_out(out, weights_only)
     if weights_only:
         if checkpoint.is_foreign(checkpoint.located(path)):
@@ -248,7 +249,7 @@ def export(path, out, weights_only=False):
         model, tokenizer, payload = checkpoint.load(path, [*checkpoint.STAGES], torch.device("cpu"))
         with fitting(path):
             name, lacks = write_folder(folder, model, tokenizer, payload["options"], path)
-    size = sum(os.path.getsize(os.path.join(out, file)) for file in FILES if os.path.exists(os.path.join(out, file)))
+    size = sum(os.path.getsize(os.path.join(out, file)) for file in os.listdir(out))
     say(f"written: {out}, {checkpoint.STAGES[payload['stage']]} as {name}, {size / 1e6:.1f} MB")
     for line in lacks:
         say(line)
@@ -265,7 +266,7 @@ def inspect(path):
     if "base" in payload:
         last = payload["base"]["adapters"][-1]
         facts.append(f"adapters of rank {last['lora_rank']} in {last['lora_layers']} of {c.n_layer} blocks, on "
-                     + escaped(payload["base"]["path"]))
+                     + escaped(str(payload["base"]["path"])))
     if not checkpoint.is_foreign(place):
         facts.append("with what --resume needs" if payload["training"] else "weights only")
     say("  " + "; ".join(facts))
@@ -282,7 +283,8 @@ def inspect(path):
 def what_it_is(path):
     """Words for what lies at a path. Exits 2 where that can be no model, with what to name instead."""
     if os.path.isdir(path):
-        there = {*os.listdir(path)}
+        with pretrained.readable(path):
+            there = {*os.listdir(path)}
         if "ckpt.pt" in there:
             return "a folder with a checkpoint of this program"
         if pretrained.is_foreign(path):
@@ -292,6 +294,8 @@ def what_it_is(path):
             "adapters of peft; merge them into their model (merge_and_unload) and save that" if "adapter_config.json"
             in there else "a run without a checkpoint so far" if "config.json" in there else
             "neither ckpt.pt nor config.json"))
+    if not os.path.isfile(path):
+        fail(f"{path}: " + ("a pipe or device" if os.path.exists(path) else "no such file or folder"))
     with pretrained.readable(path), open(path, "rb") as f:
         magic = f.read(4)
     if path.endswith(".gguf"):
@@ -306,19 +310,20 @@ def what_it_is(path):
 def memory_lines(config, rank=16):
     """What a model of these sizes takes in memory: lines that say it for each stage.
 
-    Counted in float32: weights (4 bytes), gradients (4) and AdamW's two moments (8). Stages 1 and 2 have one network;
-    stage 3 has four, of which two learn, one after the other. With adapters the policy is the reference's weights and
-    the value network the reward model's.
+    Counted in float32: weights (4 bytes a number), gradients (4) and AdamW's two moments (8) of what learns. Stages 1
+    and 2 have one network. Stage 3 has four, of which two learn, one after the other; with adapters of rank `rank` in
+    all blocks, reference and reward model are what policy and value network stand on.
     """
-    whole = runtime.count_parameters(outline(config, "lm"))
-    linear = [layer for block in outline(config, "lm").h for _, _, layer in layers_of(block, torch.nn.Linear)]
-    adapters = rank * sum(layer.in_features + layer.out_features for layer in linear)
-    of = {"weights": 4 * whole, "one": 4 * whole + 16 * adapters, "one, all": 16 * whole,
-          "four": 2 * (4 * whole + 12 * adapters) + 4 * adapters, "four, all": 4 * 4 * whole + 2 * 8 * whole + 4 * whole}
-    of = {name: f"{size / 1e9:.2f} GB" if size > 1e8 else f"{size / 1e6:.1f} MB" for name, size in of.items()}
-    return [f"memory: weights {of['weights']}; this machine has {sizes.memory_of(torch.device('cpu')) / 1e9:.1f} GB",
-            f"  stages 1 and 2: {of['one']} with adapters of rank {rank}, {of['one, all']} with --lora_rank 0",
-            f"  stage 3: {of['four']} with adapters of rank {rank}, {of['four, all']} with --lora_rank 0",
+    def amount(size):
+        return f"{size / 1e9:.2f} GB" if size > 1e8 else f"{size / 1e6:.1f} MB"
+
+    model = outline(config, "lm")
+    linear = [layer for block in model.h for *_, layer in layers_of(block, torch.nn.Linear)]
+    n, a = runtime.count_parameters(model), rank * sum(layer.in_features + layer.out_features for layer in linear)
+    return [f"memory: weights {amount(4 * n)}; this machine has {sizes.memory_of(torch.device('cpu')) / 1e9:.1f} GB",
+            f"  stages 1 and 2: {amount(4 * n + 16 * a)} with adapters of rank {rank}, {amount(16 * n)} if all learns",
+            f"  stage 3: {amount(2 * (4 * n + 12 * a) + 4 * a)} with adapters of rank {rank}, "
+            f"{amount(4 * 4 * n + 2 * 8 * n + 4 * n)} if all learns",
             "  counted: weights, gradients, moments; activations, logits and the rollout's cache come on top"]
 
 
@@ -326,10 +331,10 @@ def memory_lines(config, rank=16):
 
 def main(argv=None):
     unprinted.clear()  # of an earlier call, as in a notebook
-    parser = Parser(prog="python -m minirlhf.pretrained", description=DESCRIPTION)
+    parser = Parser(prog="python -m minirlhf.pretrained", description="Takes models out, and says what a model is.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     command = commands.add_parser("export", help="write a model as transformers reads it", description=EXPORT)
-    command.add_argument("model", metavar="CKPT", help="ckpt.pt of any stage, its folder, or a model of another program")
+    command.add_argument("model", metavar="CKPT", help="ckpt.pt of any stage, its folder, or another program's model")
     command.add_argument("out", metavar="OUT", help="the folder to be made; with --weights_only a file, OUT.pt")
     command.add_argument("--weights_only", action="store_true", help="write a checkpoint instead that holds the model "
                          "(of adapters on another program's model, the adapters) and not what --resume needs")

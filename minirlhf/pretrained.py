@@ -30,7 +30,7 @@ from minirlhf.sizes import check_room
 
 PIECE = 1 << 20  # numbers that are widened at once
 LARGEST_JSON, LARGEST_HEADER = 256 << 20, 100_000_000  # bytes
-CONSTANT = "score_bias"  # in a classifier's config.json: what is added to its scores, where its class has no place for it
+CONSTANT = "score_bias"  # of a classifier's config.json: what is added to its scores, whose class has no place for it
 WEIGHTS = "model.safetensors", "pytorch_model.bin"
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 BLOCKS = {"F32": (1, 4), "F16": (1, 2), "BF16": (1, 2), "Q8_0": (32, 34), "Q4_0": (32, 18), "Q4_1": (32, 20)}

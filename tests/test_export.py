@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from conftest import LLAMA
-from minirlhf import adapters, checkpoint, export, fetch, pretrained, sizes
+from minirlhf import adapters, checkpoint, export, fetch, pretrained, runtime, sizes
 from minirlhf import tokenizer as tok
 from minirlhf.data import encode_row
 from minirlhf.generate import generate
@@ -227,7 +227,7 @@ def random_model(rng, head, vocab_size):
     return model.eval()
 
 
-@cases(20, 1000)
+@cases(20, 300)
 def test_exported_and_imported_again_is_bit_equal(numbers, tmp_path):
     """A language model of any accepted kind, to the last bit, its tokenizer too; a reward model to rounding, and what
     came in from its folder goes out again as the same bytes."""
@@ -277,6 +277,7 @@ def test_a_row_for_padding_goes_out_and_not_in(made, out, refused):
     Path(out, "config.json").write_text(json.dumps(config))
     raw = Path(out, "model.safetensors").read_bytes()
     begin = 8 + int.from_bytes(raw[:8], "little")
+    assert json.loads(raw[8:begin])["__metadata__"] == {"format": "pt"} and begin % 8 == 0
     place = begin + tokenizer.vocab_size * 16 * 4  # the embedding comes first
     Path(out, "model.safetensors").write_bytes(raw[:place] + b"\0\0\x80\x3f" + raw[place + 4:])
     assert checkpoint.load(out, STAGES, CPU)[0].config.vocab_size == tokenizer.vocab_size + 1
@@ -294,3 +295,271 @@ def test_what_no_folder_can_say(made, out, refused, tmp_path, bpe):
         named = made(tokenizer=Tokenizer(bpe.ranks, "x", special={EOS: 290, text: 291}, eos=290), name="d.pt")[0]
         assert words in (error := refused(export.export, named, out)) and named in error
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pt", "b.pt", "c.pt", "ckpt.previous.pt", "d.pt"]
+
+
+# ---- adapters
+
+
+@pytest.fixture
+def adapted(made, out, tmp_path):
+    """adapted(head) -> the path of a checkpoint of adapters on another program's model, and the model that it is."""
+    def make(head="lm"):
+        path, _, tokenizer = made("llama tied")
+        export.export(path, str(tmp_path / "base"))
+        base = checkpoint.load(str(tmp_path / "base"), STAGES, CPU)[0]
+        model = adapters.learner(base, head, SimpleNamespace(lora_rank=2, lora_alpha=3.0, lora_layers=1,
+                                                             freeze_layers=0), torch.Generator().manual_seed(1))
+        for n, p in enumerate(p for p in model.parameters() if p.requires_grad):
+            torch.nn.init.normal_(p, 0, 0.4, generator=torch.Generator().manual_seed(n))
+        path = str(tmp_path / "adapters.pt")
+        checkpoint.save(path, stage="rm" if head == "scalar" else "ppo", model=model, tokenizer=tokenizer,
+                        options=Options(), info={}, training={"step": 3, "moments": torch.ones(1000)})
+        return path, model
+    return make
+
+
+@pytest.mark.parametrize("head", ["lm", "scalar"])
+def test_adapters_are_in_the_weights(adapted, out, head):
+    """A folder stands by itself: the model on which the adapters stood may go."""
+    path, model = adapted(head)
+    export.export(path, out)
+    os.rename(os.path.join(os.path.dirname(path), "base"), os.path.join(os.path.dirname(path), "gone"))
+    back, tokens = checkpoint.load(out, STAGES, CPU)[0], torch.arange(12).view(2, 6)
+    assert back.head == head and model(tokens).std() > 0.3
+    torch.testing.assert_close(back(tokens), model(tokens), rtol=1e-5, atol=1e-5)
+
+
+# ---- the small file
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "adapters", "adapters, scalar"])
+def test_the_weights_of_a_checkpoint_alone(made, adapted, tmp_path, kind, capsys):
+    """Everything but what --resume needs, under a seal; of adapters on another program's model the adapters."""
+    head = "scalar" if "scalar" in kind else "lm"
+    path = adapted(head)[0] if "adapters" in kind else made(kind)[0]
+    small = str(tmp_path / "small.pt")
+    export.main(["export", path, small, "--weights_only"])
+    assert f"saved {small}: " in capsys.readouterr().out
+    before, after = (torch.load(file, weights_only=True) for file in (path, small))
+    assert before.pop("training")["step"] == 3 and after.pop("training") == {}
+    assert str(before) == str(after) and ("base" in after) == ("adapters" in kind)
+    assert os.path.getsize(small) < os.path.getsize(path) - 4000
+    checkpoint.check_whole(small)
+    models = [checkpoint.load(file, STAGES, CPU)[0] for file in (path, small)]
+    assert same_weights(*models) and models[0].head == head
+    export.export(small, str(tmp_path / "out"))
+    assert sorted(os.listdir(tmp_path / "out")) == [
+        name for name in export.FILES if head == "lm" or name != "generation_config.json"]
+
+
+def test_the_small_file_is_taken_as_any_and_not_resumed(tiny, tmp_path):
+    """Stage 3 starts from such files of stages 1 and 2; --resume of one says why not, and what to do."""
+    for stage, path in (("sft", tiny.sft), ("rm", tiny.rm)):
+        (tmp_path / stage).mkdir()
+        export.export(path, str(tmp_path / stage / "ckpt.pt"), True)
+    ended = [tiny.train("ppo", "--init_from", sft, "--reward_model", rm).payload()["model"] for sft, rm in (
+        (tmp_path / "sft", tmp_path / "rm"), (tiny.sft, tiny.rm))]
+    assert all(torch.equal(tensor, ended[1][name]) for name, tensor in ended[0].items())
+    for stage, way_out in (("sft", f"with --init_from {tmp_path / 'sft'}"), ("rm", "begin another run\n")):
+        ended = tiny.train(stage, "--resume", out=tmp_path / stage)
+        assert ended.code == 2 and "holds the model only" in ended.error and way_out in ended.error
+        assert os.listdir(tmp_path / stage) == ["ckpt.pt"]
+
+
+# ---- nothing is lost, nothing half made
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["ckpt.pt", "there"], "there: exists"), (["ckpt.pt", "there/"], "there/: exists"), (["ckpt.pt", ""], ".: exists"),
+    (["ckpt.pt", "ckpt.pt", "--weights_only"], "ckpt.pt: exists"), (["ckpt.pt", "link"], "link: exists"),
+    (["ckpt.pt", "no/out"], "there is no folder no"), (["ckpt.pt", "out.pt"], "add --weights_only"),
+    (["ckpt.pt", "out.gguf"], "is to be a folder"), (["ckpt.pt", "out", "--weights_only"], "end in .pt"),
+    (["no.pt", "out"], "no.pt: no such checkpoint"), (["no.pt", "out.pt", "--weights_only"], "no.pt: no such"),
+    (["cut.pt", "out"], "cut.pt: not a checkpoint, or damaged"),
+    (["cut.pt", "o.pt", "--weights_only"], "cut.pt: not a checkpoint, or damaged"),
+    (["there", "out.pt", "--weights_only"], "--weights_only is for checkpoints"), (["cut", "out"], "cut short"),
+    (["ckpt.pt", "ckpt.pt/out"], "no folder ckpt.pt"),
+])
+def test_an_export_that_is_refused(made, tmp_path, declined, monkeypatch, argv, words):
+    """One line; nothing has come or gone."""
+    monkeypatch.chdir(tmp_path)
+    made()
+    for folder in ("there", "cut"):
+        export.export("ckpt.pt", folder)
+    for name in ("ckpt.pt", "cut/model.safetensors"):
+        content = (tmp_path / name).read_bytes()
+        (tmp_path / name.replace("ckpt", "cut")).write_bytes(content[:-1])
+    (tmp_path / "link").symlink_to("nowhere")
+    assert words in declined(tmp_path, "minirlhf.export", "export", *argv)
+
+
+def test_a_folder_has_its_name_when_it_is_whole(made, out, monkeypatch):
+    """Until the last file is on the disk there is none; killed anywhere before, the next export takes over what is
+    left, and never what somebody else put there."""
+    path, model, _ = made()
+    write, seen = export.write_safetensors, []
+
+    def watched(file, named):
+        seen.append(os.path.exists(out))
+        write(file, named)
+        seen.append(sorted(os.listdir(f"{out}.tmp")))
+    monkeypatch.setattr(export, "write_safetensors", watched)
+    export.export(path, out)
+    assert seen == [False, sorted(export.FILES)] == [os.path.exists(f"{out}.tmp"), sorted(os.listdir(out))]
+
+
+@pytest.mark.parametrize("place", ["claimed", "write_json", "write_safetensors", "rename"])
+def test_an_export_that_is_killed(made, out, monkeypatch, refused, place):
+    """kill -9 when the folder is made, within its files, before it gets its name: the next one just works."""
+    path, model, _ = made()
+    owner, name = (os, "rename") if place == "rename" else (export, place)
+    if (child := os.fork()) == 0:
+        def killed(*arguments):
+            if place == "claimed":
+                os.mkdir(arguments[0])
+            elif place != "rename":
+                Path(f"{out}.tmp", "model.safetensors").write_text("half")
+            os._exit(9)
+        setattr(owner, name, killed)
+        export.export(path, out)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert os.path.isdir(f"{out}.tmp") and not os.path.exists(out)
+    export.export(path, out)
+    assert same_weights(checkpoint.load(out, STAGES, CPU)[0], model) and not os.path.exists(f"{out}.tmp")
+
+
+def test_a_folder_of_somebody_else(made, out, refused):
+    """OUT.tmp that another export writes, that holds what no export wrote, or is a file."""
+    path, *_ = made()
+    os.mkdir(f"{out}.tmp")
+    handle = os.open(f"{out}.tmp", os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    assert "another export is writing there" in refused(export.export, path, out)
+    os.close(handle)
+    Path(f"{out}.tmp", "mine").write_text("x")
+    assert "holds mine, which no export wrote" in refused(export.export, path, out)
+    assert os.listdir(f"{out}.tmp") == ["mine"]
+    os.remove(f"{out}.tmp/mine"), os.rmdir(f"{out}.tmp"), Path(f"{out}.tmp").write_text("x")
+    assert f"{out}.tmp: cannot be written" in refused(export.export, path, out)
+    os.remove(f"{out}.tmp")
+    export.export(path, out)
+
+
+@pytest.mark.parametrize("argv", [["out"], ["out.pt", "--weights_only"]], ids=["folder", "file"])
+def test_an_export_on_a_full_disk(made, tmp_path, command, argv):
+    """Exit 1, path and size; nothing is left of it."""
+    made()
+    _, error = command("minirlhf.pretrained", "export", "ckpt.pt", *argv, cwd=tmp_path, code=1, largest_file=8000)
+    assert error.startswith(f"error: {argv[0]}: could not be written (") and error.count("\n") == 1
+    assert "after 8,000 bytes" in error or "(File too large) after " in error
+    assert [name for name in os.listdir(tmp_path) if name[0] != "."] == ["ckpt.pt"]
+
+
+# ---- what a model is
+
+
+@pytest.mark.parametrize("kind, head", [("gpt2", "lm"), ("llama", "scalar"), ("adapters", "lm")])
+def test_inspect_says_what_a_model_is(made, adapted, out, capsys, kind, head):
+    """A checkpoint, its small file, the folder of its export: what it is taken as, its size, its tokenizer."""
+    path = adapted()[0] if kind == "adapters" else made(kind, head)[0]
+    export.export(path, f"{path}.small.pt", True), export.export(path, out)
+    stage = "a reward model" if head == "scalar" else "a PPO policy"
+    capsys.readouterr()
+    for place, words in ((path, [": a file", f"taken as {stage}", "with what --resume needs"]),
+                         (f"{path}.small.pt", [f"taken as {stage}", "weights only"]),
+                         (out, ["a folder of another program, model_type", "taken as " + stage.replace(
+                             "a PPO policy", "an SFT model")])):
+        export.main(["inspect", place])
+        said = capsys.readouterr().out
+        assert all(word in said for word in [*words, "2 layers of 16", "a context of 32 tokens", "memory: weights ",
+                                             f"{EOS} (279) ends an answer"]), said
+        assert ("adapters of rank 2 in 1 of 2 blocks, on " in said) == (kind == "adapters" and place != out)
+
+
+@pytest.mark.parametrize("name, content, words", [
+    ("no", None, "no: no such file or folder"), ("/dev/null", None, "pipe or device"),
+    ("x.gguf", b"GGUF", "x.gguf: cut short"), ("x", b"GGUF3456", "let it end in .gguf"),
+    ("x.safetensors", b"12345678", "weights alone"), ("pytorch_model.bin", b"x", "weights alone"),
+    ("x.txt", b"text", "x.txt: not a checkpoint, or damaged"), ("d", {}, "neither ckpt.pt nor config.json"),
+    ("d", {"adapter_config.json": "{}"}, "peft"),
+    ("d", {"config.json": '{"stage": "sft"}'}, "a run without a checkpoint"),
+    ("d", {"config.json": '{"model_type": "mistral"}'}, 'd/config.json: model_type "mistral": slides a window'),
+    ("d", {"config.json": "{"}, "config.json: not JSON"), ("d", {"config.json": "{}"}, "model_type null: not known"),
+    ("d", {"ckpt.pt": ""}, "d/ckpt.pt: not a checkpoint, or damaged"),
+])
+def test_inspect_says_why_a_model_is_not_taken(tmp_path, refused, monkeypatch, name, content, words):
+    """Exit 2, with the refusal that every command gives, or with what to name instead."""
+    monkeypatch.chdir(tmp_path)
+    if isinstance(content, bytes):
+        Path(name).write_bytes(content)
+    for file, text in (content if isinstance(content, dict) else {}).items():
+        Path(name).mkdir(exist_ok=True)
+        Path(name, file).write_text(text)
+    if content == {}:
+        Path(name).mkdir()
+    assert words in refused(export.main, ["inspect", name])
+
+
+def test_inspect_knows_a_model_that_has_no_room(made, out, refused, monkeypatch):
+    """Before its weights are read."""
+    path, model, _ = made("llama tied")
+    export.export(path, out)
+    monkeypatch.setattr(sizes, "memory_of", lambda device: 1000)
+    monkeypatch.setattr(pretrained, "fill", None)
+    assert f"{out}: a model of {runtime.count_parameters(model):,} parameters cannot be made" in refused(
+        export.main, ["inspect", out])
+
+
+def test_memory_by_hand():
+    """One layer of 4, 2 tokens, context 3: 8 + 12 + (8 + 60 + 20 + 8 + 80 + 68) + 8 = 272 parameters; rank-1 adapters
+    of 16, 8, 20 and 20 numbers."""
+    config = GPTConfig(1, 1, 4, 2, 3)
+    lines = "\n".join(export.memory_lines(config, 1))
+    n, a = 272, 64
+    for size in (4 * n, 4 * n + 16 * a, 16 * n, 8 * n + 28 * a, 36 * n):
+        assert f" {size / 1e6:.1f} MB" in lines
+
+
+def test_what_is_damaged_is_refused_in_a_line(made, out, tmp_path):
+    """Bytes of any file of a folder, and of a checkpoint, changed: inspect and export refuse it naming a file, or take
+    it; a refused export leaves nothing."""
+    path, *_ = made("llama", "scalar")
+    export.export(path, out)
+    taken = 0
+    for number in range(60):
+        with case(number) as rng:
+            files = [path, *(os.path.join(out, name) for name in sorted(os.listdir(out)))]
+            file = rng.choice(files)
+            content = Path(file).read_bytes()
+            Path(file).write_bytes(mutated(rng, content))
+            place, target = path if file == path else out, tmp_path / f"{number}.out"
+            for argv in (["inspect", place], ["export", place, str(target)]):
+                error = attempt(export.main, argv)[1]
+                assert not error or place in error or str(target) in error
+                assert target.exists() == (not error and argv[0] == "export") and not list(tmp_path.glob("*.tmp"))
+            taken += target.exists()
+            Path(file).write_bytes(content)
+    assert 0 < taken < 50
+
+
+# ---- a real one
+
+
+@pytest.mark.slow
+def test_smollm2_goes_out(out, hf):
+    """Another program's file, exported: ids, logits and a greedy answer of transformers, and back to the last bit."""
+    export.export(fetch.smollm2(), out)
+    model, ours, _ = checkpoint.load(fetch.smollm2(), STAGES, CPU)
+    back, ids, _ = checkpoint.load(out, STAGES, CPU)
+    assert same_weights(back, model) and ids.same_ids(ours)
+    theirs, tokenizer = hf.AutoModelForCausalLM.from_pretrained(out).eval(), hf.AutoTokenizer.from_pretrained(out)
+    for text in nasty(1000):
+        assert tokenizer(text, split_special_tokens=True).input_ids == ours.encode_prompt(text)
+    batch = tokenizer(PROMPTS, padding=True, return_tensors="pt")
+    prompts = [ours.encode_prompt(p) for p in PROMPTS]
+    with torch.no_grad():
+        torch.testing.assert_close(model(batch.input_ids[:1]), theirs(batch.input_ids[:1]).logits, rtol=1e-4, atol=1e-3)
+    greedy = theirs.generate(**batch, do_sample=False, max_new_tokens=12)[:, batch.input_ids.shape[1]:].tolist()
+    answers = generate(model, prompts, 12, ours.eos, temperature=0).responses()
+    assert [row[:len(answer)] for row, answer in zip(greedy, answers)] == answers
