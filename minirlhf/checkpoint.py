@@ -64,7 +64,7 @@ def save(path, *, stage, model, tokenizer, options, info, training, environment=
 
 
 def write(path, payload, also="", drop=()):
-    """The file of a payload, as `save` makes it.
+    """The file of a payload, as `save` makes it -> a line with size and seconds.
 
     Exits 1 and leaves what was there when a weight is not finite, or, naming path and size, when the disk is full or
     the folder gone.

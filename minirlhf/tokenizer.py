@@ -94,9 +94,9 @@ class Tokenizer:
     def state(self) -> dict:
         """What a checkpoint stores: plain values, because it is read with weights_only=True. Of what is as by default,
         nothing."""
-        n, ids = len(self.ranks), [*self.ranks.values()]
+        n = len(self.ranks)
         state = {"name": self.name, "ranks": [token.decode("latin-1") for token in self.ranks]}
-        more = {"ids": ids, "special": self.special, "eos": self.eos, "opening": self.opening,
+        more = {"ids": [*self.ranks.values()], "special": self.special, "eos": self.eos, "opening": self.opening,
                 "vocab_size": self.vocab_size}
         if [*more.values()] != [[*range(n)], {EOS: n}, n, n, n + 1]:
             state |= more
@@ -262,8 +262,6 @@ def from_folder(folder, vocab_size=None):
         joined = {"".join(pair) for pair in merges}
         special = {token: i for token, i in vocab.items() if token not in joined and token not in BYTE_OF}
     with understanding(path):
-        beyond = {token for token, i in special.items() if vocab_size and type(i) is int and i >= vocab_size}
-        special, vocab = ({token: i for token, i in d.items() if token not in beyond} for d in (special, vocab))
         named = {"eos": None, "bos": opening}
         for name in named:
             for setting in settings:
@@ -272,6 +270,8 @@ def from_folder(folder, vocab_size=None):
                 i = i[0] if isinstance(i, list) and i else i
                 if named[name] is None:
                     named[name] = special.get(token, vocab.get(token)) if token is not None else i
+        beyond = {token for token, i in special.items() if vocab_size and type(i) is int and i >= vocab_size}
+        special, vocab = ({token: i for token, i in d.items() if token not in beyond} for d in (special, vocab))
         return from_merges(path, vocab, merges, special, named["eos"], named["bos"], pattern, vocab_size, nfc,
                            ignore_merges)
 

@@ -40,10 +40,11 @@ def bpe():
 
 
 def with_specials(bpe):
-    """The same merges as SmolLM2 has them: special tokens first, digits apart, a few bytes without a token."""
+    """The same merges as SmolLM2 has them: special tokens first, digits apart, a few bytes without a token. Eos is the
+    first, the second opens a row."""
     absent = {bytes([b]) for b in (4, 0x13, 0xF1)}
     ranks = {token: i + 3 for i, token in enumerate(token for token in bpe.ranks if token not in absent)}
-    return Tokenizer(ranks, "x", tok.DIGITS_APART, {EOS: 0, "<|im_start|>": 1, "<|im_end|>": 2}, 2, 1)
+    return Tokenizer(ranks, "x", tok.DIGITS_APART, {EOS: 0, "<|im_start|>": 1, "<|im_end|>": 2}, 0, 1)
 
 
 @pytest.fixture
@@ -78,16 +79,12 @@ def hf():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_transformers_reads_a_language_model(made, out, hf, kind):
+def test_transformers_reads_a_language_model(made, out, hf, bpe, kind):
     """Model and tokenizer by from_pretrained alone: the ids of texts, logits to 1e-5, and greedy answers to ragged
     prompts are ours; its generate samples as stage 3 did."""
-    path, model, ours = made(kind)
+    path, model, ours = made(kind, tokenizer=Tokenizer(bpe.ranks, "x", tok.QWEN2, nfc=True) if kind == "qwen2" else bpe)
     export.export(path, out)
-    theirs = hf.AutoModelForCausalLM.from_pretrained(out).eval()
-    if kind == "qwen2":  # see test_a_qwen2_with_another_tokenizer
-        tokenizer = hf.PreTrainedTokenizerFast.from_pretrained(out)
-    else:
-        tokenizer = hf.AutoTokenizer.from_pretrained(out)
+    theirs, tokenizer = hf.AutoModelForCausalLM.from_pretrained(out).eval(), hf.AutoTokenizer.from_pretrained(out)
     assert type(theirs).__name__.lower().startswith(kind.split()[0]) and theirs.dtype == torch.float32
     for text in [*PROMPTS, *nasty(20)]:
         ids = ours.encode_prompt(text)
@@ -122,7 +119,7 @@ def test_transformers_reads_a_reward_model(made, out, hf, bpe, capsys, kind, spe
     assert [ids[real].tolist() for ids, real in zip(batch.input_ids, batch.attention_mask.bool())] == [
         row.ids for row in rows]
     padding = tokenizer.pad_token_id
-    assert padding == (0 if special else ours.vocab_size) and tokenizer.padding_side == "right"
+    assert padding == (2 if special else ours.vocab_size) and tokenizer.padding_side == "right"
     assert batch.input_ids[0, -1] == padding != ours.eos and {*batch} == {"input_ids", "attention_mask"}
     with torch.no_grad():
         scores = theirs(**batch).logits[:, 0]
@@ -155,11 +152,9 @@ def test_folding_by_hand(make_model):
 
 def test_a_qwen2_with_another_tokenizer(made, out, bpe, capsys):
     """AutoTokenizer of transformers 5 takes Qwen2's way to split for every Qwen2: what has another is told."""
-    export.export(made("qwen2")[0], out)
-    assert "PreTrainedTokenizerFast" in capsys.readouterr().out
-    own = Tokenizer(bpe.ranks, "x", tok.QWEN2, nfc=True)
-    export.export(made("qwen2", tokenizer=own)[0], out + "2")
-    assert "PreTrainedTokenizerFast" not in capsys.readouterr().out
+    for n, (tokenizer, told) in enumerate(((bpe, True), (Tokenizer(bpe.ranks, "x", tok.QWEN2, nfc=True), False))):
+        export.export(made("qwen2", tokenizer=tokenizer)[0], f"{out}{n}")
+        assert ("PreTrainedTokenizerFast" in capsys.readouterr().out) == told
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "digits", "qwen", "bytes missing"])
@@ -465,6 +460,7 @@ def test_inspect_says_what_a_model_is(made, adapted, out, capsys, kind, head):
     path = adapted()[0] if kind == "adapters" else made(kind, head)[0]
     export.export(path, f"{path}.small.pt", True), export.export(path, out)
     stage = "a reward model" if head == "scalar" else "a PPO policy"
+    assert export.what_it_is(os.path.dirname(path)) == "a folder with a checkpoint of this program"
     capsys.readouterr()
     for place, words in ((path, [": a file", f"taken as {stage}", "with what --resume needs"]),
                          (f"{path}.small.pt", [f"taken as {stage}", "weights only"]),
@@ -512,13 +508,12 @@ def test_inspect_knows_a_model_that_has_no_room(made, out, refused, monkeypatch)
 
 
 def test_memory_by_hand():
-    """One layer of 4, 2 tokens, context 3: 8 + 12 + (8 + 60 + 20 + 8 + 80 + 68) + 8 = 272 parameters; rank-1 adapters
-    of 16, 8, 20 and 20 numbers."""
-    config = GPTConfig(1, 1, 4, 2, 3)
-    lines = "\n".join(export.memory_lines(config, 1))
-    n, a = 272, 64
-    for size in (4 * n, 4 * n + 16 * a, 16 * n, 8 * n + 28 * a, 36 * n):
-        assert f" {size / 1e6:.1f} MB" in lines
+    """10 blocks of 100, 2,000 tokens, a context of 300: 2,300 x 100 + 10 (12 x 100^2 + 13 x 100) + 200 = 1,443,200
+    parameters, 5.8 MB; adapters of rank 10 have 10 x 10 (400 + 200 + 500 + 500) = 160,000 numbers, 16 bytes each."""
+    lines = export.memory_lines(GPTConfig(10, 1, 100, 2000, 300), 10)
+    assert lines[0].startswith("memory: weights 5.8 MB; this machine has ")
+    assert lines[1] == "  stages 1 and 2: 8.3 MB with adapters of rank 10, 23.1 MB if all learns"
+    assert lines[2] == "  stage 3: 16.0 MB with adapters of rank 10, 52.0 MB if all learns"
 
 
 def test_what_is_damaged_is_refused_in_a_line(made, out, tmp_path):
