@@ -55,13 +55,21 @@ def save(path, *, stage, model, tokenizer, options, info, training, environment=
 
     weights: what others shall use where that is not the model's last (the best, say); environment: Run.environment();
     also: a path that the file gets too, in place of the files `drop`, while what was there before is still whole.
+    Exits 1 as `write` does.
+    """
+    return write(path, {
+        "format": 2 if is_on_base(model) else 1, "stage": stage, "config": sizes_of(model.config), "head": model.head,
+        "tokenizer": tokenizer.state(), "options": asdict(options), "info": info, "environment": environment or {},
+        "training": training, **contents(model, weights)}, also, drop)
+
+
+def write(path, payload, also="", drop=()):
+    """The file of a payload, as `save` makes it -> a line with size and seconds.
+
     Exits 1 and leaves what was there when a weight is not finite, or, naming path and size, when the disk is full or
     the folder gone.
     """
     began, temporary, size = time.perf_counter(), f"{path}.tmp", 0
-    payload = {"format": 2 if is_on_base(model) else 1, "stage": stage, "config": sizes_of(model.config),
-               "head": model.head, "tokenizer": tokenizer.state(), "options": asdict(options), "info": info,
-               "environment": environment or {}, "training": training, **contents(model, weights)}
     if name := not_finite(payload):
         raise SystemExit(one_line(f"error: {path}: not written, for {name} is no longer finite; try a lower "
                                   "--learning_rate; what was there before is untouched"))
@@ -606,6 +614,9 @@ def resume(o, stage, structural):
             fail(f"--resume: {path}: {error}; start without --resume, with --overwrite where the folder holds a run")
     if payload:
         was = verified(payload, path, [stage])["options"]
+        if not payload["training"]:
+            fail(f"--resume: {path}: holds the model only, without what it takes to go on; begin another run"
+                 + (f" with --init_from {path}" if stage in POLICIES else ""))
     else:
         tell(f"resume: the run in {o.out_dir} ended before its first checkpoint: it starts again")
         with open(begun, encoding="utf-8") as f, fitting(begun):

@@ -7,6 +7,8 @@ Of the families gpt2, llama, qwen2 and qwen3, with a language model's head or a 
 Invariant: what this program cannot compute exactly is refused by key, value and reason, before memory is spent. Weights
 are read in pieces, each straight to its place, so that they are in memory once; 4 and 8 bits are widened to float32.
 
+`export.py` writes such folders, and has the command `python -m minirlhf.pretrained`.
+
 Left out: mapping the file, whose pages would count as memory until the system wants them back.
 """
 import contextlib
@@ -22,11 +24,13 @@ from typing import Callable, NamedTuple
 import numpy as np
 import torch
 
-from minirlhf.config import fail, fitting
+from minirlhf.config import fail, fitting, launch
 from minirlhf.model import GPTConfig, outline
+from minirlhf.sizes import check_room
 
 PIECE = 1 << 20  # numbers that are widened at once
 LARGEST_JSON, LARGEST_HEADER = 256 << 20, 100_000_000  # bytes
+CONSTANT = "score_bias"  # of a classifier's config.json: what is added to its scores, whose class has no place for it
 WEIGHTS = "model.safetensors", "pytorch_model.bin"
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 BLOCKS = {"F32": (1, 4), "F16": (1, 2), "BF16": (1, 2), "Q8_0": (32, 34), "Q4_0": (32, 18), "Q4_1": (32, 20)}
@@ -70,10 +74,13 @@ def load(path, head=None, block_size=0, asked=""):
         if not gguf:
             stored, tokenizer = read_folder(path), tokenizer_files(path)
         stored = own_names(stored, config, gguf, path)
-        info = {"source": path, "model_type": values.of["model_type"], "context": config.block_size,
-                "vocab_size": config.vocab_size, "kinds": sorted({tensor.kind for tensor in stored.values()})}
+        kinds, constant = sorted({tensor.kind for tensor in stored.values()}), values.finite(CONSTANT)
+        info = {"source": path, "model_type": values.of["model_type"], "context": config.block_size}
         model = assemble(config, stored, path, head, block_size or config.block_size)
-    return model.eval(), tokenizer, info
+        if model.head == "scalar":
+            model.bias.fill_(constant)
+            drop_padding(model, values.of.get("pad_token_id"))
+    return model.eval(), tokenizer, info | {"vocab_size": model.config.vocab_size, "kinds": kinds}
 
 
 @contextlib.contextmanager
@@ -113,6 +120,12 @@ class Values:
         if type(value) is not int and (kind is int or type(value) is not float) or not 0 < value < 2 ** 62:
             self.refuse(key, "must be a number above 0")
         return kind(value)
+
+    def finite(self, key):
+        value = self.of.get(key, 0.0)
+        if type(value) not in (int, float) or not abs(value) < math.inf:
+            self.refuse(key, "must be a finite number")
+        return value
 
     def flag(self, key, default):
         value = self.of.get(key)
@@ -245,6 +258,11 @@ def rows_of(name, config, parts):
     return [q, kv, kv] if "c_attn" in name else [config.n_inner] * 2
 
 
+def is_transposed(name, config):
+    """Whether a folder has this matrix of ours as (in, out)."""
+    return config.family == "gpt2" and name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+
+
 def assemble(config, stored, path, head, block_size):
     """-> the GPT. All names and shapes are compared before a weight is read."""
     found = "scalar" if "score.weight" in stored else "lm"
@@ -258,8 +276,7 @@ def assemble(config, stored, path, head, block_size):
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     own = {"score_head.bias": torch.zeros(1), "gain": torch.ones(()), "bias": torch.zeros(())}
     plan = {name: their_names(name, config, gguf) for name in shapes if found == "lm" or name not in own}
-    transposed = {name for name in plan if config.family == "gpt2" and not gguf and re.search(
-        r"(c_attn|c_proj|c_fc)\.weight$", name)}
+    transposed = {name for name in plan if not gguf and is_transposed(name, config)}
     wanted = {}
     for name, parts in plan.items():
         shape = shapes[name]
@@ -269,6 +286,8 @@ def assemble(config, stored, path, head, block_size):
     if config.tied and output in stored:
         wanted[output] = wanted[embedding]
     compare_shapes(wanted, stored, path)
+    count = sum(tensor.numel() for tensor in model.parameters())
+    check_room(path, f"a model of {count:,} parameters", 4 * count)
     if config.tied and output in stored:
         copy = stored.pop(output)
         if not same(copy, stored[embedding]):
@@ -294,6 +313,15 @@ def assemble(config, stored, path, head, block_size):
         if config.family == "gpt2":
             model.wpe = torch.nn.Embedding.from_pretrained(model.wpe.weight.data[:block_size].clone(), freeze=False)
     return model
+
+
+def drop_padding(model, padding):
+    """A row of zeros at the end of a classifier's embedding, for a token that no text holds: without it the model has
+    the vocabulary of the others."""
+    rows = model.wte.weight.data
+    if padding == len(rows) - 1 and not rows[-1].any():
+        model.config.vocab_size -= 1
+        model.wte = torch.nn.Embedding.from_pretrained(rows[:-1].clone(), freeze=False)
 
 
 def compare_shapes(wanted, stored, path):
@@ -635,3 +663,8 @@ def of_gguf(metadata, tied, path):
         values["tie_word_embeddings"] = tied
     Values(values, path, shown).number("layer_norm_epsilon" if family == "gpt2" else "rms_norm_eps", kind=float)
     return Values(values, path, shown)
+
+
+if __name__ == "__main__":
+    from minirlhf.export import main
+    launch(main)

@@ -94,10 +94,12 @@ class Tokenizer:
     def state(self) -> dict:
         """What a checkpoint stores: plain values, because it is read with weights_only=True. Of what is as by default,
         nothing."""
+        n = len(self.ranks)
         state = {"name": self.name, "ranks": [token.decode("latin-1") for token in self.ranks]}
-        if self.special != {EOS: len(self.ranks)} or [*self.ranks.values()] != [*range(len(self.ranks))]:
-            state |= {"ids": [*self.ranks.values()], "special": self.special, "eos": self.eos, "opening": self.opening,
-                      "vocab_size": self.vocab_size}
+        more = {"ids": [*self.ranks.values()], "special": self.special, "eos": self.eos, "opening": self.opening,
+                "vocab_size": self.vocab_size}
+        if [*more.values()] != [[*range(n)], {EOS: n}, n, n, n + 1]:
+            state |= more
         if self.pattern != PATTERN:
             state["pattern"] = self.pattern
         return state | ({"nfc": True} if self.nfc else {})
@@ -226,9 +228,9 @@ GGUF_PATTERNS = {"gpt-2": PATTERN, "smollm": DIGITS_APART, "qwen2": QWEN2}
 def from_folder(folder, vocab_size=None):
     """The tokenizer of a folder that holds tokenizer.json, or vocab.json with merges.txt: byte-level BPE only.
 
-    vocab_size: of the model, if it is larger than the tokenizer. eos and the token that opens a row are those that
-    tokenizer_config.json or config.json name; a row opens with eos where they name none. Exits 2, naming file, key and
-    reason, on what tiktoken would split or merge otherwise.
+    vocab_size: of the model, if it is not the tokenizer's; special tokens beyond it, as one for padding, are left out.
+    eos and the token that opens a row are those that tokenizer_config.json or config.json name; a row opens with eos
+    where they name none. Exits 2, naming file, key and reason, on what tiktoken would split or merge otherwise.
     """
     path = os.path.join(folder, "tokenizer.json")
     settings = [_object(os.path.join(folder, name), optional=True) for name in ("tokenizer_config.json", "config.json")]
@@ -268,6 +270,8 @@ def from_folder(folder, vocab_size=None):
                 i = i[0] if isinstance(i, list) and i else i
                 if named[name] is None:
                     named[name] = special.get(token, vocab.get(token)) if token is not None else i
+        beyond = {token for token, i in special.items() if vocab_size and type(i) is int and i >= vocab_size}
+        special, vocab = ({token: i for token, i in d.items() if token not in beyond} for d in (special, vocab))
         return from_merges(path, vocab, merges, special, named["eos"], named["bos"], pattern, vocab_size, nfc,
                            ignore_merges)
 
@@ -344,6 +348,57 @@ def from_merges(path, vocab, merges, special, eos, opening, pattern, vocab_size=
             unicodedata.normalize("NFC", probe) if nfc else probe):
         fail(f"{path}: its split pattern {pattern[:60]!r} leaves out some characters")
     return tokenizer
+
+
+def to_json(tokenizer, special):
+    """A tokenizer.json's values, with which other programs find the same ids. special: {text: id} of special tokens,
+    those that open a row and end an answer among them.
+
+    A text becomes `encode_prompt` of it, a pair of texts the row that a reward model reads: what opens it, prompt,
+    completion, eos. Other programs take the text of a special token for the token, unless they are told otherwise
+    (split_special_tokens=True). Raises ValueError where a special token is spelled as another token.
+    """
+    named = {i: text for text, i in special.items()}
+    opening, eos = ({"SpecialToken": {"id": named[i], "type_id": 0}} for i in (tokenizer.opening, tokenizer.eos))
+    first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+    letter = {byte: letter for letter, byte in BYTE_OF.items()}
+    spelled = {token: "".join(letter[byte] for byte in token) for token in tokenizer.ranks}
+    vocab = {spelled[token]: i for token, i in tokenizer.ranks.items()} | special
+    if len(vocab) < len(spelled) + len(special):
+        raise ValueError("a special token of its tokenizer is spelled as a token of texts is")
+    merges, whole = _merges_of(tokenizer.ranks)
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    split = {"type": "Split", "pattern": {"Regex": tokenizer.pattern}, "behavior": "Isolated", "invert": False}
+    steps = {PATTERN: [level], DIGITS_APART: [{"type": "Digits", "individual_digits": True}, level]}.get(
+        tokenizer.pattern, [split, level | {"use_regex": False}])
+    return {
+        "version": "1.0", "truncation": None, "padding": None,
+        "added_tokens": [{"id": special[text], "content": text, "single_word": False, "lstrip": False, "rstrip": False,
+                          "normalized": False, "special": True} for text in sorted(special, key=special.get)],
+        "normalizer": {"type": "NFC"} if tokenizer.nfc else None,
+        "pre_tokenizer": level if steps == [level] else {"type": "Sequence", "pretokenizers": steps},
+        "post_processor": {
+            "type": "TemplateProcessing", "single": [opening, first], "pair": [opening, first, second, eos],
+            "special_tokens": {named[i]: {"id": named[i], "ids": [i], "tokens": [named[i]]}
+                               for i in (tokenizer.opening, tokenizer.eos)}},
+        "decoder": level,
+        "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+                  "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": whole,
+                  "vocab": dict(sorted(vocab.items(), key=lambda item: item[1])),
+                  "merges": [" ".join(spelled[part] for part in pair) for pair in merges]}}
+
+
+def _merges_of(ranks):
+    """-> [(left, right)] in order, and whether a word that is a token is taken whole (ignore_merges).
+
+    Other programs merge a token from the one pair that their list has. Where that is the pair to which the merges
+    before it lead, they do as tiktoken does; a token that these do not leave in two parts needs every pair of its own.
+    """
+    parts = {token: _merge(token, ranks, i) for token, i in ranks.items() if len(token) > 1}
+    if all(len(pair) == 2 for pair in parts.values()):
+        return [*parts.values()], False
+    return [(token[:i], token[i:]) for token in parts for i in range(1, len(token))
+            if token[:i] in ranks and token[i:] in ranks], True
 
 
 def _merge(piece, ranks, below):

@@ -27,14 +27,15 @@ NEAREST = {"minirlhf/objectives.py": ["objectives", "train_ppo"], "minirlhf/data
            "train_rm.py": ["figures", "train_rm", "state", "check"],
            "train_ppo.py": ["figures", "train_ppo", "state", "further"], "minirlhf/prepare.py": ["prepare"],
            "minirlhf/evaluate.py": ["figures", "train_ppo", "train_rm", "state"], "minirlhf/sizes.py": ["faults"],
-           "minirlhf/checkpoint.py": ["state", "checkpoint", "adapters", "further", "pretrained", "faults", "hub"],
+            "minirlhf/checkpoint.py": ["state", "checkpoint", "adapters", "further", "pretrained", "faults", "hub",
+                                       "export"],
            "minirlhf/check.py": ["check", "figures"],
            "minirlhf/runtime.py": ["runtime", "figures", "state", "train_ppo", "faults"],
            "minirlhf/sample.py": ["figures", "state", "sample"], "minirlhf/benchmark.py": ["figures", "benchmark"],
            "minirlhf/config.py": ["config"], "minirlhf/adapters.py": ["adapters", "state", "train_ppo"],
-           "minirlhf/rewards.py": ["rewards", "adapters", "train_ppo"], "minirlhf/fetch.py": ["fetch", "hub"],
-           "minirlhf/hub.py": ["hub"],
-           "minirlhf/tokenizer.py": ["tokenizer", "pretrained"], "minirlhf/pretrained.py": ["pretrained"]}
+            "minirlhf/rewards.py": ["rewards", "adapters", "train_ppo"], "minirlhf/fetch.py": ["fetch", "hub"],
+            "minirlhf/hub.py": ["hub"], "minirlhf/tokenizer.py": ["tokenizer", "pretrained", "export"],
+            "minirlhf/pretrained.py": ["pretrained", "export"], "minirlhf/export.py": ["export"]}
 
 OBJECTIVES = [
     ("mean = sum_x / n", "mean = sum_x / mask.numel()"),  # over padding
@@ -855,6 +856,7 @@ ADAPTERS = [  # with their files: what learns, what is shared, what lies below, 
     ("minirlhf/adapters.py", "theirs[name].data = p.data", "pass"),
     ("minirlhf/check.py", "adapters.merged(model, on_cpu)", "model.state_dict()"),
     ("minirlhf/checkpoint.py", '"format": 2 if is_on_base(model) else 1', '"format": FORMAT'),
+    ("minirlhf/checkpoint.py", 'if not payload["training"]:', "if False:"),  # what cannot go on
     ("minirlhf/checkpoint.py", 'any("model" not in entry for', 'all("model" not in entry for'),
     ("minirlhf/checkpoint.py", 'learned or learned_state(model), model.base', 'learned_state(model), model.base'),
     ("minirlhf/checkpoint.py", 'return {"model": adapters.merged(model, learned)}',
@@ -878,8 +880,42 @@ PRETRAINED = [
     ('("attn_q.weight", "attn_k.weight")', '("attn_q.weight",)'),
     ("np.concatenate([q & 15, q >> 4], 1)", "np.concatenate([q >> 4, q & 15], 1)"),
     ("weight.data[:block_size]", "weight.data[-block_size:]"),
+    ("model.bias.fill_(constant)", "pass"),  # a Llama's scores come back without their constant
+    ("if padding == len(rows) - 1 and not rows[-1].any():", "if padding == len(rows) - 1:"),
+    ("if padding == len(rows) - 1 and not rows[-1].any():", "if not rows[-1].any():"),
+    ('check_room(path, f"a model of {count:,} parameters", 4 * count)', "pass"),
+]
+EXPORT = [
+    (".double(), gain * b + bias", ".double(), b + bias"),
+    ('w, constant = gain * state["score_head.weight"]', 'w, constant = state["score_head.weight"]'),
+    ("+ constant * w[0] / w.square().sum()", "+ constant * w[0] / w.square().sum().sqrt()"),
+    ('if "ln_f.bias" in state and w.any():', 'if "ln_f.bias" in state:'),
+    ("if i not in (tokenizer.eos, tokenizer.opening))", "if i != tokenizer.opening)"),  # eos pads
+    ("if i not in (tokenizer.eos, tokenizer.opening))", "if i != tokenizer.eos)"),
+    ("tensor = tensor.T if pretrained.is_transposed(name, model.config) else tensor", "pass"),
+    ('"padding_side": "right" if scalar else "left"', '"padding_side": "right"'),
+    ('"tie_word_embeddings": c.tied}', '"tie_word_embeddings": True}'),
+    ('"num_key_value_heads": c.n_kv_head', '"num_key_value_heads": c.n_head'),
+    ('header, end = {"__metadata__": {"format": "pt"}}, 0', "header, end = {}, 0"),
+    ('head += b" " * (-len(head) % 8)', 'head += b""'),
+    ('"do_sample": True, "temperature": options.get("temperature") or 1.0, "top_k": 0',
+     '"do_sample": True, "temperature": options.get("temperature") or 1.0, "top_k": 50'),
+    ("torch.zeros(1, model.config.n_embd)", "torch.ones(1, model.config.n_embd)"),
+    ("            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a dead process holds none\n", "            pass\n"),
+    ("{*os.listdir(temporary)} - {*FILES}", "set()"),
+    ("        if not whole:\n", "        if False:\n"),
+    ("    check_out(out, weights_only)\n", ""),
+    ('payload | {"training": {}}', "payload"),
+    ("rank * sum(layer.in_features + layer.out_features for", "rank * sum(layer.in_features for"),
+    ("(tokenizer.pattern, tokenizer.nfc) != (tokenizers.QWEN2, True)", "False"),
 ]
 TOKENIZER = [
+    ('"pair": [opening, first, second, eos]', '"pair": [opening, first, second]'),
+    ('"ignore_merges": whole', '"ignore_merges": False'),
+    ('"normalizer": {"type": "NFC"} if tokenizer.nfc else None', '"normalizer": None'),
+    ('[{"type": "Digits", "individual_digits": True}, level]', "[level]"),
+    ("[[*range(n)], {EOS: n}, n, n, n + 1]", "[[*range(n)], {EOS: n}, n, n, self.vocab_size]"),
+    ("if vocab_size and type(i) is int and i >= vocab_size}", "if False}"),
     ("if -n < 2:", "if -n < 1:"),
     ("(-pair_counts[a, b], names[a], names[b], (a, b)))", "(-pair_counts[a, b], names[b], names[a], (a, b)))"),
     ("special, eos, opening, size, nfc)\n    probe", "special, eos, eos, size, nfc)\n    probe"),
@@ -952,7 +988,7 @@ MUTATIONS = [(file, *pair) for file, pairs in (
     ("minirlhf/runtime.py", RATES_AND_TIMES), ("minirlhf/prepare.py", PREPARE), ("minirlhf/sample.py", SAMPLE),
     ("minirlhf/check.py", CHECK), ("minirlhf/benchmark.py", BENCHMARK), ("minirlhf/config.py", CONFIG),
     ("minirlhf/sizes.py", SIZES), ("minirlhf/pretrained.py", PRETRAINED), ("minirlhf/tokenizer.py", TOKENIZER),
-    ("minirlhf/rewards.py", REWARDS)) for pair in pairs] + STATE + ADAPTERS
+    ("minirlhf/rewards.py", REWARDS), ("minirlhf/export.py", EXPORT)) for pair in pairs] + STATE + ADAPTERS
 
 
 def misplaced():

@@ -383,6 +383,17 @@ def test_what_opens_a_row(tmp_path):
     assert own.decode([257, 300]) == "the<s>"
 
 
+def test_special_tokens_beyond_the_model_are_left_out(tmp_path, refused):
+    """A model of 259 tokens has no <pad>, and its rows cannot end with one."""
+    parts = written(added_tokens=[{"id": 258, "content": EOS}, {"id": 300, "content": "<pad>"}])
+    assert read(tmp_path, parts).vocab_size == 301
+    own = tok.from_folder(tmp_path, 259)
+    assert own.special == {EOS: 258} and own.vocab_size == 259
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<pad>"}')
+    (tmp_path / "config.json").write_text('{"eos_token_id": 258}')
+    assert "eos_token is 300" in refused(tok.from_folder, tmp_path, 259)
+
+
 def says(path, words):
     return lambda error: f"{path}: " in error and all(word in error for word in words)
 
