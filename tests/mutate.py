@@ -25,7 +25,7 @@ NEAREST = {"minirlhf/objectives.py": ["objectives", "train_ppo"], "minirlhf/data
            "minirlhf/generate.py": ["generate", "train_ppo", "parity"], "minirlhf/kernels.py": ["model", "runtime"],
            "train_sft.py": ["figures", "state", "check", "further"],
            "train_rm.py": ["figures", "train_rm", "state", "check"],
-           "train_ppo.py": ["figures", "train_ppo", "state", "further"], "minirlhf/prepare.py": ["prepare"],
+           "train_ppo.py": ["figures", "train_ppo", "state", "further"], "minirlhf/sentiment.py": ["sentiment"],
            "minirlhf/evaluate.py": ["figures", "train_ppo", "train_rm", "state"], "minirlhf/sizes.py": ["faults"],
            "minirlhf/checkpoint.py": ["state", "checkpoint", "adapters", "further", "pretrained", "faults"],
            "minirlhf/check.py": ["check", "figures"],
@@ -708,7 +708,7 @@ RATES_AND_TIMES = [
     ("norm = torch.nn.utils.get_total_norm(p.grad for p in", "norm = max(p.grad.norm() for p in"),
     ("used = time.perf_counter() - self.started\n        left", "used = time.perf_counter()\n        left"),
 ]
-PREPARE = [
+SENTIMENT = [
     ("mean = round(sum(ratings) / len(ratings), 3)", "mean = round(published, 3)"),
     ("mean = round(sum(ratings) / len(ratings), 3)", "mean = round(sum(ratings) / len(ratings), 2)"),
     ('counts[domain, "ratings"] += len(ratings)', 'counts[domain, "ratings"] += len(set(ratings))'),
@@ -897,7 +897,7 @@ MUTATIONS = [(file, *pair) for file, pairs in (
     ("minirlhf/kernels.py", KERNELS), ("minirlhf/checkpoint.py", CHECKPOINT),
     ("minirlhf/runtime.py", RUNTIME), ("train_sft.py", SFT), ("train_rm.py", RM), ("train_ppo.py", PPO_FIGURES),
     ("minirlhf/evaluate.py", EVALUATE_FIGURES), ("minirlhf/objectives.py", INTERVALS),
-    ("minirlhf/runtime.py", RATES_AND_TIMES), ("minirlhf/prepare.py", PREPARE), ("minirlhf/sample.py", SAMPLE),
+    ("minirlhf/runtime.py", RATES_AND_TIMES), ("minirlhf/sentiment.py", SENTIMENT), ("minirlhf/sample.py", SAMPLE),
     ("minirlhf/check.py", CHECK), ("minirlhf/benchmark.py", BENCHMARK), ("minirlhf/config.py", CONFIG),
     ("minirlhf/sizes.py", SIZES), ("minirlhf/pretrained.py", PRETRAINED), ("minirlhf/tokenizer.py", TOKENIZER),
     ("minirlhf/rewards.py", REWARDS)) for pair in pairs] + STATE + ADAPTERS

