@@ -60,15 +60,18 @@ FOREIGN = {  # how files begin that hold no JSON lines
     b"{\0": AS_UTF8 % "-le", b"[\0": AS_UTF8 % "-le", b"\0": AS_UTF8 % "-be",
     b"[": "one JSON list, not an object a line: " + AS_LINES % "json.load(open(sys.argv[1], 'rb'))",
     b"{\n": "objects over several lines: write one a line", b"{\r": "objects over several lines: write one a line"}
+PREPARE = "python -m minirlhf.prepare"
 DIALECTS = {  # what other programs' records have, and the way to ours
-    ("conversations",): "ShareGPT: name the list 'messages', and in it 'from' and 'value' 'role' and 'content'",
-    ("instruction", "output"): "Alpaca: join instruction and input as 'prompt', name the output 'completion'",
-    ("question", "answer"): "questions and answers: name them 'prompt' and 'completion'",
-    ("prompt", "response"): "prompts and responses: name the response 'completion'",
+    ("conversations",): f"ShareGPT: {PREPARE} sharegpt", ("instruction", "output"): f"Alpaca: {PREPARE} alpaca",
+    ("question", "answer"): f"questions and answers: {PREPARE} jsonl --prompt_key question --completion_key answer",
+    ("prompt", "response", "helpfulness"): f"HelpSteer2: {PREPARE} helpsteer2",
+    ("prompt", "response"): f"prompts and responses: {PREPARE} jsonl --completion_key response",
     ("completions", "labels"): "TRL's stepwise supervision: no stage reads labels of steps",
     ("completion", "label"): "TRL's unpaired preference: keep the good ones without 'label', or make pairs",
-    ("response_0", "response_1"): "PKU-SafeRLHF: name the better response 'chosen', the other 'rejected'",
-    ("response_1", "response_2"): "HelpSteer: name the better response 'chosen', the other 'rejected'"}
+    ("response_0", "response_1"): f"PKU-SafeRLHF: {PREPARE} pku-saferlhf",
+    ("response_1", "response_2"): f"HelpSteer2: {PREPARE} helpsteer2",
+    ("history", "human_ref_A", "human_ref_B"): f"SHP: {PREPARE} shp",
+    ("summaries", "choice"): f"comparisons of summaries: {PREPARE} summarize-from-feedback"}
 
 
 @dataclass

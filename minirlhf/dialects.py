@@ -200,7 +200,7 @@ def summarize(rows, note):
         if choice not in (0, 1) or len(pair) != 2 or not all(
                 isinstance(s, dict) and isinstance(s.get("text"), str) for s in pair):
             refuse(row.where, r, "'summaries' must be two objects with a 'text', and 'choice' 0 or 1")
-        confidence = (r.get("extra") or {}).get("confidence")
+        confidence = number(r["extra"].get("confidence")) if isinstance(r.get("extra"), dict) else None
         if confidence is None:
             note(row, "a choice without its confidence", "kept")
         part = {"train": "train"}.get(r["split"], "val") if isinstance(r.get("split"), str) else row.part

@@ -196,8 +196,18 @@ def read_rows(files, max_rows, meter, notes):
             for where, record in itertools.islice(f, share):
                 meter(raw.tell())
                 notes.row = Row(where, record, part, path)
+                note_odd_characters(notes)
                 yield notes.row
         meter.before += meter.sizes[path]
+
+
+def note_odd_characters(notes):
+    """Of the row that was read last. Every text that is read from it goes through `clean`."""
+    text = json.dumps(notes.row.record, ensure_ascii=False)
+    if "\\u0000" in text and any("\0" in part for part in texts_in(notes.row.record)):
+        notes(notes.row, "a row with NUL in a text", "kept")
+    if clean(text) != text:
+        notes(notes.row, "a row with a lone surrogate in a text", "made U+FFFD")
 
 
 @contextlib.contextmanager
@@ -237,7 +247,7 @@ def decoded(data, path):
 
 def items_in(f, path):
     """Yields ("file:line", object) of one JSON list, read piece by piece."""
-    decoder, scan, blank = codecs.getincrementaldecoder("utf-8")(), json.JSONDecoder().raw_decode, re.compile(r"\s*")
+    decoder, scan, blank = codecs.getincrementaldecoder("utf-8")(), json.JSONDecoder().raw_decode, re.compile(r"[ \t\r\n]*")
     text, at, line, size = "", 0, 1, 0  # what is read and not yet used from `at` on; the line it begins in; bytes read
 
     def read():
@@ -277,8 +287,9 @@ def items_in(f, path):
             except RecursionError as error:
                 stop(f"not JSON: {error}")
             except json.JSONDecodeError as error:  # a fault, or where what was read so far ends
+                place = f"in item {count + 1}, character {error.pos - at + 1} of it"
                 if not (error.msg.startswith("Unterminated string") or error.pos > len(text) - 16) or not read():
-                    stop(f"not JSON: {error.msg} in item {count + 1}, character {error.pos - at + 1} of it")
+                    stop(f"not JSON: {error.msg} {place}")
         if not isinstance(record, dict):
             stop(f"expected an object, found {type(record).__name__}")
         count += 1
@@ -360,7 +371,7 @@ def write_lines(found, held, divided, share, folder, notes):
             continue
         for stem in STEMS:
             for record in getattr(made, stem):
-                line = encode(record, notes)
+                line = clean(json.dumps(record, ensure_ascii=False) + "\n").encode()
                 if hash(line) in seen[stem]:
                     if stem != "prompts":
                         notes(notes.row, f"a record that is in {stem} already")
@@ -370,18 +381,6 @@ def write_lines(found, held, divided, share, folder, notes):
                     notes(notes.row, "a pair that is in preferences in the other order", "kept, both")
                 lines[stem, "val" if val else "train"].add(line, record.get("kind") or record.get("domain") or "")
     return lines
-
-
-def encode(record, notes):
-    """A record's line. A lone surrogate, which UTF-8 cannot hold, becomes U+FFFD."""
-    text = json.dumps(record, ensure_ascii=False) + "\n"
-    if "\\u0000" in text and any("\0" in part for part in texts_in(record)):
-        notes(notes.row, "a text with NUL", "kept")
-    try:
-        return text.encode()
-    except UnicodeEncodeError:
-        notes(notes.row, "a text with a lone surrogate", "made U+FFFD")
-        return clean(text).encode()
 
 
 def in_both_orders(record, orders):
