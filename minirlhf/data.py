@@ -472,7 +472,8 @@ def letters(text):
 def opening(record):
     """What decides on which side of a split a record is, in any of its forms: the letters of what is said before the
     first answer, so that the pieces of a conversation stay together; without a prompt, those of its first text."""
-    asked = next((record[name] for name in ("prompt", "messages") if texts_in(record.get(name))), None)
+    asked = next((value for value in map(record.get, ("prompt", "messages"))
+                  if (value.strip() if isinstance(value, str) else value)), None)
     if asked is None:
         asked = next((record[name] for name in ("text", "completion", "chosen", "completions")
                       if record.get(name) is not None), "")

@@ -30,7 +30,7 @@ from collections import Counter
 from pathlib import Path
 
 from minirlhf.config import Parser, fail, launch, ranks, say
-from minirlhf.data import FOREIGN, clean, is_held_out, records_in, texts_in, what_it_is
+from minirlhf.data import clean, is_held_out, label_of, records_in, texts_in, what_it_is
 from minirlhf.dialects import JSONL_KEYS, SETS, Row
 from minirlhf.fetch import sha256_of
 from minirlhf.runtime import clock, option
@@ -41,6 +41,7 @@ STEMS = ("sft", "preferences", "prompts")
 HELD_OUT = {"test", "valid", "validation", "val", "eval", "dev"}  # words in the names of held-out files
 SEVERAL = 40  # source files that README.md lists one by one; of more it has one hash
 STALE = 60  # seconds
+spell = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps would make one of these each time
 
 
 # ---- a folder that is complete or not there
@@ -196,18 +197,8 @@ def read_rows(files, max_rows, meter, notes):
             for where, record in itertools.islice(f, share):
                 meter(raw.tell())
                 notes.row = Row(where, record, part, path)
-                note_odd_characters(notes)
                 yield notes.row
         meter.before += meter.sizes[path]
-
-
-def note_odd_characters(notes):
-    """Of the row that was read last. Every text that is read from it goes through `clean`."""
-    text = json.dumps(notes.row.record, ensure_ascii=False)
-    if "\\u0000" in text and any("\0" in part for part in texts_in(notes.row.record)):
-        notes(notes.row, "a row with NUL in a text", "kept")
-    if clean(text) != text:
-        notes(notes.row, "a row with a lone surrogate in a text", "made U+FFFD")
 
 
 @contextlib.contextmanager
@@ -371,7 +362,7 @@ def write_lines(found, held, divided, share, folder, notes):
             continue
         for stem in STEMS:
             for record in getattr(made, stem):
-                line = clean(json.dumps(record, ensure_ascii=False) + "\n").encode()
+                line = clean(spell(record) + "\n").encode()
                 if hash(line) in seen[stem]:
                     if stem != "prompts":
                         notes(notes.row, f"a record that is in {stem} already")
@@ -379,8 +370,20 @@ def write_lines(found, held, divided, share, folder, notes):
                 seen[stem].add(hash(line))
                 if stem == "preferences" and in_both_orders(record, orders):
                     notes(notes.row, "a pair that is in preferences in the other order", "kept, both")
-                lines[stem, "val" if val else "train"].add(line, record.get("kind") or record.get("domain") or "")
+                kind = record.get("kind", record.get("domain"))
+                lines[stem, "val" if val else "train"].add(line, "" if kind is None else label_of(kind))
     return lines
+
+
+def with_odd_characters_noted(rows, notes):
+    """The rows. Every text that is read from them goes through `clean`."""
+    for row in rows:
+        text = spell(row.record)
+        if "\\u0000" in text and any("\0" in part for part in texts_in(row.record)):
+            notes(row, "a row with NUL in a text", "kept")
+        if clean(text) != text:
+            notes(row, "a row with a lone surrogate in a text", "made U+FFFD")
+        yield row
 
 
 def in_both_orders(record, orders):
@@ -401,8 +404,8 @@ def prepare(name, sources, data_dir, max_rows=0, val_share=None, overwrite=False
         held, divided = learn_what_is_held_out(read(read_rows(files, max_rows, meter, ignored), ignored), val_share)
         counted = meter.rows
         say(f"reading {counted:,} rows again, and writing")
-        lines = write_lines(read(read_rows(files, max_rows, meter, notes), notes), held, divided, val_share,
-                            folder.with_name(f"{folder.name}.lines"), notes)
+        rows = with_odd_characters_noted(read_rows(files, max_rows, meter, notes), notes)
+        lines = write_lines(read(rows, notes), held, divided, val_share, folder.with_name(f"{folder.name}.lines"), notes)
         said = []
         for stem in STEMS:
             train, val = (lines[stem, part] for part in ("train", "val"))

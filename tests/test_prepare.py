@@ -1,5 +1,6 @@
 """`python -m minirlhf.prepare NAME` on files as people have them: what is read, how it is divided, what is told."""
 import bz2
+import contextlib
 import gzip
 import hashlib
 import json
@@ -318,6 +319,64 @@ def test_imdb_s_folder(tmp_path):
     assert mixed["sft.val.jsonl"] and len(mixed["sft.train.jsonl"]) < 100  # films of held-out pairs are left out
 
 
+ROWS = {  # with a # that becomes a number
+    "hh-rlhf": {"chosen": "\n\nHuman: Q#\n\nAssistant: A", "rejected": "\n\nHuman: Q#\n\nAssistant: B"},
+    "summarize-from-feedback": {"info": {"id": "#", "subreddit": "r", "title": "t", "post": "P#"}, "choice": 0,
+                                "summaries": [{"text": " A"}, {"text": " B"}], "extra": {"confidence": 1}},
+    "shp": {"post_id": "#", "history": "Q#", "human_ref_A": "A", "human_ref_B": "B", "labels": 1, "score_ratio": 2.0},
+    "helpsteer2": {"prompt": "Q#", "response": "A", "helpfulness": 3}, "alpaca": {"instruction": "Q#", "input": "", "output": "x"},
+    "sharegpt": {"id": "#_0", "conversations": [{"from": "human", "value": "Q#"}, {"from": "gpt", "value": "Yes"}]},
+    "ultrafeedback": {"prompt": "Q#", "chosen": [{"role": "user", "content": "Q#"}, {"role": "assistant", "content": "A"}],
+                      "rejected": [{"role": "user", "content": "Q#"}, {"role": "assistant", "content": "B"}], "score_chosen": 2,
+                      "score_rejected": 1},
+    "pku-saferlhf": {"prompt": "Q#", "response_0": "A", "response_1": "B", "better_response_id": 0, "safer_response_id": 1},
+    "jsonl": {"prompt": "Q#", "chosen": " A", "rejected": " B", "kind": "k"}}
+ODD = [None, True, 0, -1, 7, 10 ** 400, 1.5, float("nan"), float("inf"), "", " ", "\0", "\ud800", "x" * 999, "\n\nHuman: a\n\nAssistant: b",
+       "\n\nAssistant: ", "<br />&amp;amp;", [], [None], [[]], {}, {"a": 1},
+       [{"role": "user"}], [{"from": "human", "value": None}], [{"role": "user", "content": "x"}] * 2]
+
+
+def spoil(value, rng):
+    """The value with one place in it, however deep, replaced by something odd, left out or doubled."""
+    if isinstance(value, (dict, list)) and value and rng.random() < 0.8:
+        key = rng.choice([*(value if isinstance(value, dict) else range(len(value)))])
+        if rng.random() < 0.1:
+            return value + value if isinstance(value, list) else {k: v for k, v in value.items() if k != key}
+        changed = value.copy()
+        changed[key] = spoil(value[key], rng)
+        return changed
+    return rng.choice(ODD)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_spoiled_rows_and_files(name, tmp_path, capsys, monkeypatch):
+    """Odd values anywhere in a row, and bytes of a file that are changed, cut or doubled, as lines, list or gzip: the
+    folder is made, or one line is said and nothing is there."""
+    rng, ended = random.Random(name), {0: 0, 2: 0}
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+    for n in range(30):
+        rows = [json.loads(json.dumps(ROWS[name]).replace("#", str(i))) for i in range(9)]
+        rows[rng.randrange(9)] = spoil(rows[0], rng)
+        content = lines(*rows) if n % 3 else json.dumps(rows).encode()
+        content = gzip.compress(content) if n % 5 == 0 else content
+        if n % 4 == 0:
+            at = rng.randrange(len(content))
+            content = content[:at] + rng.choice([b"", b"\xff", b"\n", b'"', b"}", content[at:]]) + content[at + 1:]
+        path = write(tmp_path / f"{n}.jsonl", content)
+        before = tree(tmp_path)
+        try:
+            main([name, "--source", str(path), "--data_dir", str(tmp_path / "data"), "--val_share", "0.5"])
+            ended[0] += 1
+            assert load(tmp_path / "data")
+            prepare.shutil.rmtree(tmp_path / "data")
+        except SystemExit as stop:
+            error = capsys.readouterr().err
+            assert stop.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
+            ended[2] += 1
+        assert tree(tmp_path) == before
+    assert min(ended.values()) > 1
+
+
 # ---- refusals, and what a killed process leaves
 
 
@@ -443,7 +502,8 @@ def test_kill_9(tmp_path):
     for _ in range(12):
         process = Command(*argv, cwd=tmp_path)
         time.sleep(rng.uniform(0, 1.1 * seconds))
-        os.kill(process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGKILL)
         process.wait()
         assert not (tmp_path / "data").exists() or load(tmp_path / "data") == whole
     assert Command(*argv, cwd=tmp_path).wait()[0] == 0 and load(tmp_path / "data") == whole
@@ -453,9 +513,9 @@ def test_kill_9(tmp_path):
 
 
 def test_memory_does_not_grow_with_the_texts(tmp_path):
-    """Ten times as long texts in as many rows take no more memory, and nor does one long list."""
+    """Eighty times as long texts in as many rows take little more memory, also in one list."""
     def peak(name, length, as_list):
-        rows = [hh(n, answer="x" * length) for n in range(300)]
+        rows = [hh(n, answer="x" * length) for n in range(80)]
         path = write(tmp_path / name, json.dumps(rows).encode() if as_list else lines(*rows))
         del rows
         tracemalloc.start()
@@ -466,8 +526,8 @@ def test_memory_does_not_grow_with_the_texts(tmp_path):
 
     peak("warm", 10, False)
     for as_list in (False, True):
-        few, many = peak(f"few{as_list}", 1000, as_list), peak(f"many{as_list}", 30000, as_list)
-        assert many < few + 4e6, (few, many)  # of 9 MB of texts
+        few, many = peak(f"few{as_list}", 1000, as_list), peak(f"many{as_list}", 80000, as_list)
+        assert many < few + 3e6, (few, many)  # of 6 MB of texts
 
 
 def test_progress_is_told(source, tmp_path, capsys, monkeypatch):
