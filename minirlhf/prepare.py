@@ -33,7 +33,7 @@ from minirlhf.config import Parser, fail, launch, ranks, say
 from minirlhf.data import clean, is_held_out, label_of, records_in, texts_in, what_it_is
 from minirlhf.dialects import JSONL_KEYS, SETS, Row
 from minirlhf.fetch import sha256_of
-from minirlhf.runtime import clock, option
+from minirlhf.runtime import clock, option, start_of
 from minirlhf.sentiment import ARCHIVE, FILES, make_data, table
 
 VAL_SHARE = 0.05  # of the keys, where a set has no held-out files of its own
@@ -73,7 +73,7 @@ def new_folder(data_dir, overwrite, sources=()):
         data_dir.parent.mkdir(parents=True, exist_ok=True)
         remove_stale(data_dir)
         with tempfile.TemporaryDirectory(prefix=f".{data_dir.name}.", dir=data_dir.parent) as temporary:
-            with locked(temporary):
+            with locked(temporary, or_not=True):
                 made = Path(temporary) / data_dir.name
                 made.mkdir()
                 yield made
@@ -89,11 +89,13 @@ def new_folder(data_dir, overwrite, sources=()):
 
 
 @contextlib.contextmanager
-def locked(folder):
-    """A folder's lock, which a process that dies lets go. Raises BlockingIOError where another has it."""
+def locked(folder, or_not=False):
+    """A folder's lock, which a process that dies lets go. Raises OSError where another has it, or, unless or_not, where
+    the file system knows no locks."""
     handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with contextlib.suppress(OSError if or_not else ()):
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     finally:
         os.close(handle)
@@ -422,7 +424,8 @@ def prepare(name, sources, data_dir, max_rows=0, val_share=None, overwrite=False
             fail(f"--source {sources[0]}: of {counted:,} rows no record for training is left: {found or 'nothing odd'}")
         readme = describe(name, sources, files, counted, max_rows, val_share, divided, lines, notes, said, keys)
         (folder / "README.md").write_text(readme, encoding="utf-8", newline="\n")
-    say(f"wrote {data_dir}; its README.md says what is in it; next: python train_sft.py {option('data_dir', data_dir)}")
+    say(f"wrote {data_dir}; its README.md says what is in it; next: {start_of('train_sft.py')} "
+        f"{option('data_dir', data_dir)}")
 
 
 # ---- what was made

@@ -37,7 +37,8 @@ EGG, TALK = hh("How do I boil an egg?"), hh("Hi", "Hello!", "How do I boil an eg
 
 def test_hh_rlhf_makes_conversations():
     """What both texts share is the prompt; the part of the set is the kind; a conversation's key is how it opens."""
-    (one, two), found = read("hh-rlhf", {"chosen": EGG + "\n\nAssistant: Seven minutes.", "rejected": EGG + "\n\nAssistant: No."},
+    (one, two), found = read("hh-rlhf", {"chosen": EGG + "\n\nAssistant: Seven minutes.",
+                                         "rejected": EGG + "\n\nAssistant: No."},
                              {"chosen": TALK + "\n\nAssistant: Seven.", "rejected": TALK + "\n\nAssistant: No."},
                              path="hh/harmless-base/train.jsonl.gz")
     asked = [user("How do I boil an egg?")]
@@ -73,7 +74,8 @@ def test_hh_rlhf_quirks_are_left_out_and_counted(chosen, rejected, what):
 
 
 def test_an_answer_that_is_the_beginning_of_the_other_is_kept_and_counted():
-    made, found = read("hh-rlhf", {"chosen": EGG + "\n\nAssistant: Seven minutes.", "rejected": EGG + "\n\nAssistant: Seven"})
+    made, found = read("hh-rlhf", {"chosen": EGG + "\n\nAssistant: Seven minutes.",
+                                   "rejected": EGG + "\n\nAssistant: Seven"})
     assert len(made[0].preferences) == 1 and found == {"one answer is the beginning of the other": ("kept", 1)}
 
 
@@ -81,7 +83,8 @@ def test_an_answer_that_is_the_beginning_of_the_other_is_kept_and_counted():
 
 def comparison(**changes):
     return {"info": {"id": "t3_ab", "post": "I broke it. ", "title": "Am I ...", "subreddit": "AskReddit"},
-            "summaries": [{"text": " A vase.", "policy": "sup2"}, {"text": " Vase story.", "policy": "ref"}], "choice": 0,
+            "summaries": [{"text": " A vase.", "policy": "sup2"}, {"text": " Vase story.", "policy": "ref"}],
+            "choice": 0,
             "worker": "w9", "split": "train", "extra": {"confidence": 7}} | changes
 
 
@@ -92,7 +95,8 @@ def test_comparisons_of_summaries():
     """The summary that was chosen goes first; the one that people wrote is a demonstration; the post's id decides."""
     (made,), found = read("summarize-from-feedback", comparison())
     assert made == ("train", ["post t3_ab", "ibrokeit"], [{"prompt": ASKED, "completion": " Vase story."}],
-                    [{"prompt": ASKED, "chosen": " A vase.", "rejected": " Vase story.", "confidence": 7, "worker": "w9",
+                    [{"prompt": ASKED, "chosen": " A vase.", "rejected": " Vase story.", "confidence": 7,
+                      "worker": "w9",
                       "kind": "tldr"}], [{"prompt": ASKED}])
     assert not found
     (made,), _ = read("summarize-from-feedback", comparison(choice=1, split="valid2"))
@@ -104,7 +108,8 @@ def test_comparisons_quirks():
     news = {"id": "x1", "article": "It rained.", "site": "cnn"}
     made, found = read("summarize-from-feedback", comparison(extra={}, info=news),
                        comparison(summaries=[{"text": "A"}, {"text": " B\n"}]),
-                       comparison(summaries=[{"text": " A"}, {"text": "A "}]), comparison(summaries=[{"text": " "}, {"text": " A"}]))
+                       comparison(summaries=[{"text": " A"}, {"text": "A "}]),
+                       comparison(summaries=[{"text": " "}, {"text": " A"}]))
     assert [m.preferences[0]["prompt"] for m in made] == ["ARTICLE: It rained.\n\nTL;DR:", ASKED]
     assert [m.preferences[0]["kind"] for m in made] == ["cnn", "tldr"] and "confidence" not in made[0].preferences[0]
     assert (made[1].preferences[0]["chosen"], made[1].preferences[0]["rejected"]) == (" A", " B")
@@ -114,7 +119,8 @@ def test_comparisons_quirks():
 
 def test_posts_and_comparisons_have_the_same_prompt():
     """A post's own summary gets the blank that comparisons have; posts and comparisons share the post's key."""
-    post = {"id": "t3_ab", "subreddit": "AskReddit", "title": "Am I ...", "post": "I broke it.", "summary": "Vase story."}
+    post = {"id": "t3_ab", "subreddit": "AskReddit", "title": "Am I ...", "post": "I broke it.",
+            "summary": "Vase story."}
     (one, two), found = read("summarize-from-feedback", post, comparison())
     assert one == ("train", two.keys, two.sft, [], two.prompts)
     assert found == {"a summary without its leading blank": ("given one", 1)}
@@ -147,7 +153,8 @@ def test_imdb(tmp_path):
     assert [m.keys for m in whole[2:]] == [["film tt02", "good"], ["nice"], ["film tt01", "afilm"]]
     assert whole[4].sft == [{"prompt": "", "completion": "A film.", "domain": "unsup"}]
     (pair,) = [m for m in made if m.preferences]
-    assert pair.preferences == [{"prompt": "", "chosen": rows[1].record["text"], "rejected": "Dull.\n\nAnd long.", "margin": 6}]
+    assert pair.preferences == [{"prompt": "", "chosen": rows[1].record["text"], "rejected": "Dull.\n\nAnd long.",
+                                 "margin": 6}]
     assert pair.keys == ["film tt01", whole[1].keys[1], "film tt01", "dullandlong"]
     (prompt,) = [m for m in made if m.prompts]
     words = prompt.prompts[0]["prompt"]
@@ -169,7 +176,8 @@ def test_imdb_pairs_lie_across_a_clear_gap(tmp_path):
 # ---- shp
 
 def asked_twice(**changes):
-    return {"post_id": "x1", "domain": "askculinary_train", "history": "Why did it &amp;amp; rise?", "human_ref_A": "Too hot.",
+    return {"post_id": "x1", "domain": "askculinary_train", "history": "Why did it &amp;amp; rise?",
+            "human_ref_A": "Too hot.",
             "human_ref_B": "Yeast.", "labels": 1, "score_A": 52, "score_B": 13, "score_ratio": 4.0} | changes
 
 
@@ -178,8 +186,10 @@ def test_shp():
     (made, other), found = read("shp", asked_twice(), asked_twice(labels=0, score_ratio=None, domain=None),
                                 path="shp/askbaking/train.json")
     asked = [user("Why did it & rise?")]
-    assert made == ("train", ["post x1", "whydiditrise"], [{"messages": [*asked, assistant("Too hot.")], "domain": "askculinary"}],
-                    [{"prompt": asked, "chosen": [assistant("Too hot.")], "rejected": [assistant("Yeast.")], "margin": 2.0,
+    assert made == ("train", ["post x1", "whydiditrise"],
+                    [{"messages": [*asked, assistant("Too hot.")], "domain": "askculinary"}],
+                    [{"prompt": asked, "chosen": [assistant("Too hot.")], "rejected": [assistant("Yeast.")],
+                      "margin": 2.0,
                       "kind": "askculinary"}], [{"prompt": asked}])
     assert other.preferences == [{"prompt": asked, "chosen": [assistant("Yeast.")], "rejected": [assistant("Too hot.")],
                                   "kind": "askbaking"}]
@@ -194,7 +204,8 @@ def test_shp_quirks():
     made, found = read("shp", *rows, *odd, asked_twice(post_id="x3", history=" "))
     assert len(made) == MOST_PAIRS and found == {
         f"a post that has {MOST_PAIRS} pairs already": ("left out", 2), "the answers are tied": ("left out", 1),
-        "both answers are the same": ("left out", 1), "an empty answer": ("left out", 1), "an empty question": ("left out", 1)}
+        "both answers are the same": ("left out", 1), "an empty answer": ("left out", 1),
+        "an empty question": ("left out", 1)}
 
 
 # ---- helpsteer2
@@ -206,13 +217,16 @@ def rated(prompt, response, helpfulness):
 
 def test_helpsteer2_rows_of_one_prompt_make_a_pair():
     """Two rows in a row; the more helpful one is the demonstration; ties and single rows make no pair."""
-    made, found = read("helpsteer2", rated("c#", "A language.", 1), rated("c#", "C# is a language.", 3), rated("tie", "A", 2),
+    made, found = read("helpsteer2", rated("c#", "A language.", 1), rated("c#", "C# is a language.", 3),
+                       rated("tie", "A", 2),
                        rated("tie", "B", 2), rated("c#", "Alone.", 4), rated("last", "X", 0))
     asked = [user("c#")]
     assert made[0] == ("train", ["c"], [{"messages": [*asked, assistant("C# is a language.")]}],
-                       [{"prompt": asked, "chosen": [assistant("C# is a language.")], "rejected": [assistant("A language.")],
+                       [{"prompt": asked, "chosen": [assistant("C# is a language.")],
+                         "rejected": [assistant("A language.")],
                          "margin": 2, "kind": "helpfulness"}], [{"prompt": asked}])
-    assert [(m.sft[0]["messages"][-1]["content"], m.preferences) for m in made[1:]] == [("A", []), ("Alone.", []), ("X", [])]
+    assert [m.sft[0]["messages"][-1]["content"] for m in made[1:]] == ["A", "Alone.", "X"]
+    assert not any(m.preferences for m in made[1:])
     assert found == {"the answers are tied": ("a demonstration only", 1),
                      "a prompt with one answer only": ("a demonstration only", 2)}
 
@@ -220,18 +234,23 @@ def test_helpsteer2_rows_of_one_prompt_make_a_pair():
 def test_helpsteer2_preferences_and_turns():
     """A strength below 0 prefers the first response, 0 neither; its own marks open turns; a row names its part."""
     prompt = "Hi\n\n<extra_id_1>Assistant\nHello!\n<extra_id_1>User\nBye"
-    row = {"prompt": prompt, "response_1": "See you.", "response_2": "Go.", "preference_strength": -2, "split": "validation"}
-    made, found = read("helpsteer2", row, row | {"preference_strength": 3, "split": "train"}, row | {"preference_strength": 0})
+    row = {"prompt": prompt, "response_1": "See you.", "response_2": "Go.", "preference_strength": -2,
+           "split": "validation"}
+    made, found = read("helpsteer2", row, row | {"preference_strength": 3, "split": "train"},
+                       row | {"preference_strength": 0})
     asked = [user("Hi"), assistant("Hello!"), user("Bye")]
     assert [(m.part, m.preferences) for m in made] == [
-        ("val", [{"prompt": asked, "chosen": [assistant("See you.")], "rejected": [assistant("Go.")], "margin": 2, "kind": "preference"}]),
-        ("train", [{"prompt": asked, "chosen": [assistant("Go.")], "rejected": [assistant("See you.")], "margin": 3, "kind": "preference"}]),
+        ("val", [{"prompt": asked, "chosen": [assistant("See you.")], "rejected": [assistant("Go.")], "margin": 2,
+                  "kind": "preference"}]),
+        ("train", [{"prompt": asked, "chosen": [assistant("Go.")], "rejected": [assistant("See you.")], "margin": 3,
+                    "kind": "preference"}]),
         ("val", [])]
     assert found == {"the answers are tied": ("a demonstration only", 1)}
     assert read("helpsteer2", rated("c#", "", 4), rated("c#", "A", 2)) == ([], {"an empty answer": ("left out", 1)})
     (made,), found = read("helpsteer2", rated("c#", "", 1), rated("c#", "A", 2))
     assert made.sft and not made.preferences and found == {"an empty answer": ("left out", 1)}
-    assert read("helpsteer2", rated("<extra_id_1>User\nHi", "A", 1))[1] == {"turns that do not alternate": ("left out", 1)}
+    made, found = read("helpsteer2", rated("<extra_id_1>User\nHi", "A", 1))
+    assert not made and found == {"turns that do not alternate": ("left out", 1)}
 
 
 # ---- alpaca, sharegpt
@@ -241,9 +260,11 @@ def test_alpaca():
     row = {"instruction": "Name three colours.", "input": "", "output": "Red, blue, green."}
     made, found = read("alpaca", row, row | {"input": "Of a flag."}, {"instruction": "Name one.", "output": "Red."},
                        row | {"output": ""}, row | {"instruction": " "})
-    assert made[0] == ("train", ["namethreecolours"], [{"messages": [user("Name three colours."), assistant("Red, blue, green.")]}],
+    assert made[0] == ("train", ["namethreecolours"],
+                       [{"messages": [user("Name three colours."), assistant("Red, blue, green.")]}],
                        [], [{"prompt": [user("Name three colours.")]}])
-    assert [m.prompts[0]["prompt"][0]["content"] for m in made[1:]] == ["Name three colours.\n\nOf a flag.", "Name one."]
+    prompts = [m.prompts[0]["prompt"] for m in made[1:]]
+    assert prompts == [[user("Name three colours.\n\nOf a flag.")], [user("Name one.")]]
     assert found == {"an empty answer": ("left out", 1), "an empty instruction": ("left out", 1)}
 
 
@@ -256,7 +277,8 @@ def test_sharegpt():
     """Whole conversations; pieces of one talk share a key; minimind's roles; cut ends are counted."""
     mind = {"conversations": [user("Hi"), assistant("Hello!")]}
     system = {"id": "s", "conversations": [{"from": "system", "value": "Be kind."}, *mind["conversations"]]}
-    made, found = read("sharegpt", spoken("Hi", "Hello!", "Bye", "See you!"), mind, system, spoken("Hello!", "Hi", "Yes?", first="gpt"),
+    made, found = read("sharegpt", spoken("Hi", "Hello!", "Bye", "See you!"), mind, system,
+                       spoken("Hello!", "Hi", "Yes?", first="gpt"),
                        spoken("Hi", "Hello!", "Bye", id="QW_1"))
     talk = [user("Hi"), assistant("Hello!"), user("Bye"), assistant("See you!")]
     assert made[0] == ("train", ["talk QW", "hi"], [{"messages": talk}], [], [{"prompt": talk[:3]}])
@@ -270,8 +292,10 @@ def test_sharegpt():
 @pytest.mark.parametrize("row, what", [
     (spoken(), "an empty conversation"), (spoken("Hi", "", "Bye", "A."), "an empty turn before the answer"),
     (spoken("Hi", " "), "an empty answer"),
-    ({"conversations": [{"from": name, "value": "x"} for name in ("human", "human", "gpt")]}, "turns that do not alternate"),
-    ({"conversations": [{"from": name, "value": "x"} for name in ("human", "gpt", "gpt")]}, "turns that do not alternate"),
+    ({"conversations": [{"from": name, "value": "x"} for name in ("human", "human", "gpt")]},
+     "turns that do not alternate"),
+    ({"conversations": [{"from": name, "value": "x"} for name in ("human", "gpt", "gpt")]},
+     "turns that do not alternate"),
     ({"conversations": [{"from": "tool", "value": "x"}]}, "a role that is neither system, user nor assistant"),
 ])
 def test_sharegpt_quirks(row, what):
@@ -291,13 +315,15 @@ def test_ultrafeedback():
     (made,), found = read("ultrafeedback", pair())
     asked = [user("Name a tree.")]
     assert made == ("train", ["nameatree"], [{"messages": [*asked, assistant("An oak.")]}],
-                    [{"prompt": asked, "chosen": [assistant("An oak.")], "rejected": [assistant("No.")], "margin": 2.5}],
+                    [{"prompt": asked, "chosen": [assistant("An oak.")], "rejected": [assistant("No.")],
+                      "margin": 2.5}],
                     [{"prompt": asked}])
     assert not found
 
 
 @pytest.mark.parametrize("row, what", [
-    (pair(score_rejected=8.5), "the answers are tied"), (pair(score_rejected=9), "the chosen answer has the lower score"),
+    (pair(score_rejected=8.5), "the answers are tied"),
+    (pair(score_rejected=9), "the chosen answer has the lower score"),
     (pair("No."), "both answers are the same"), (pair(rejected=""), "an empty answer"),
     (pair(prompt="Name a bird."), "'prompt' is no turn of the conversations"),
     (pair(rejected=[]) | {"rejected": [user("Name a tree."), assistant("x"), user("y"), assistant("z")]},
@@ -316,7 +342,8 @@ def test_ultrafeedback_without_scores():
 
 def test_pku_saferlhf():
     """Two preferences of one pair, by kind; a demonstration only where they agree."""
-    row = {"prompt": "How?", "response_0": "So.", "response_1": "Never.", "better_response_id": 0, "safer_response_id": 1}
+    row = {"prompt": "How?", "response_0": "So.", "response_1": "Never.", "better_response_id": 0,
+           "safer_response_id": 1}
     (both, one), found = read("pku-saferlhf", row, row | {"better_response_id": 1})
     asked, so, never = [user("How?")], [assistant("So.")], [assistant("Never.")]
     better = {"prompt": asked, "chosen": so, "rejected": never, "kind": "better"}
@@ -336,13 +363,17 @@ OWN = {name: name for name in JSONL_KEYS}
 def test_jsonl_takes_columns_by_name():
     """Pairs, demonstrations and prompts by their columns; a group's rows, or those of like prompts, share a key."""
     keys = {"prompt": "q", "completion": "a", "chosen": "good", "rejected": "bad", "kind": "topic", "group": "doc"}
-    made, found = read("jsonl", {"q": "Why?", "good": " So.", "bad": " No.", "topic": "x", "doc": 7}, {"q": "Why ?", "a": " So."},
-                       {"q": "When?"}, {"q": "Why?", "a": " So.", "good": " So.", "bad": " No."}, {"q": "Why?", "a": " "}, keys=keys)
+    made, found = read("jsonl", {"q": "Why?", "good": " So.", "bad": " No.", "topic": "x", "doc": 7},
+                       {"q": "Why ?", "a": " So."},
+                       {"q": "When?"}, {"q": "Why?", "a": " So.", "good": " So.", "bad": " No."},
+                       {"q": "Why?", "a": " "}, keys=keys)
     assert made == [
-        ("train", ["group 7", "why"], [], [{"prompt": "Why?", "chosen": " So.", "rejected": " No.", "kind": "x"}], [{"prompt": "Why?"}]),
+        ("train", ["group 7", "why"], [], [{"prompt": "Why?", "chosen": " So.", "rejected": " No.", "kind": "x"}],
+         [{"prompt": "Why?"}]),
         ("train", ["why"], [{"prompt": "Why ?", "completion": " So."}], [], [{"prompt": "Why ?"}]),
         ("train", ["when"], [], [], [{"prompt": "When?"}]),
-        ("train", ["why"], [{"prompt": "Why?", "completion": " So."}], [{"prompt": "Why?", "chosen": " So.", "rejected": " No."}],
+        ("train", ["why"], [{"prompt": "Why?", "completion": " So."}],
+         [{"prompt": "Why?", "chosen": " So.", "rejected": " No."}],
          [{"prompt": "Why?"}])]
     assert found == {"an empty answer": ("left out", 1)}
 
@@ -350,8 +381,10 @@ def test_jsonl_takes_columns_by_name():
 def test_jsonl_without_a_prompt():
     """What two texts share is the prompt; without one the texts are the keys; messages stay messages."""
     talk = [user("Hi"), assistant("Hello!"), user("Bye")]
-    made, _ = read("jsonl", {"chosen": "A film that is good", "rejected": "A film that bores"}, {"chosen": "One", "rejected": "Two"},
-                   {"completion": "Three"}, {"prompt": talk, "chosen": [assistant("a")], "rejected": [assistant("b")]}, keys=OWN)
+    made, _ = read("jsonl", {"chosen": "A film that is good", "rejected": "A film that bores"},
+                   {"chosen": "One", "rejected": "Two"},
+                   {"completion": "Three"}, {"prompt": talk, "chosen": [assistant("a")], "rejected": [assistant("b")]},
+                   keys=OWN)
     assert [(m.keys, m.preferences or m.sft) for m in made] == [
         (["afilmthat"], [{"prompt": "A film that", "chosen": " is good", "rejected": " bores"}]),
         (["one", "two"], [{"prompt": "", "chosen": "One", "rejected": "Two"}]),
@@ -377,9 +410,11 @@ def test_jsonl_refuses_what_it_cannot_read(row, words, refused):
 ROWS = {
     "hh-rlhf": {"chosen": EGG + "\n\nAssistant: Seven minutes.", "rejected": EGG + "\n\nAssistant: No."},
     "summarize-from-feedback": comparison(), "shp": asked_twice(), "helpsteer2": rated("c#", "A language.", 1),
-    "alpaca": {"instruction": "Name three colours.", "input": "", "output": "Red, blue, green."}, "sharegpt": spoken("Hi", "Hello!"),
-    "ultrafeedback": pair(), "pku-saferlhf": {"prompt": "How?", "response_0": "So.", "response_1": "Never.", "better_response_id": 0,
-                                              "safer_response_id": 0},
+    "alpaca": {"instruction": "Name three colours.", "input": "", "output": "Red, blue, green."},
+    "sharegpt": spoken("Hi", "Hello!"),
+    "ultrafeedback": pair(),
+    "pku-saferlhf": {"prompt": "How?", "response_0": "So.", "response_1": "Never.", "better_response_id": 0,
+                     "safer_response_id": 0},
     "jsonl": {"prompt": "P", "chosen": " a", "rejected": " b"}}
 
 
@@ -416,4 +451,5 @@ def test_another_set_s_rows_are_named(name, refused):
     """Alpaca's rows, given as another set, are refused as such; Alpaca's own reader refuses ShareGPT's."""
     other = "sharegpt" if name == "alpaca" else "alpaca"
     error = refused(read, name, ROWS[other], **options_of(name))
-    assert f"this looks like {'ShareGPT' if name == 'alpaca' else 'Alpaca'}: python -m minirlhf.prepare {other}" in error
+    looks = "ShareGPT" if name == "alpaca" else "Alpaca"
+    assert f"this looks like {looks}: python -m minirlhf.prepare {other}" in error

@@ -9,12 +9,12 @@ import pytest
 
 from conftest import scratch
 from minirlhf import prepare
-from minirlhf.data import (is_held_out, load_demonstrations, load_for_training, load_parts, load_preferences, load_prompts,
-                           opening)
+from minirlhf.data import (is_held_out, load_demonstrations, load_for_training, load_parts, load_preferences,
+                           load_prompts, opening)
 
 WORDS = [a + b + c for a in "abcd" for b in "efgh" for c in "ij"]
-SMALL = ("--device cpu --dtype float32 --n_layer 1 --n_head 2 --n_embd 8 --vocab_size 260 --block_size 64 --batch_size 4 "
-         "--max_steps 2 --response_length 4").split()
+SMALL = ("--device cpu --dtype float32 --n_layer 1 --n_head 2 --n_embd 8 --vocab_size 260 --block_size 64 --batch_size "
+         "4 --max_steps 2 --response_length 4").split()
 STAGES = {"sft": SMALL, "rm": "--device cpu --dtype float32 --batch_size 4 --max_steps 2 --num_scale_samples 4 "
           "--response_length 4 --init_from out/sft".split(),
           "ppo": "--device cpu --dtype float32 --total_episodes 8 --batch_size 4 --response_length 4 --value_warmup 0 "
@@ -37,7 +37,8 @@ def folder(tmp_path):
     """A folder with three training files of the same prompts, some of them twice and in other letters."""
     for n, stem in enumerate(("sft", "preferences", "prompts")):
         words = random.Random(n).sample(WORDS, len(WORDS))
-        write(tmp_path / "data" / f"{stem}.train.jsonl", records(stem, words + words[:9] + [w.upper() for w in words[9:15]]))
+        write(tmp_path / "data" / f"{stem}.train.jsonl",
+              records(stem, words + words[:9] + [w.upper() for w in words[9:15]]))
     return tmp_path
 
 
@@ -46,7 +47,8 @@ def options(folder, **changes):
 
 
 def stage(ran, folder, name, *more):
-    return ran(folder, f"train_{name}.py", *scratch(name), *STAGES[name], "--data_dir", "data", "--out_dir", f"out/{name}", *more).out
+    return ran(folder, f"train_{name}.py", *scratch(name), *STAGES[name], "--data_dir", "data", "--out_dir",
+               f"out/{name}", *more).out
 
 
 # ---- what decides
@@ -60,14 +62,17 @@ TALK = [says("user", "Is it so?"), says("assistant", "Yes."), says("user", "Sure
 
 
 @pytest.mark.parametrize("record", [
-    {"prompt": "Is it so?"}, {"prompt": " is it SO\n"}, {"prompt": "Is it so", "completion": "Yes."}, {"messages": TALK},
-    {"messages": TALK + [says("assistant", "Yes.")]}, {"prompt": TALK, "chosen": [says("assistant", "a")], "rejected": [says("assistant", "b")]},
+    {"prompt": "Is it so?"}, {"prompt": " is it SO\n"}, {"prompt": "Is it so", "completion": "Yes."},
+    {"messages": TALK},
+    {"messages": TALK + [says("assistant", "Yes.")]},
+    {"prompt": TALK, "chosen": [says("assistant", "a")], "rejected": [says("assistant", "b")]},
     {"prompt": None, "messages": TALK[:1]}, {"prompt": "\n\nHuman: Is it so?\n\nAssistant:"},
     {"prompt": "\n\nHuman: Is it so?\n\nAssistant: Yes.\n\nHuman: Sure?\n\nAssistant:", "completions": [" a", " b"]},
     {"chosen": TALK + [says("assistant", "a")], "rejected": TALK + [says("assistant", "b")]},
     {"chosen": "\n\nHuman: Is it so?\n\nAssistant: Yes.", "rejected": "\n\nHuman: Is it so?\n\nAssistant: No."},
     {"chosen": "Is it so? Yes.", "rejected": "Is it so? No."}, {"completions": ["Is it so? Yes.", "Is it so? No."]},
-    {"prompt": "", "text": "Is it so?"}, {"prompt": "", "completion": "Is it so?"}, {"prompt": "", "chosen": "Is it so?", "rejected": "Is it?"},
+    {"prompt": "", "text": "Is it so?"}, {"prompt": "", "completion": "Is it so?"},
+    {"prompt": "", "chosen": "Is it so?", "rejected": "Is it?"},
     {"prompt": "", "completions": ["Is it so?", "Is it?"]}], ids=range(17))
 def test_one_opening_in_all_forms(record):
     """What is said before the first answer, as text or messages, in any stage's record, in whatever case and
@@ -98,8 +103,8 @@ def test_stages_hold_out_the_same_prompts(folder):
     for stem, load in (("sft", load_demonstrations), ("preferences", load_preferences), ("prompts", load_prompts)):
         *parts, paths, said = load_parts(load, stem, options(folder))
         assert paths == [str(folder / "data" / f"{stem}.train.jsonl")] * 2
-        assert said == [f"there is no {stem}.val.jsonl: {len(parts[1])} of the {sum(map(len, parts))} rows of {stem}.train.jsonl are "
-                        "held out, by a hash of their prompts (--val_share 0.3)"]
+        assert said == [f"there is no {stem}.val.jsonl: {len(parts[1])} of the {len(WORDS) + 15} rows of "
+                        f"{stem}.train.jsonl are held out, by a hash of their prompts (--val_share 0.3)"]
         for part, rows in zip(("train", "val"), parts):
             for row in rows:
                 sides.setdefault(getattr(row, "prompt", row).lower(), set()).add(part)
@@ -124,7 +129,8 @@ def test_a_share_that_leaves_nothing_is_refused(folder, refused):
     write(folder / "data" / "sft.train.jsonl", records("sft", WORDS[:2]))
     for share, what in ((1e-9, "to be held out"), (1 - 1e-9, "for training")):
         error = refused(load_parts, load_demonstrations, "sft", options(folder, val_share=share))
-        assert f"sft.train.jsonl: --val_share {share:g}: of 2 rows none is left {what}" in error and "sft.val.jsonl" in error
+        assert f"sft.train.jsonl: --val_share {share:g}: of 2 rows none is left {what}" in error
+        assert "sft.val.jsonl" in error
 
 
 # ---- the scripts
@@ -167,16 +173,21 @@ SETS = {
                 ("hh/harmless-base/train.jsonl", [egg(n, "Sure.", "") for n in range(24, 48)]),
                 ("hh/helpful-base/test.jsonl", [egg(n, "Yes.", "") for n in range(48, 56)]),
                 ("hh/harmless-base/test.jsonl", [egg(n, "Sure.", "") for n in range(56, 64)])],
-    "pku-saferlhf": [("pku/train.jsonl", [{"prompt": f"Do {n}?", "response_0": "So.", "response_1": "Not.", "better_response_id": n % 2,
+    "pku-saferlhf": [("pku/train.jsonl", [{"prompt": f"Do {n}?", "response_0": "So.", "response_1": "Not.",
+                                           "better_response_id": n % 2,
                                            "safer_response_id": n // 2 % 2} for n in range(160)])],
     "summarize-from-feedback": [
-        ("s/tldr_3_filtered/train.jsonl", [{"id": f"t{n}", "subreddit": "r", "title": "T", "post": f"P {n}", "summary": "S."}
+        ("s/tldr_3_filtered/train.jsonl", [{"id": f"t{n}", "subreddit": "r", "title": "T", "post": f"P {n}",
+                                            "summary": "S."}
                                            for n in range(160)]),
-        ("s/comparisons/batch3.json", [{"info": {"id": f"t{n}", "subreddit": "r", "title": "T", "post": f"P {n}"}, "choice": n % 2,
-                                        "summaries": [{"text": " A."}, {"text": " B."}], "worker": f"w{n}"} for n in range(160)])]}
+        ("s/comparisons/batch3.json", [{"info": {"id": f"t{n}", "subreddit": "r", "title": "T", "post": f"P {n}"},
+                                        "choice": n % 2,
+                                        "summaries": [{"text": " A."}, {"text": " B."}],
+                                        "worker": f"w{n}"} for n in range(160)])]}
 
 
-@pytest.mark.parametrize("name, kinds", [("hh-rlhf", ["helpful-base", "harmless-base"]), ("pku-saferlhf", ["better", "safer"]),
+@pytest.mark.parametrize("name, kinds", [("hh-rlhf", ["helpful-base", "harmless-base"]),
+                                         ("pku-saferlhf", ["better", "safer"]),
                                          ("summarize-from-feedback", [])])
 def test_sets_that_people_have_go_through_all_stages(name, kinds, tmp_path, ran, monkeypatch):
     """Two steps of each stage on what prepare writes; stage 2 reports by kind."""
