@@ -8,7 +8,6 @@ Invariant: no record for training has a key (post, film, conversation, prompt) i
 """
 import codecs
 import contextlib
-import fcntl
 import functools
 import glob
 import gzip
@@ -33,7 +32,7 @@ from minirlhf.config import Parser, fail, launch, ranks, say
 from minirlhf.data import clean, is_held_out, label_of, records_in, texts_in, what_it_is
 from minirlhf.dialects import JSONL_KEYS, SETS, Row
 from minirlhf.fetch import sha256_of
-from minirlhf.runtime import clock, option, start_of
+from minirlhf.runtime import clock, fcntl, option, start_of
 from minirlhf.sentiment import ARCHIVE, FILES, make_data, table
 
 VAL_SHARE = 0.05  # of the keys, where a set has no held-out files of its own
@@ -41,6 +40,7 @@ STEMS = ("sft", "preferences", "prompts")
 HELD_OUT = {"test", "valid", "validation", "val", "eval", "dev"}  # words in the names of held-out files
 SEVERAL = 40  # source files that README.md lists one by one; of more it has one hash
 STALE = 60  # seconds
+BLANK = re.compile(r"[ \t\r\n]*")  # of JSON
 spell = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps would make one of these each time
 
 
@@ -238,64 +238,73 @@ def decoded(data, path):
              f"({error.reason})")
 
 
-def items_in(f, path):
-    """Yields ("file:line", object) of one JSON list, read piece by piece."""
-    decoder, scan, blank = codecs.getincrementaldecoder("utf-8")(), json.JSONDecoder().raw_decode, re.compile(r"[ \t\r\n]*")
-    text, at, line, size = "", 0, 1, 0  # what is read and not yet used from `at` on; the line it begins in; bytes read
+class Text:
+    """A file's text, read piece by piece. text[at:]: what is not used yet; line: that in which `text` begins."""
 
-    def read():
-        """Reads on, twice as much where an item is longer than what was read; False at the end."""
-        nonlocal text, at, line, size
-        piece = f.read(max(1 << 16, len(text) - at))
-        line += text.count("\n", 0, at)
+    def __init__(self, f, path):
+        self.f, self.path, self.decoder = f, path, codecs.getincrementaldecoder("utf-8")()
+        self.text, self.at, self.line, self.bytes = "", 0, 1, 0
+
+    def read(self):
+        """Reads on, as much again as is not used yet, so that long items take linear time; False at the end."""
+        piece, left = self.f.read(max(1 << 16, len(self.text) - self.at)), self.text[self.at:]
+        self.line, self.at = self.here(), 0
         try:
-            new = decoder.decode(piece, not piece)
-            text, at = text[at:] + (new if size else new.removeprefix("\ufeff")), 0
+            new = self.decoder.decode(piece, not piece)
         except UnicodeDecodeError as error:
-            start = size - len(decoder.getstate()[0]) + error.start
-            fail(f"{path}:{line + text.count(chr(10)) + error.object.count(10, 0, error.start)}: not UTF-8 at byte "
-                 f"{start} of the file ({error.reason})")
-        size += len(piece)
+            line = self.line + left.count("\n") + error.object.count(10, 0, error.start)
+            start = self.bytes - len(self.decoder.getstate()[0]) + error.start
+            fail(f"{self.path}:{line}: not UTF-8 at byte {start} of the file ({error.reason})")
+        self.text = left + (new if self.bytes else new.removeprefix("\ufeff"))
+        self.bytes += len(piece)
         return bool(piece)
 
-    def next_sign():
-        nonlocal at
-        while (end := blank.match(text, at).end()) == len(text) and read():
-            pass
-        at = blank.match(text, at).end()
-        return text[at:at + 1]
-
-    def stop(reason):
-        fail(f"{path}:{line + text.count(chr(10), 0, at)}: {reason}")
-
-    count, sign = 0, next_sign()  # the list's [
-    while True:
-        at += 1
-        if (sign := next_sign()) == "]" and not count:
-            fail(f"{path}: holds no records")
+    def sign(self):
+        """The next character that is no blank, or "" at the end."""
         while True:
-            try:
-                record, end = scan(text, at)
-                break
-            except RecursionError as error:
-                stop(f"not JSON: {error}")
-            except json.JSONDecodeError as error:  # a fault, or where what was read so far ends
-                place = f"in item {count + 1}, character {error.pos - at + 1} of it"
-                if not (error.msg.startswith("Unterminated string") or error.pos > len(text) - 16) or not read():
-                    stop(f"not JSON: {error.msg} {place}")
+            self.at = BLANK.match(self.text, self.at).end()
+            if self.at < len(self.text) or not self.read():
+                return self.text[self.at:self.at + 1]
+
+    def here(self):
+        return self.line + self.text.count("\n", 0, self.at)
+
+    def stop(self, reason):
+        fail(f"{self.path}:{self.here()}: {reason}")
+
+
+def items_in(f, path):
+    """Yields ("file:line", object) of one JSON list."""
+    text, scan, count = Text(f, path), json.JSONDecoder().raw_decode, 0
+    text.sign()  # the list's [
+    while True:
+        text.at += 1
+        if text.sign() == "]" and not count:
+            fail(f"{path}: holds no records")
+        try:
+            record, end = scan(text.text, text.at)
+        except RecursionError as error:
+            text.stop(f"not JSON: {error}")
+        except json.JSONDecodeError as error:  # a fault, or where what was read so far ends
+            place = f"in item {count + 1}, character {error.pos - text.at + 1} of it"
+            cut = error.msg.startswith("Unterminated string") or error.pos > len(text.text) - 16
+            if not cut or not text.read():
+                text.stop(f"not JSON: {error.msg} {place}")
+            text.at -= 1  # once more
+            continue
         if not isinstance(record, dict):
-            stop(f"expected an object, found {type(record).__name__}")
+            text.stop(f"expected an object, found {type(record).__name__}")
         count += 1
-        yield f"{path}:{line + text.count(chr(10), 0, at)}", record
-        at = end
-        if (sign := next_sign()) == "]":
-            at += 1
-            if next_sign():
-                stop("the list ends, and more follows")
+        yield f"{path}:{text.here()}", record
+        text.at = end
+        if text.sign() == "]":
+            text.at += 1
+            if text.sign():
+                text.stop("the list ends, and more follows")
             return
-        if sign != ",":
-            stop(f"expected , or ] behind item {count}, found {sign!r}" if sign else
-                 f"the list is cut short behind item {count}")
+        if text.sign() != ",":
+            text.stop(f"expected , or ] behind item {count}, found {text.sign()!r}" if text.sign() else
+                      f"the list is cut short behind item {count}")
 
 
 # ---- what is found, and what is written
@@ -400,29 +409,33 @@ def prepare(name, sources, data_dir, max_rows=0, val_share=None, overwrite=False
     read = functools.partial(SETS[name].read, keys=keys) if keys else SETS[name].read
     files = find_files(sources, SETS[name].files)[:max_rows or None]
     with new_folder(data_dir, overwrite, sources) as folder:
-        meter, notes = Meter(files, 2), Notes()
+        meter, notes, ignored = Meter(files, 2), Notes(), Notes()
         say(f"reading {len(files):,} file{'s' * (len(files) > 1)} of {meter.total / 2e6:,.1f} MB, for what is held out")
-        ignored = Notes()
         held, divided = learn_what_is_held_out(read(read_rows(files, max_rows, meter, ignored), ignored), val_share)
         counted = meter.rows
         say(f"reading {counted:,} rows again, and writing")
-        rows = with_odd_characters_noted(read_rows(files, max_rows, meter, notes), notes)
-        lines = write_lines(read(rows, notes), held, divided, val_share, folder.with_name(f"{folder.name}.lines"), notes)
+        found = read(with_odd_characters_noted(read_rows(files, max_rows, meter, notes), notes), notes)
+        lines = write_lines(found, held, divided, val_share, folder.with_name(f"{folder.name}.lines"), notes)
         said = []
         for stem in STEMS:
             train, val = (lines[stem, part] for part in ("train", "val"))
+            for part in filter(len, (train, val) if train else ()):
+                part.write(folder / f"{part.name}.jsonl")
             if val and not train:
                 said.append(f"no {stem} files: {len(val):,} such records are held out, but none is left for training")
             if train and not val:
                 said.append(f"no {stem}.val.jsonl: none of these records is held out; the scripts hold out some of "
                             f"{stem}.train.jsonl (--val_share)")
-            for part in (train, val) if train else ():
-                if part:
-                    part.write(folder / f"{part.name}.jsonl")
         if not any(folder.iterdir()):
-            found = "; ".join(f"{what} ({n} times, first {where[1:-1]})" for what, _, n, where in notes.rows()[:3])
-            fail(f"--source {sources[0]}: of {counted:,} rows no record for training is left: {found or 'nothing odd'}")
-        readme = describe(name, sources, files, counted, max_rows, val_share, divided, lines, notes, said, keys)
+            why = "; ".join(f"{what} ({n} times, first {where[1:-1]})" for what, _, n, where in notes.rows()[:3])
+            fail(f"--source {sources[0]}: of {counted:,} rows no record for training is left: {why or 'nothing odd'}")
+        split = ("Files or rows that their publisher named test, valid, validation, val, eval or dev are held out."
+                 if divided else f"A share of {val_share or VAL_SHARE:g} of the posts, films, conversations or prompts "
+                 "is held out, by a hash of each.")
+        readme = describe(
+            name, files, lines, notes, split=split, read=f"{counted:,}", said=said,
+            command=command_of(name, sources, max_rows, val_share, keys),
+            limit=f" (--max_rows {max_rows}: the first ones of each file)" if max_rows else "")
         (folder / "README.md").write_text(readme, encoding="utf-8", newline="\n")
     say(f"wrote {data_dir}; its README.md says what is in it; next: {start_of('train_sft.py')} "
         f"{option('data_dir', data_dir)}")
@@ -443,7 +456,7 @@ The texts are other people's: their terms, and whom to cite, stand where you hav
 
 {sources}
 
-{read:,} rows were read{limit}.
+{read} rows were read{limit}.
 
 ## Records
 
@@ -470,12 +483,12 @@ ALSO = {"sft": "\n  `domain` breaks down the held-out loss", "preferences": "\n 
         "the chosen answer is, break down the accuracy; other columns are as they were", "prompts": ", each once"}
 
 
-def describe(name, sources, files, counted, max_rows, val_share, divided, lines, notes, said, keys):
+def describe(name, files, lines, notes, said, **words):
     """README.md, and the counts on the screen."""
-    written = {of: lines[of] for of in lines if lines[of] and lines[of[0], "train"]}
+    written = [of for (stem, _), of in lines.items() if of and lines[stem, "train"]]
     records = table(["file", "records", "of kind"], *(
         [f"{of.name}.jsonl", f"{len(of):,}", ", ".join(f"{kind} {n:,}" for kind, n in of.kinds.most_common(20) if kind)]
-        for of in written.values()))
+        for of in written))
     found = table(["found", "what was done", "times", "first"], *notes.rows()) if notes.found else "Nothing odd."
     say(f"\n{records}\n\n{found}\n")
     for line in said:
@@ -486,15 +499,9 @@ def describe(name, sources, files, counted, max_rows, val_share, divided, lines,
         listed = [(f"{paths[0]} ... {paths[-1]}: {len(paths):,} files", sum(sizes),
                    f"{hashlib.sha256(''.join(hashes).encode()).hexdigest()} (of their SHA-256s)")]
     columns = COLUMNS_OF_TEXTS if name in ("summarize-from-feedback", "imdb", "jsonl") else COLUMNS
-    split = (f"A share of {val_share or VAL_SHARE:g} of the posts, films, conversations or prompts is held out, by a "
-             "hash of each.")
-    if divided:
-        split = "Files or rows that their publisher named test, valid, validation, val, eval or dev are held out."
     return README.format(
-        name=name, about=SETS[name].about, command=command_of(name, sources, max_rows, val_share, keys),
+        name=name, about=SETS[name].about, records=records, found=found, **words,
         sources=table(["file", "bytes", "SHA-256"], *([path, f"{size:,}", sha256] for path, size, sha256 in listed)),
-        read=counted, records=records, found=found, split=split,
-        limit=f" (--max_rows {max_rows}: the first ones of each file)" if max_rows else "",
         columns="\n".join(f"- `{stem}.*`: {columns[stem]}{ALSO[stem]}" for stem in STEMS if lines[stem, "train"]),
         said="".join(f"\n{line[0].upper()}{line[1:]}.\n" for line in said))
 
