@@ -74,9 +74,11 @@ def test_hh_rlhf_quirks_are_left_out_and_counted(chosen, rejected, what):
 
 
 def test_an_answer_that_is_the_beginning_of_the_other_is_kept_and_counted():
-    made, found = read("hh-rlhf", {"chosen": EGG + "\n\nAssistant: Seven minutes.",
-                                   "rejected": EGG + "\n\nAssistant: Seven"})
-    assert len(made[0].preferences) == 1 and found == {"one answer is the beginning of the other": ("kept", 1)}
+    """Whichever of the two it is."""
+    for pair in (("Seven minutes.", "Seven"), ("Seven", "Seven minutes.")):
+        chosen, rejected = (f"{EGG}\n\nAssistant: {answer}" for answer in pair)
+        made, found = read("hh-rlhf", {"chosen": chosen, "rejected": rejected})
+        assert len(made[0].preferences) == 1 and found == {"one answer is the beginning of the other": ("kept", 1)}
 
 
 # ---- summarize-from-feedback
