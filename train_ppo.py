@@ -13,7 +13,7 @@ import torch
 
 from minirlhf import adapters, checkpoint, evaluate, kernels, prepare, rewards, runtime, sizes
 from minirlhf.config import RunOptions, fail, launch, parse, ranks, warn_idle
-from minirlhf.data import blank_ends, encode_prompts, endless_batch, load_prompts, repeats
+from minirlhf.data import blank_ends, encode_prompts, endless_batch, load_parts, load_prompts, repeats
 from minirlhf.generate import Rollout, compile_model, generate
 from minirlhf.objectives import (adaptive_kl_coef, entropy, gae, k1, k2, k3, kl_above_baseline, log_ratio, policy_loss,
                                  shape_rewards, value_loss, whiten)
@@ -208,8 +208,8 @@ def make_optimizers(policy, value, o):
 def read_options(argv):
     """-> Options, and what --resume goes on from. Exits 2 on options that exclude each other."""
     o, saved = checkpoint.resume(parse(Options, argv), "ppo", (
-        "seed", "reward", "value_init", "batch_size", "temperature", "response_length", "long_prompts", "lr_schedule",
-        *adapters.OPTIONS))
+        "seed", "val_share", "reward", "value_init", "batch_size", "temperature", "response_length", "long_prompts",
+        "lr_schedule", *adapters.OPTIONS))
     sizes.check_batch(o)
     _, world = ranks()
     if o.batch_size % (o.num_mini_batches * world):
@@ -232,11 +232,10 @@ def read_options(argv):
 
 def read_prompts(o, tokenizer, context):
     """-> ids of the prompts for training and of those held out, and the lines to say of them. Exits 2 if none fits."""
-    room, encoded, lines = context - o.response_length, [], []
+    room, encoded = context - o.response_length, []
     if room < 2:
         fail(f"--response_length {o.response_length}: leaves no room for a prompt in a context of {context} tokens")
-    paths = [os.path.join(o.data_dir, f"prompts.{split}.jsonl") for split in ("train", "val")]
-    texts = [*map(load_prompts, paths)]
+    *texts, paths, lines = load_parts(load_prompts, "prompts", o)
     for path, part, name in zip(paths, texts, ("training", "held-out")):
         kept, long = encode_prompts(tokenizer, part, room, o.long_prompts)
         if not kept:

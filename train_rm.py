@@ -13,8 +13,8 @@ import torch
 
 from minirlhf import adapters, checkpoint, evaluate, kernels, prepare, runtime
 from minirlhf.config import RunOptions, fail, launch, parse, warn_idle
-from minirlhf.data import (Order, Row, blank_ends, doubtful_columns, encode_prompts, encode_row, load_preferences,
-                           load_prompts, repeats, too_long)
+from minirlhf.data import (Order, Row, blank_ends, doubtful_columns, encode_prompts, encode_row, load_for_training,
+                           load_parts, load_preferences, load_prompts, repeats, too_long)
 from minirlhf.evaluate import score_all
 from minirlhf.generate import compile_model, generate
 from minirlhf.objectives import bradley_terry_loss, wins
@@ -128,8 +128,8 @@ def set_scale(model, sft, run, tokenizer, prompts, o):
 
 def read_preferences(o, tokenizer, block_size):
     """-> training and held-out records, encoded, and the lines to say of them. Exits 2 where none is left."""
-    paths = [os.path.join(o.data_dir, f"{o.preferences}.{split}.jsonl") for split in ("train", "val")]
-    parts, sets, lines = [*map(load_preferences, paths)], [], []
+    *parts, paths, lines = load_parts(load_preferences, o.preferences, o)
+    sets = []
     for path, part, name in zip(paths, parts, ("training", "held-out")):
         kept, dropped, rows = encode_preferences(tokenizer, part, block_size, o.long_prompts)
         if not kept:
@@ -156,8 +156,8 @@ def read_preferences(o, tokenizer, block_size):
 def read_scale_prompts(o, tokenizer, block_size):
     """-> ids of num_scale_samples prompts, repeated where there are fewer, and the files they are from."""
     path = os.path.join(o.data_dir, "prompts.train.jsonl")
-    texts = load_prompts(path) if os.path.lexists(path) else [
-        p.prompt for p in load_preferences(os.path.join(o.data_dir, f"{o.preferences}.train.jsonl"))]
+    texts = load_for_training(load_prompts, "prompts", o) if os.path.lexists(path) else [
+        p.prompt for p in load_for_training(load_preferences, o.preferences, o)]
     prompts, _ = encode_prompts(tokenizer, texts, block_size - o.response_length, o.long_prompts)
     if block_size - o.response_length < 2 or not prompts:
         fail(f"--response_length {o.response_length}: no prompt of {o.data_dir} leaves room for it in the context "
@@ -167,7 +167,7 @@ def read_scale_prompts(o, tokenizer, block_size):
 
 def main(argv=None):
     o, saved = checkpoint.resume(parse(Options, argv), "rm", (
-        "seed", "batch_size", "max_steps", "optimizer", "long_prompts", "lr_schedule", *adapters.OPTIONS))
+        "seed", "val_share", "batch_size", "max_steps", "optimizer", "long_prompts", "lr_schedule", *adapters.OPTIONS))
     adapters.check_options(o)
     warn_idle(o, "optimizer adamw", o.optimizer == "adamw", "muon_learning_rate")
     if os.path.normpath(o.data_dir) == Options.data_dir:
@@ -265,8 +265,8 @@ def main(argv=None):
             run.say(line)
         training.save(steps, info, finished=True)
         path = run.path("ckpt.pt")
-        run.saved({Options.preferences: runtime.next_command("train_ppo.py", o, data_dir=o.data_dir,
-                                                             init_from=o.init_from, reward_model=path),
+        run.saved({Options.preferences: runtime.next_command("train_ppo.py", o, data_dir=o.data_dir, reward_model=path,
+                                                             val_share=o.val_share, init_from=o.init_from),
                    "judge": runtime.next_command("train_ppo.py", o, judge=path) + " --resume"}.get(o.preferences, ""))
 
 

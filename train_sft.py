@@ -13,7 +13,7 @@ import torch
 from minirlhf import adapters, checkpoint, evaluate, kernels, prepare, runtime, sizes
 from minirlhf.config import RunOptions, fail, launch, parse, warn_idle
 from minirlhf.data import (Order, blank_ends, collate, doubtful_columns, encode_prompts, encode_row, labels_of,
-                           load_demonstrations, load_prompts, repeats, spread, too_long)
+                           load_demonstrations, load_parts, load_prompts, repeats, spread, too_long)
 from minirlhf.generate import compile_model, generate
 from minirlhf.model import GPT, GPTConfig, flat_indices
 from minirlhf.objectives import sft_loss
@@ -91,12 +91,6 @@ def show_samples(model, run, tokenizer, prompts, step, o):
         run.write("samples.jsonl", {"step": step, "prompt": prompt, "completion": completion})
 
 
-def read_demonstrations(o):
-    """-> training and held-out demonstrations, and the paths of the two files."""
-    paths = [os.path.join(o.data_dir, f"sft.{split}.jsonl") for split in ("train", "val")]
-    return [*map(load_demonstrations, paths)], paths
-
-
 def encode_demonstrations(parts, paths, o, tokenizer, block_size):
     """-> training rows, held-out rows, held-out demonstrations, and the lines to say. Exits 2 where no row fits."""
     encoded, lines = [], []
@@ -120,7 +114,8 @@ def encode_demonstrations(parts, paths, o, tokenizer, block_size):
 def main(argv=None):
     given = parse(Options, argv)
     o, saved = checkpoint.resume(given, "sft", (
-        *SIZES, "seed", "batch_size", "max_steps", "optimizer", "long_prompts", "lr_schedule", *adapters.OPTIONS))
+        *SIZES, "seed", "val_share", "batch_size", "max_steps", "optimizer", "long_prompts", "lr_schedule",
+        *adapters.OPTIONS))
     if o.init_from != "scratch" and not given.resume and "init_from" not in o.given:
         if sized := [runtime.option(name, getattr(o, name)) for name in SIZES[:-1] if name in o.given]:
             fail(f"{sized[0]}: {o.init_from} has its own size and vocabulary; for a model from scratch give @scratch "
@@ -137,7 +132,7 @@ def main(argv=None):
         scratch = not saved and o.init_from == "scratch"
         if scratch:
             sizes.check_model(o, run.device)
-        parts, paths = read_demonstrations(o)
+        *parts, paths, about_parts = load_parts(load_demonstrations, "sft", o)
         # ---- tokenizer and model: new, or a checkpoint's
         if not scratch:
             shorter = o.block_size if saved or "block_size" in given.given else 0
@@ -197,7 +192,8 @@ def main(argv=None):
         tokens_per_epoch = sum(len(row.ids) - 1 for row in train_rows)
         trained = sum(len(row.ids) - row.prompt_length for row in train_rows)
         run.announce("SFT", [
-            *about_data, f"{tokens_per_epoch:,} tokens an epoch, {trained:,} of them are trained; vocabulary "
+            *about_data, *about_parts,
+            f"{tokens_per_epoch:,} tokens an epoch, {trained:,} of them are trained; vocabulary "
             f"{tokenizer.vocab_size:,} ({tokenizer.name})",
             f"model: {model.config.n_layer} layers x {model.config.n_embd}, {model.config.n_head} heads, "
             f"{runtime.describe_parameters(model)}, from {o.init_from}",
@@ -248,7 +244,8 @@ def main(argv=None):
             if stopping and done < steps:
                 run.exit_stopped()
         run.say(f"\nbest held-out loss: {evaluate.describe(best_figures)}")
-        run.saved(runtime.next_command("train_rm.py", o, data_dir=o.data_dir, init_from=run.path("ckpt.pt")))
+        run.saved(runtime.next_command("train_rm.py", o, data_dir=o.data_dir, val_share=o.val_share,
+                                       init_from=run.path("ckpt.pt")))
 
 
 if __name__ == "__main__":

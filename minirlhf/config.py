@@ -169,6 +169,7 @@ class RunOptions:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matmuls; auto: bfloat16 where the chip has it
     compile: bool = False  # run networks and decode steps through torch.compile: worth its warm-up on a GPU only
     seed: int = 1337  # every random choice is a function of (seed, step, rank, purpose) [0..]
+    val_share: float = 0.05  # share of the prompts held out, by their hash, where data_dir has no *.val.jsonl (0..1)
     resume: bool = False  # go on from out_dir's checkpoint
     overwrite: bool = False  # let a new run replace what out_dir holds
     keep_checkpoints: int = 0  # keep the latest so many as ckpt.STEP.pt too; 0 = ckpt.pt and the one before it [0..]

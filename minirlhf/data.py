@@ -26,6 +26,7 @@ another name (QUESTIONS), unless its words stand in what is read. All other colu
 Left out: streaming and memory mapping. Human feedback fits in memory.
 """
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -59,15 +60,18 @@ FOREIGN = {  # how files begin that hold no JSON lines
     b"{\0": AS_UTF8 % "-le", b"[\0": AS_UTF8 % "-le", b"\0": AS_UTF8 % "-be",
     b"[": "one JSON list, not an object a line: " + AS_LINES % "json.load(open(sys.argv[1], 'rb'))",
     b"{\n": "objects over several lines: write one a line", b"{\r": "objects over several lines: write one a line"}
+PREPARE = "python -m minirlhf.prepare"
 DIALECTS = {  # what other programs' records have, and the way to ours
-    ("conversations",): "ShareGPT: name the list 'messages', and in it 'from' and 'value' 'role' and 'content'",
-    ("instruction", "output"): "Alpaca: join instruction and input as 'prompt', name the output 'completion'",
-    ("question", "answer"): "questions and answers: name them 'prompt' and 'completion'",
-    ("prompt", "response"): "prompts and responses: name the response 'completion'",
+    ("conversations",): f"ShareGPT: {PREPARE} sharegpt", ("instruction", "output"): f"Alpaca: {PREPARE} alpaca",
+    ("question", "answer"): f"questions and answers: {PREPARE} jsonl --prompt_key question --completion_key answer",
+    ("prompt", "response", "helpfulness"): f"HelpSteer2: {PREPARE} helpsteer2",
+    ("prompt", "response"): f"prompts and responses: {PREPARE} jsonl --completion_key response",
     ("completions", "labels"): "TRL's stepwise supervision: no stage reads labels of steps",
     ("completion", "label"): "TRL's unpaired preference: keep the good ones without 'label', or make pairs",
-    ("response_0", "response_1"): "PKU-SafeRLHF: name the better response 'chosen', the other 'rejected'",
-    ("response_1", "response_2"): "HelpSteer: name the better response 'chosen', the other 'rejected'"}
+    ("response_0", "response_1"): f"PKU-SafeRLHF: {PREPARE} pku-saferlhf",
+    ("response_1", "response_2"): f"HelpSteer2: {PREPARE} helpsteer2",
+    ("history", "human_ref_A", "human_ref_B"): f"SHP: {PREPARE} shp",
+    ("summaries", "choice"): f"comparisons of summaries: {PREPARE} summarize-from-feedback"}
 
 
 @dataclass
@@ -108,27 +112,32 @@ def read_records(path):
                             "a pipe or device, which can be read only once; write what it gives to a file first"))
     if not os.access(path, os.R_OK):
         fail(f"{path}: may not be read")
-    count = 0
     with open(path, "rb") as f:
-        for number, line in enumerate(f, 1):
-            where, reason = f"{path}:{number}", ""
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            try:
-                text = line.decode("utf-8").strip()
-                if not text:
-                    continue
-                record = json.loads(text)
-                if not isinstance(record, dict):
-                    reason = f"expected an object, found {type(record).__name__}"
-            except UnicodeDecodeError as error:
-                reason = f"not UTF-8 at byte {error.start} of the line ({error.reason})"
-            except (ValueError, RecursionError) as error:
-                reason = f"not JSON: {error}"
-            if reason:
-                fail(f"{where}: {reason}" + (what_it_is(path, line) if not count else ""))
-            count += 1
-            yield where, record
+        yield from records_in(f, path)
+
+
+def records_in(lines, path):
+    """The same, of a file's lines."""
+    count = 0
+    for number, line in enumerate(lines, 1):
+        where, reason = f"{path}:{number}", ""
+        if number == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")
+        try:
+            text = line.decode("utf-8").strip()
+            if not text:
+                continue
+            record = json.loads(text)
+            if not isinstance(record, dict):
+                reason = f"expected an object, found {type(record).__name__}"
+        except UnicodeDecodeError as error:
+            reason = f"not UTF-8 at byte {error.start} of the line ({error.reason})"
+        except (ValueError, RecursionError) as error:
+            reason = f"not JSON: {error}"
+        if reason:
+            fail(f"{where}: {reason}" + (what_it_is(path, line) if not count else ""))
+        count += 1
+        yield where, record
     if not count:
         fail(f"{path}: holds no records")
 
@@ -451,6 +460,68 @@ def doubtful_columns(rows, what):
     if unread:
         yield (f"note: columns of {what} that hold text and are not read: "
                + ", ".join(f"{label_of(name)} ({n})" for name, n in unread.most_common(8)))
+
+
+# ---- held out
+
+def letters(text):
+    """What near-duplicates have in common: letters and digits, lower case."""
+    return re.sub(r"[\W_]+", "", text.casefold()) or text.strip()
+
+
+def opening(record):
+    """What decides on which side of a split a record is, in any of its forms: the letters of what is said before the
+    first answer, so that the pieces of a conversation stay together; without a prompt, those of its first text."""
+    asked = next((value for value in map(record.get, ("prompt", "messages"))
+                  if (value.strip() if isinstance(value, str) else value)), None)
+    if asked is None:
+        asked = next((record[name] for name in ("text", "completion", "chosen", "completions")
+                      if record.get(name) is not None), "")
+        if isinstance(asked, list) and isinstance(asked[0], str):
+            asked = shared_prompt(asked) * ("prompt" not in record) or asked[0]
+        elif isinstance(asked, str) and isinstance(record.get("rejected"), str) and "prompt" not in record:
+            asked = shared_prompt([asked, record["rejected"]]) or asked
+    if isinstance(asked, list):
+        before = [*itertools.takewhile(lambda message: message.get("role") != "assistant", asked)]
+        return letters(" ".join(texts_in((before or asked)[::-1])))
+    return letters(asked.split(ASSISTANT)[0].replace(HUMAN, ""))
+
+
+def is_held_out(key, share):
+    """Whether a key is among the share of all keys that are held out: a function of the two alone."""
+    digest = hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") < share * 2 ** 64
+
+
+def divide(load, path, share):
+    """A file's rows -> (for training, held out), by their opening."""
+    rows, parts = load(path), ([], [])
+    for row, (_, record) in zip(rows, read_records(path), strict=True):
+        parts[is_held_out(opening(record), share)].append(row)
+    return parts
+
+
+def load_parts(load, stem, o):
+    """STEM.train.jsonl and STEM.val.jsonl of --data_dir, or, where there is no such second file, two parts of the first
+    -> rows for training, rows held out, the file of each, lines to say."""
+    paths = [os.path.join(o.data_dir, f"{stem}.{part}.jsonl") for part in ("train", "val")]
+    if os.path.lexists(paths[1]):
+        idle = [f"warning: --val_share has no effect: {paths[1]} is there"] * ("val_share" in getattr(o, "given", ()))
+        return *map(load, paths), paths, idle
+    train, val = divide(load, paths[0], o.val_share)
+    if not train or not val:
+        fail(f"{paths[0]}: --val_share {o.val_share:g}: of {len(train) + len(val):,} rows none is left "
+             f"{'to be held out' if train else 'for training'}, as those of one prompt stay together: choose another "
+             f"share, or write {paths[1]}")
+    return train, val, [paths[0]] * 2, [
+        f"there is no {stem}.val.jsonl: {len(val):,} of the {len(train) + len(val):,} rows of {stem}.train.jsonl are "
+        f"held out, by a hash of their prompts (--val_share {o.val_share:g})"]
+
+
+def load_for_training(load, stem, o):
+    """The rows of STEM.train.jsonl, without those that `load_parts` holds out."""
+    train, val = (os.path.join(o.data_dir, f"{stem}.{part}.jsonl") for part in ("train", "val"))
+    return load(train) if os.path.lexists(val) else divide(load, train, o.val_share)[0]
 
 
 # ---- encoding

@@ -5,6 +5,7 @@ train_ppo.py prints at its end is the same code and gives the same numbers.
 """
 import json
 import math
+import os
 from collections import Counter, defaultdict
 
 import torch
@@ -12,7 +13,7 @@ import torch
 from minirlhf import adapters, checkpoint, kernels, rewards, runtime
 from minirlhf.config import (Parser, RunOptions, all_printed, check_spelling, fail, launch, one_line, positive_int,
                              say, temperature_number, unprinted)
-from minirlhf.data import collate, encode_prompts, label_of, load_prompts, number
+from minirlhf.data import collate, divide, encode_prompts, label_of, load_prompts, number
 from minirlhf.generate import generate
 from minirlhf.model import flat_indices
 from minirlhf.objectives import (best_of_n_kl, expected_calibration_error, explained_variance, fit_temperature, k1, k3,
@@ -535,6 +536,19 @@ def parse(argv=None):
     return a
 
 
+def held_out_prompts(path, share):
+    """-> prompts, and their file. Of a FILE.val.jsonl that is not there: those of FILE.train.jsonl that stage 3 holds
+    out, of which share the first policy's run says."""
+    whole = path.removesuffix(".val.jsonl") + ".train.jsonl"
+    if os.path.lexists(path) or not path.endswith(".val.jsonl") or not os.path.lexists(whole):
+        return load_prompts(path), path
+    _, held_out = divide(load_prompts, whole, share)
+    if not held_out:
+        fail(f"{whole}: by the run's --val_share {share:g} no prompt is held out; name another file with --prompts")
+    say(f"there is no {path}: the {len(held_out):,} prompts of {whole} that the run holds out (--val_share {share:g})")
+    return held_out, whole
+
+
 def main(argv=None):
     unprinted.clear()  # of an earlier call, as in a notebook
     a = parse(argv)
@@ -545,11 +559,11 @@ def main(argv=None):
     baseline, tokenizer, payload = checkpoint.load(a.baseline, ["sft", "ppo"], device)
     called = "SFT" if payload["stage"] == "sft" else "baseline"
     kernels.pick_matmul(baseline)
-    policies = {}
+    policies, share = {}, None
     for path in a.policies:
         policy, own_tokenizer, payload = checkpoint.load(path, ["sft", "ppo"], device)
         checkpoint.compatible((policy, own_tokenizer), path, (baseline, tokenizer), a.baseline)
-        policies[path] = policy
+        policies[path], share = policy, share or payload["options"].get("val_share", RunOptions.val_share)
         for name, usual in (("temperature", 1.0), ("response_length", 48), ("seed", RunOptions.seed)):
             if getattr(a, name) is None:
                 setattr(a, name, payload["options"].get(name, usual))
@@ -561,11 +575,11 @@ def main(argv=None):
     if room < 2:
         fail(f"--response_length {a.response_length}: leaves no room for a prompt in a context of "
              f"{baseline.config.block_size} tokens")
-    texts = load_prompts(a.prompts)
+    texts, prompts_file = held_out_prompts(a.prompts, share)
     prompts, long = encode_prompts(tokenizer, texts, room, a.long_prompts)
     if not prompts:
         fail(f"{a.prompts}: no prompt fits {room} tokens; use --long_prompts trim or a shorter --response_length")
-    reads = [a.prompts, *(file for path in (a.baseline, *a.policies) for file in checkpoint.files_of(path))]
+    reads = [prompts_file, *(file for path in (a.baseline, *a.policies) for file in checkpoint.files_of(path))]
     for spec in filter(None, (a.reward_model, a.judge)):
         reads += rewards.files(spec)
     with runtime.Output(a.output, ".json", reads) as output:

@@ -554,7 +554,8 @@ def start_of(script):
     return (f"torchrun --nproc_per_node={world}" if world > 1 else "python") + f" {shlex.quote(path)}"
 
 
-USUAL = {"data_dir": "data/sentiment", "init_from": "out/sft/ckpt.pt", "reward_model": "out/rm/ckpt.pt"}
+USUAL = {"data_dir": "data/sentiment", "val_share": 0.05, "init_from": "out/sft/ckpt.pt",
+         "reward_model": "out/rm/ckpt.pt"}
 
 
 def next_command(script, after, **options):

@@ -20,22 +20,34 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 KILLERS = ROOT / ".mutate_cache"
 CONTEXT = multiprocessing.get_context("forkserver")
-NEAREST = {"minirlhf/objectives.py": ["objectives", "train_ppo"], "minirlhf/data.py": ["data"],
-           "minirlhf/model.py": ["model", "train_ppo", "adapters", "generate", "parity"],
-           "minirlhf/generate.py": ["generate", "train_ppo", "parity"], "minirlhf/kernels.py": ["model", "runtime"],
-           "train_sft.py": ["figures", "state", "check", "further"],
-           "train_rm.py": ["figures", "train_rm", "state", "check"],
-           "train_ppo.py": ["figures", "train_ppo", "state", "further"], "minirlhf/prepare.py": ["prepare"],
-           "minirlhf/evaluate.py": ["figures", "train_ppo", "train_rm", "state"], "minirlhf/sizes.py": ["faults"],
-            "minirlhf/checkpoint.py": ["state", "checkpoint", "adapters", "further", "pretrained", "faults", "hub",
-                                       "export"],
-           "minirlhf/check.py": ["check", "figures"],
-           "minirlhf/runtime.py": ["runtime", "figures", "state", "train_ppo", "faults"],
-           "minirlhf/sample.py": ["figures", "state", "sample"], "minirlhf/benchmark.py": ["figures", "benchmark"],
-           "minirlhf/config.py": ["config"], "minirlhf/adapters.py": ["adapters", "state", "train_ppo"],
-            "minirlhf/rewards.py": ["rewards", "adapters", "train_ppo"], "minirlhf/fetch.py": ["fetch", "hub"],
-            "minirlhf/hub.py": ["hub"], "minirlhf/tokenizer.py": ["tokenizer", "pretrained", "export"],
-            "minirlhf/pretrained.py": ["pretrained", "export"], "minirlhf/export.py": ["export"]}
+NEAREST = {
+    "minirlhf/objectives.py": ["objectives", "train_ppo"],
+    "minirlhf/data.py": ["data", "held_out"],
+    "minirlhf/model.py": ["model", "train_ppo", "adapters", "generate", "parity"],
+    "minirlhf/generate.py": ["generate", "train_ppo", "parity"],
+    "minirlhf/kernels.py": ["model", "runtime"],
+    "train_sft.py": ["figures", "state", "check", "further", "held_out"],
+    "train_rm.py": ["figures", "train_rm", "state", "check", "held_out"],
+    "train_ppo.py": ["figures", "train_ppo", "state", "further", "held_out"],
+    "minirlhf/prepare.py": ["prepare"],
+    "minirlhf/evaluate.py": ["figures", "train_ppo", "train_rm", "state", "held_out"],
+    "minirlhf/sizes.py": ["faults"],
+    "minirlhf/checkpoint.py": ["state", "checkpoint", "adapters", "further", "pretrained", "faults", "hub", "export"],
+    "minirlhf/check.py": ["check", "figures"],
+    "minirlhf/runtime.py": ["runtime", "figures", "state", "train_ppo", "faults"],
+    "minirlhf/sample.py": ["figures", "state", "sample"],
+    "minirlhf/benchmark.py": ["figures", "benchmark"],
+    "minirlhf/config.py": ["config"],
+    "minirlhf/adapters.py": ["adapters", "state", "train_ppo"],
+    "minirlhf/rewards.py": ["rewards", "adapters", "train_ppo"],
+    "minirlhf/fetch.py": ["fetch", "hub"],
+    "minirlhf/hub.py": ["hub"],
+    "minirlhf/tokenizer.py": ["tokenizer", "pretrained", "export"],
+    "minirlhf/pretrained.py": ["pretrained", "export"],
+    "minirlhf/export.py": ["export"],
+    "minirlhf/sentiment.py": ["sentiment"],
+    "minirlhf/dialects.py": ["dialects", "prepare"],
+}
 
 OBJECTIVES = [
     ("mean = sum_x / n", "mean = sum_x / mask.numel()"),  # over padding
@@ -368,7 +380,7 @@ STATE = [
     ("train_rm.py", 'training.save(done, {}, finished=False)', 'training.save(done, {}, finished=True)'),
     ("train_rm.py", 'if scheduled or stopping and done < steps:', 'if scheduled:'),
     ("train_rm.py", '            runtime.set_rate(optimizers, factor)\n', ''),
-    ("train_rm.py", 'f"{o.preferences}.{split}.jsonl") for split', 'f"preferences.{split}.jsonl") for split'),
+    ("train_rm.py", "load_parts(load_preferences, o.preferences, o)", 'load_parts(load_preferences, "preferences", o)'),
     ("train_ppo.py", 'guard.in_a_row = int(kept["high"])', 'pass'),
     ("train_ppo.py", 'high=guard.in_a_row)', 'high=0)'),
     ("train_ppo.py", '                    kl_coef = float(kept["kl_coef"])', '                    pass'),
@@ -710,7 +722,7 @@ RATES_AND_TIMES = [
     ("norm = torch.nn.utils.get_total_norm(p.grad for p in", "norm = max(p.grad.norm() for p in"),
     ("used = time.perf_counter() - self.started\n        left", "used = time.perf_counter()\n        left"),
 ]
-PREPARE = [
+SENTIMENT = [
     ("mean = round(sum(ratings) / len(ratings), 3)", "mean = round(published, 3)"),
     ("mean = round(sum(ratings) / len(ratings), 3)", "mean = round(sum(ratings) / len(ratings), 2)"),
     ('counts[domain, "ratings"] += len(ratings)', 'counts[domain, "ratings"] += len(set(ratings))'),
@@ -743,6 +755,63 @@ PREPARE = [
     ('"margin": round(chosen.mean - rejected.mean, 3),\n                            "domains"',
      '"margin": round(chosen.mean - rejected.mean),\n                            "domains"'),
     ("if i < j and chosen.mean > rejected.mean and", "if i < j and chosen.mean >= rejected.mean and"),
+]
+PREPARE = [
+    ('divided = share is None and "val" in parts', 'divided = "val" in parts'),  # --val_share has no effect
+    ('"val" in parts and len(parts) > 1', '"val" in parts'),  # nothing left for training
+    ("if not val and not held.isdisjoint(map(hash, made.keys)):", "if False:"),
+    ('own.update(hashes if made.part == "val" else ())', 'own.update(hashes[:0] if made.part == "val" else ())'),
+    ("drawn.update(hashes if", "drawn.update(hashes[:1] if"),  # only the key that decides
+    ("if hash(line) in seen[stem]:", "if False:"),
+    ("return orders.setdefault(pair, chosen) != chosen", "return pair in orders"),
+    ("share = max_rows // len(files) if max_rows else None", "share = max_rows or None"),
+    ('random.Random(f"order {path.name}").shuffle(order)', "pass"),
+    ("if time.time() - path.stat().st_mtime > STALE and", "if"),
+    ("                with locked(path):\n", "                if True:\n"),
+    ("<= parts:", "& parts:"),  # somebody else's folder goes
+    ("error.pos > len(text.text) - 16", "False"),
+    ("self.line, self.at = self.here(), 0", "self.at = 0"),
+    ("for name in reversed(path.parts):", "for name in path.parts:"),
+    ("return int(re.match(\"[0-9]{0,9}\", path.name)[0] or 0), str(path)", "return 0, str(path)"),
+    ("new.removeprefix(\"\\ufeff\")", "new"),
+    ("if clean(text) != text:", "if False:"),
+]
+DIALECTS = [
+    ("elif fault := fault_of(chosen) or fault_of(rejected):\n            note(row, fault)\n        elif len(short)",
+     "elif fault := fault_of(chosen):\n            note(row, fault)\n        elif len(short)"),
+    ("elif short[:-1] != long[:-1]:", "elif False:"),
+    ('keys, prompts = [f"post', 'keys, prompts = [letters(text), f"post'),  # another key decides
+    ('"val") if isinstance(r.get("split"), str) else row.part', '"train") if isinstance(r.get("split"), str) else row.part'),
+    ('if s.get("policy") == "ref"]', 'if s.get("policy") != "ref"]'),
+    ('return " " + text.strip() if text.strip() else ""', "return text"),
+    ("if 4 < rating < 7:", "if 4 < rating < 5:"),
+    ("waiting[row.part, rating > 5].append", "waiting[0, rating > 5].append"),
+    ("own + other, [], [preference", "own, [], [preference"),
+    ("> MOST_PAIRS:", ">= MOST_PAIRS:"),
+    ("chosen, rejected = answers if label else answers[::-1]", "chosen, rejected = answers[::-1] if label else answers"),
+    ("round(math.log2(ratio), 3)", "round(ratio, 3)"),
+    ("answers if strength <= 0 else answers[::-1]", "answers if strength >= 0 else answers[::-1]"),
+    ("or pending[0][1] != prompt or", "or"),
+    ("re.sub(r'_[0-9]+$', '', name)", "name"),
+    ("elif margin is not None and margin <= 0:", "elif margin is not None and margin < 0:"),
+    ('found["better"] == found["safer"]', "True"),
+    ("while (undone := html.unescape(found)) != found:", "if (undone := html.unescape(found)) != found:"),
+    ("if chosen.startswith(rejected) or rejected.startswith(chosen):", "if chosen.startswith(rejected):"),
+    ('"an empty turn before the answer" if not all', '"" if not all'),
+]
+HELD_OUT = [
+    ("minirlhf/data.py", 'lambda message: message.get("role") != "assistant", asked)', "lambda message: True, asked)"),
+    ("minirlhf/data.py", "return letters(asked.split(ASSISTANT)[0].replace(HUMAN", "return letters(asked.replace(HUMAN"),
+    ("minirlhf/data.py", 'text.casefold()) or text.strip()', 'text) or text.strip()'),
+    ("minirlhf/data.py", "    if os.path.lexists(paths[1]):\n        idle", "    if True:\n        idle"),
+    ("minirlhf/data.py", "return load(train) if os.path.lexists(val) else divide(load, train, o.val_share)[0]",
+     "return load(train)"),
+    ("minirlhf/data.py", '* ("val_share" in getattr(o, "given", ()))', ""),
+    ("minirlhf/evaluate.py", "_, held_out = divide(load_prompts, whole, share)",
+     "_, held_out = divide(load_prompts, whole, 0.05)"),
+    ("train_ppo.py", '"seed", "val_share", "reward"', '"seed", "reward"'),
+    ("train_rm.py", "val_share=o.val_share, init_from=o.init_from", "init_from=o.init_from"),
+    ("train_sft.py", "*about_data, *about_parts,", "*about_data,"),
 ]
 SAMPLE = [
     ("long = sum(len(ids) > room for _, ids in rows) // a.n", "long = sum(len(ids) > room for _, ids in rows)"),
@@ -982,13 +1051,14 @@ MUTATIONS = [(file, *pair) for file, pairs in (
     ("minirlhf/fetch.py", FETCH), ("minirlhf/hub.py", HUB), ("minirlhf/checkpoint.py", HUB_IN_CHECKPOINT),
     ("minirlhf/objectives.py", OBJECTIVES), ("minirlhf/generate.py", GENERATE), ("minirlhf/model.py", MODEL),
     ("minirlhf/data.py", DATA), ("train_ppo.py", PPO), ("minirlhf/evaluate.py", EVALUATE),
-    ("minirlhf/kernels.py", KERNELS), ("minirlhf/checkpoint.py", CHECKPOINT),
-    ("minirlhf/runtime.py", RUNTIME), ("train_sft.py", SFT), ("train_rm.py", RM), ("train_ppo.py", PPO_FIGURES),
+    ("minirlhf/kernels.py", KERNELS), ("minirlhf/checkpoint.py", CHECKPOINT), ("minirlhf/runtime.py", RUNTIME),
+    ("train_sft.py", SFT), ("train_rm.py", RM), ("train_ppo.py", PPO_FIGURES),
     ("minirlhf/evaluate.py", EVALUATE_FIGURES), ("minirlhf/objectives.py", INTERVALS),
     ("minirlhf/runtime.py", RATES_AND_TIMES), ("minirlhf/prepare.py", PREPARE), ("minirlhf/sample.py", SAMPLE),
     ("minirlhf/check.py", CHECK), ("minirlhf/benchmark.py", BENCHMARK), ("minirlhf/config.py", CONFIG),
     ("minirlhf/sizes.py", SIZES), ("minirlhf/pretrained.py", PRETRAINED), ("minirlhf/tokenizer.py", TOKENIZER),
-    ("minirlhf/rewards.py", REWARDS), ("minirlhf/export.py", EXPORT)) for pair in pairs] + STATE + ADAPTERS
+    ("minirlhf/rewards.py", REWARDS), ("minirlhf/export.py", EXPORT), ("minirlhf/sentiment.py", SENTIMENT),
+    ("minirlhf/dialects.py", DIALECTS)) for pair in pairs] + STATE + ADAPTERS + HELD_OUT
 
 
 def misplaced():

@@ -179,6 +179,7 @@ def test_options_that_are_named_exist():
         options |= set(re.findall(r'add_argument\([^)]*?"--(\w+)"', path.read_text("utf-8")))
         if is_dataclass(getattr(module, "Options", None)):
             options |= {field.name for field in fields(module.Options)}
+    options |= {f"{key}_key" for key in import_module("minirlhf.dialects").JSONL_KEYS}
     for name, text in BOTH.items():
         named = set(re.findall(r"(?<![\w-])--(\w[\w-]*)", text))
         assert len(named) > 15 and named - options == set(), name

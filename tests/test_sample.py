@@ -553,7 +553,7 @@ def test_prepare_does_not_replace_its_source(tmp_path, refused, monkeypatch):
     data.mkdir()
     (data / "README.md").write_bytes(b"the archive, under another name")
     os.symlink(data / "README.md", tmp_path / "link.tar.gz")
-    monkeypatch.setattr(prepare, "fetch", None)
+    monkeypatch.setattr(prepare, "make_data", None)
     for source in (data / "README.md", tmp_path / "link.tar.gz"):
         error = refused(prepare.main, ["sentiment", "--data_dir", str(data), "--source", str(source), "--overwrite"])
         assert f"--source {source}: lies in --data_dir {data}, which is replaced" in error

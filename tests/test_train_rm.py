@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import train_rm
-from minirlhf.data import Preference, Row
+from minirlhf.data import Preference, Row, load_parts, load_prompts
 from minirlhf.evaluate import accuracy_with_interval, calibration, score_all, verdict
 from minirlhf.tokenizer import Tokenizer
 from train_rm import encode_preferences
@@ -34,10 +34,10 @@ def test_scores_do_not_depend_on_the_batch(make_model):
 
 def test_the_scale_is_set_on_the_prompts_of_training(tmp_path):
     """In their order, as often as it takes; those that leave no room for an answer are left out; where there are none
-    the preferences' own are taken. Held-out ones never."""
+    the preferences' own are taken. Held-out ones never, also where they stand in the same file."""
     tokenizer = types.SimpleNamespace(encode_prompt=lambda text: [0, *map(ord, text)])
     o = types.SimpleNamespace(data_dir=str(tmp_path), preferences="p", response_length=4, long_prompts="drop",
-                              num_scale_samples=5)
+                              num_scale_samples=5, val_share=0.05)
     (tmp_path / "p.train.jsonl").write_text('{"prompt": "c", "chosen": "x", "rejected": "y"}\n')
     (tmp_path / "prompts.val.jsonl").write_text('{"prompt": "v"}\n')
     assert train_rm.read_scale_prompts(o, tokenizer, 8) == ([[0, ord("c")]] * 5, [])
@@ -45,6 +45,12 @@ def test_the_scale_is_set_on_the_prompts_of_training(tmp_path):
     path.write_text('{"prompt": "a"}\n{"prompt": "too long"}\n{"prompt": "bb"}\n')
     a, b = [0, ord("a")], [0, ord("b"), ord("b")]
     assert train_rm.read_scale_prompts(o, tokenizer, 8) == ([a, b, a, b, a], [str(path)])
+    (tmp_path / "prompts.val.jsonl").unlink()
+    path.write_text("".join(f'{{"prompt": "{letter}"}}\n' for letter in "abcdefghij"))
+    o.val_share, o.num_scale_samples = 0.3, 40
+    _, held_out, *_ = load_parts(load_prompts, "prompts", o)
+    drawn = {chr(ids[1]) for ids in train_rm.read_scale_prompts(o, tokenizer, 8)[0]}
+    assert held_out and drawn == {*"abcdefghij"} - {*held_out}
 
 
 def test_scores_of_sft_samples_get_mean_0_and_deviation_1(make_model):
