@@ -540,14 +540,14 @@ def test_a_part_that_is_longer_than_its_file(server, monkeypatch):
     cuts = iter([500, None])
     server.always("HEAD", cut(None, ETag="one"))
     server.always("GET", lambda request: cut(next(cuts), ETag="one")(request))
-    monkeypatch.setattr(hub.time, "sleep", lambda seconds: spoil(server, [], 10 ** 6))
+    monkeypatch.setattr(hub.time, "sleep", lambda seconds: spoil(server, [], server.gpt2[MODEL] + b"x"))
     hub.fetched("gpt2")
     assert is_whole(server) and server.log[-1] == f"GET {MODEL}"
 
 
-def spoil(server, done, size=500):
+def spoil(server, done, content=bytes(500)):
     for part in [] if done else server.cache.glob("gpt2/model*.part"):
-        part.write_bytes(bytes(size))
+        part.write_bytes(content)
         done.append(part)
 
 
