@@ -2,7 +2,6 @@
 import fcntl
 import json
 import os
-import random
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -296,7 +295,7 @@ def test_what_no_folder_can_say(made, out, refused, tmp_path, bpe):
 
 
 @pytest.fixture
-def adapted(made, out, tmp_path):
+def adapted(made, tmp_path):
     """adapted(head) -> the path of a checkpoint of adapters on another program's model, and the model that it is."""
     def make(head="lm"):
         path, _, tokenizer = made("llama tied")
