@@ -270,7 +270,7 @@ def test_a_list_is_read_in_pieces(step, tmp_path):
     (b"PAR1\x15\x04", ": the file looks like Parquet: python -c \"import pandas"),
     (b"chosen,rejected\na,b\n", ": the file looks like CSV: python -c"),
     (b"chosen\trejected\na\tb\n", "delimiter='\\t'"),
-    (b"version https://git-lfs.github.com/spec/v1\noid x\n", ": the file looks like a Git LFS pointer: git lfs pull"),
+    (b"version https:" + b"//git-lfs.example/spec/v1\n", ": the file looks like a Git LFS pointer: git lfs pull"),
     (b"<!DOCTYPE html>\n", "a web page"), (bz2.compress(b"x"), "bzip2"), (b"PK\3\4x", "a zip archive"),
     ('{"prompt": "a"}'.encode("utf-16"), "UTF-16"), (b'{\n"prompt": "a"\n}\n', "objects over several lines"),
     (gzip.compress(b"chosen,rejected\na,b\n"), "unpack it first: gzip -d"),

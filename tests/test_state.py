@@ -286,6 +286,7 @@ def row(value, *differs):
 
 
 COMMON = {
+    "val_share": row(0.3, "said"),  # that it has no effect where there are held-out files, as here
     "device": row("cpu:0", "said"), "dtype": row("bfloat16", "weights", "steps"), "seed": row(5, "weights", "steps"),
     "compile": Alone("test_compile"), "resume": Alone("test_resume_and_overwrite"),
     "overwrite": Alone("test_resume_and_overwrite"), "check": Alone("test_check_is_said_to_be_one"),
