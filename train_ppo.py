@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 
 from minirlhf import adapters, checkpoint, evaluate, kernels, prepare, rewards, runtime, sizes
-from minirlhf.chat import Talk, describe
+from minirlhf.chat import Talk, about
 from minirlhf.config import RunOptions, fail, launch, parse, ranks, warn_idle
 from minirlhf.data import blank_ends, encode_prompts, endless_batch, load_prompts, repeats
 from minirlhf.generate import Rollout, compile_model, generate
@@ -250,7 +250,7 @@ def read_prompts(o, tokenizer, context):
                          + {"drop": "dropped", "trim": "trimmed at the left"}[o.long_prompts])
         lines += blank_ends(part, f"{name} prompts")
     head = f"{len(encoded[0]):,} prompts for training, {len(encoded[1]):,} held out, from {o.data_dir}"
-    return *encoded, [head, *lines, *repeats(*texts, "prompts"), *describe(tokenizer, texts[0], "prompts")], paths
+    return *encoded, [head, *lines, *repeats(*texts, "prompts"), *about(tokenizer, texts[0], "prompts")], paths
 
 
 def main(argv=None):

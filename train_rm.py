@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 
 from minirlhf import adapters, checkpoint, evaluate, kernels, prepare, runtime
-from minirlhf.chat import describe
+from minirlhf.chat import about
 from minirlhf.config import RunOptions, fail, launch, parse, warn_idle
 from minirlhf.data import (Order, Row, blank_ends, doubtful_columns, encode_prompts, encode_row, load_preferences,
                            load_prompts, repeats, too_long)
@@ -151,7 +151,7 @@ def read_preferences(o, tokenizer, block_size):
     head = (f"{len(sets[0]):,} records with {n_texts:,} texts and {n_pairs:,} pairs for training, {len(sets[1]):,} "
             f"records held out, from {o.data_dir}/{o.preferences}.*.jsonl")
     lines += [*repeats(*([(p.prompt, *p.completions) for p in part] for part in parts), "preferences"),
-              *describe(tokenizer, [p.prompt for p in parts[0]], "training records")]
+              *about(tokenizer, [p.prompt for p in parts[0]], "training records")]
     return *sets, [head, *lines], paths
 
 

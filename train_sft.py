@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 
 from minirlhf import adapters, checkpoint, evaluate, kernels, prepare, runtime, sizes
-from minirlhf.chat import describe
+from minirlhf.chat import about
 from minirlhf.config import RunOptions, fail, launch, parse, warn_idle
 from minirlhf.data import (Order, blank_ends, collate, doubtful_columns, encode_prompts, encode_row, labels_of,
                            load_demonstrations, load_prompts, repeats, spread, too_long)
@@ -117,7 +117,7 @@ def encode_demonstrations(parts, paths, o, tokenizer, block_size):
     train_rows, (val, val_rows) = [row for _, row in encoded[0]], zip(*encoded[1])
     head = f"{len(train_rows):,} rows for training, {len(val_rows):,} held out, from {o.data_dir}"
     lines += [*repeats(*([(d.prompt, d.completion) for d in part] for part in parts), "demonstrations"),
-              *describe(tokenizer, [d.prompt for d in parts[0]], "training rows")]
+              *about(tokenizer, [d.prompt for d in parts[0]], "training rows")]
     return train_rows, val_rows, val, [head, *lines]
 
 

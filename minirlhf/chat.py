@@ -22,12 +22,12 @@ import sys
 from itertools import groupby
 from typing import NamedTuple
 
-from minirlhf.config import fail
+from minirlhf.config import escaped, fail
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"  # the form of Anthropic's hh-rlhf
 ROLES = {"system": "", "developer": "\n\nDeveloper: ", "user": f"{HUMAN} ", "assistant": f"{ASSISTANT} ",
          "tool": "\n\nTool: "}  # how a message opens as text
-LARGEST_TEMPLATE, MEMORY, SECONDS = 100_000, 1 << 30, 2  # characters, bytes, of the processor
+LARGEST, MEMORY, SECONDS = 100_000, 1 << 28, 2  # of a template: characters, bytes, of the processor
 
 
 class Message(NamedTuple):
@@ -186,13 +186,17 @@ def check_places(tokenizer, talk):
             fail(f"{talk.where}: {name} has no place for {what}; {way}")
 
 
-def describe(tokenizer, texts, what):
+def describe(form):
+    """Its name, for a person."""
+    if form is None:
+        return "Human/Assistant text"
+    return f'ChatML, with the system message "{escaped(form.system)}" where there is none' if form.system else "ChatML"
+
+
+def about(tokenizer, texts, what):
     """A line that says in which form messages among some texts are read."""
     if count := sum(isinstance(text, Talk) for text in texts):
-        form, name = tokenizer.form, "Human/Assistant text"
-        if form:
-            name = "ChatML" + (f', with the system message "{form.system}" where there is none' if form.system else "")
-        yield f"{count:,} of {len(texts):,} {what} are messages, read as {name}"
+        yield f"{count:,} of {len(texts):,} {what} are messages, read as {describe(tokenizer.form)}"
 
 
 # ---- what a template does
@@ -216,7 +220,7 @@ def form_of(path, template, special, **tokens):
 
     path: for a refusal; special: {text: id} of the tokenizer; tokens: what the template may name, as eos_token.
     """
-    if not isinstance(template, str) or not {START.text, END.text} <= special.keys() or len(template) > LARGEST_TEMPLATE:
+    if not (isinstance(template, str) and len(template) < LARGEST and {START.text, END.text} <= special.keys()):
         return None
     talks = [*REQUIRED, *(talk for some in OPTIONAL.values() for talk in some)]
     made = dict(zip(talks, ask(path, template, talks, tokens)))
@@ -270,7 +274,7 @@ def answer():
     for talk in talks:
         try:
             text = program.render(messages=talk, tools=None, documents=None, add_generation_prompt=True, **tokens)
-            made.append(text if len(text) < LARGEST_TEMPLATE else None)
+            made.append(text if len(text) < LARGEST else None)
         except Exception:
             made.append(None)
     sys.stdout.write(json.dumps(made))

@@ -292,11 +292,12 @@ def ppo(policy, ref, value, reward, tokenizer, prompts, first, o, run):
            "something besides the optimizers changes the weights, or the ratio's denominator is not the old policy")
     if reward.model is not None:
         room = policy.config.block_size - o.response_length
-        short = [(row, text) for row, text in zip(rows, batch.prompt_texts) if row.prompt_length < room]  # not trimmed
-        own, theirs = ([(encode_prompt(t, text)[0], again(t, Row(row.ids[row.prompt_length:], 0))) for row, text in short]
+        short = [(text, row.ids[:row.prompt_length], row.ids[row.prompt_length:]) for text, row in
+                 zip(batch.prompt_texts, rows) if row.prompt_length < room]  # a trimmed prompt may begin within a word
+        own, theirs = ([(encode_prompt(t, text)[0], again(t, Row(answer, 0))) for text, _, answer in short]
                        for t in (tokenizer, reward.tokenizer))
-        prompts_too = all(row.ids[:row.prompt_length] == prompt for (row, _), (prompt, _) in zip(short, own))
-        sampled = sum(row.ids[row.prompt_length:] == answer for (row, _), (_, answer) in zip(short, own))
+        prompts_too = all(prompt == encoded for (_, prompt, _), (encoded, _) in zip(short, own))
+        sampled = sum(answer == encoded for (_, _, answer), (_, encoded) in zip(short, own))
         checks("policy and reward model see the same ids for the same text", own == theirs and prompts_too,
                f"{len(own)} answers; {sampled} of them were sampled as their text is encoded",
                "their tokenizers differ, or prompts are encoded otherwise than in stages 1 and 2")

@@ -34,7 +34,8 @@ from minirlhf.model import GPT, GPTConfig, outline
 from minirlhf.runtime import sync_folder
 from minirlhf.tokenizer import Tokenizer
 
-FORMAT = 3  # what this program reads; it writes 3 with a form of messages, 1 where no other program's model has adapters
+FORMAT = 3  # what this program reads; it writes 1 where neither messages have a form of the model's own, which is 3,
+# nor a model of another program has adapters, which is 2
 STAGES = {"sft": "an SFT model", "rm": "a reward model", "ppo": "a PPO policy"}
 MADE_BY = {"sft": "train_sft.py", "rm": "train_rm.py", "ppo": "train_ppo.py"}
 POLICIES = ["sft", "ppo"]  # what answers prompts, and can be trained further
@@ -60,9 +61,10 @@ def save(path, *, stage, model, tokenizer, options, info, training, environment=
     the folder gone.
     """
     began, temporary, size = time.perf_counter(), f"{path}.tmp", 0
-    payload = {"format": 3 if tokenizer.form else 2 if is_on_base(model) else 1, "stage": stage, "config": sizes_of(model.config),
-               "head": model.head, "tokenizer": tokenizer.state(), "options": asdict(options), "info": info,
-               "environment": environment or {}, "training": training, **contents(model, weights)}
+    payload = {"format": 3 if tokenizer.form else 2 if is_on_base(model) else 1, "stage": stage,
+               "config": sizes_of(model.config), "head": model.head, "tokenizer": tokenizer.state(),
+               "options": asdict(options), "info": info, "environment": environment or {}, "training": training,
+               **contents(model, weights)}
     if name := not_finite(payload):
         raise SystemExit(one_line(f"error: {path}: not written, for {name} is no longer finite; try a lower "
                                   "--learning_rate; what was there before is untouched"))

@@ -190,18 +190,20 @@ def read_messages(where, name, messages) -> list[Message]:
 
 
 def read_message(where, message):
-    role, content, calls = map(message.get, ("role", "content", "tool_calls")) if isinstance(message, dict) else [None] * 3
+    message = message if isinstance(message, dict) else {}
+    role, content, calls = map(message.get, ("role", "content", "tool_calls"))
     if isinstance(content, list) and content:
         if not all(isinstance(part, dict) and isinstance(part.get("text"), str) and part.get("type") == "text"
                    for part in content):
-            fail(f"{where}: of a content in parts each must be {{'type': 'text', 'text': ...}}; leave other records out")
+            fail(f"{where}: a part of 'content' that is no {{'type': 'text', 'text': ...}}: images and the like cannot "
+                 "be read; leave the record out")
         content = "".join(part["text"] for part in content)
     if calls:
         calls = [read_call(where, call) for call in calls if role == "assistant"] if isinstance(calls, list) else None
         if not calls:
             fail(f"{where}: 'tool_calls' must be a list, in a message of the assistant")
         content = "" if content is None else content
-    if not isinstance(message, dict) or not isinstance(content, str):
+    if not isinstance(content, str):
         fail(f"{where} needs a string 'role' and a string 'content'")
     if not isinstance(role, str) or role not in ROLES:
         fail(f"{where}: a role is {', '.join(ROLES)}, found {str(role)[:40]!r}")

@@ -53,13 +53,13 @@ def parse(argv=None):
     parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; may be given again")
     parser.add_argument("--prompts", metavar="FILE.jsonl", help='prompts from a file of {"prompt": ...} records; for '
                         "reward models alone, the records to score")
-    parser.add_argument("--chat", action="store_true", help="talk with the policy, a line a turn, until end of input; the "
-                        "oldest turns are dropped where the context is full")
+    parser.add_argument("--chat", action="store_true", help="talk with the policy, a line a turn, until end of input; "
+                        "the oldest turns are dropped where the context is full")
     parser.add_argument("--n", type=positive_int, help="completions a prompt (default: 1)")
     parser.add_argument("--temperature", type=temperature_number, help="0 takes the likeliest token (default: 1.0)")
     parser.add_argument("--seed", type=int, help="the same seed gives the same completions (default: 1337)")
-    parser.add_argument("--response_length", type=positive_int, help="longest completion in tokens (default: 48, or "
-                        "half the context of a model where that is less)")
+    parser.add_argument("--response_length", type=positive_int, help="longest completion in tokens (default: 48, "
+                        "with --chat 256, or half the context of a model where that is less)")
     parser.add_argument("--long_prompts", choices=("drop", "trim"), help="records that are longer than the context of "
                         "a reward model get no score (null), or their prompt is trimmed at its left (default: as that "
                         "model was trained); a policy's prompts are always trimmed")
@@ -130,7 +130,7 @@ def opened(a, also=()):
 def limits(policy, a):
     """Most tokens of a completion and of a prompt."""
     context = policy.model.config.block_size
-    limit = a.response_length or min(48, context // 2)
+    limit = a.response_length or min(256 if a.chat else 48, context // 2)
     if limit < 1 or context - limit < 2:
         fail(f"--response_length {limit}: leaves no room for a prompt in the context of {policy.path}, {context} "
              f"tokens; at most {context - 2}")
@@ -225,28 +225,27 @@ def sample(policies, judges, a):
 def converse(policy, a):
     """--chat: answers a person's turns, a line each, as the newest of a conversation."""
     (limit, room), talk, turn = limits(policy, a), [], 0
-    tokenizer, (form,) = policy.tokenizer, describe(policy.tokenizer, [Talk("")], "turns")
-    say(f"{policy.path}: {form}; end of input or Ctrl-C ends it")
+    tokenizer = policy.tokenizer
+    say(f"{policy.path} reads {describe(tokenizer.form)}; end of input (Ctrl-D) or Ctrl-C ends the conversation")
     with opened(a, ["/dev/stdin"]) as output:
         for line in lines_from_standard_input("turn", "--chat takes the turns from it"):
             if not line.strip():
                 continue
-            talk, dropped, turn = [*talk, Message("user", line)], 0, turn + 1
-            while (prompt := encode_prompts(tokenizer, [Talk.prompt(talk, "--chat")], room, "drop")[0]) == [] and talk:
-                talk, dropped = talk[2:], dropped + 1  # a question and its answer
-            if not talk:
-                say(f"(this turn does not fit the context, which has room for {room} tokens beside an answer: it is "
-                    "not answered, and all before it is forgotten)")
+            kept, turn = [*talk, Message("user", line)], turn + 1
+            while kept and not (prompt := encode_prompts(tokenizer, [Talk.prompt(kept, "--chat")], room, "drop")[0]):
+                kept = kept[2:]  # the oldest turn and its answer
+            if not kept:
+                say(f"(this turn is not answered: it takes more than the {room} tokens that an answer leaves to it)")
                 continue
-            if dropped:
-                say(f"(the context is full: the oldest {dropped} of {turn} turns {'are' if dropped > 1 else 'is'} dropped)")
+            if dropped := (len(talk) + 1 - len(kept)) // 2:
+                say(f"(the context is full: the oldest {f'{dropped} turns are' if dropped > 1 else 'turn is'} dropped)")
             rollout = generate(policy.model, prompt, limit, tokenizer.eos, a.temperature,
                                runtime.generator(a.seed, turn, 0, "sample"))
             finished, answer = bool(rollout.finished), tokenizer.decode(rollout.responses()[0])
             say(f"{answer}{'' if finished else ' [cut]'}")
             output.write(json.dumps({"checkpoint": policy.path, "prompt": prompt[0].text, "completion": answer,
                                      "finished": finished}, ensure_ascii=False) + "\n")
-            talk.append(Message("assistant", answer if tokenizer.form else answer.removeprefix(" ")))
+            talk = [*kept, Message("assistant", answer if tokenizer.form else answer.removeprefix(" "))]
             if unprinted:  # whoever asked has gone
                 break
 
@@ -392,7 +391,7 @@ def main(argv=None):
     models = [load(path, a.device) for path in a.checkpoints]
     policies, judges = ([m for m in models if (m.stage == "rm") == rm] for rm in (False, True))
     if a.chat and judges:
-        fail(f"--chat: {judges[0].path}: holds a reward model, expected an SFT model or a PPO policy that writes answers")
+        fail(f"--chat: {judges[0].path} holds a reward model, expected an SFT model or a PPO policy that answers")
     if a.chat:
         converse(policies[0], a)
     elif policies:
