@@ -14,6 +14,7 @@ time and memory, and what this module makes of them must be the same; so no temp
 
 Left out: functions that a conversation may call (`tools`), thinking (`reasoning_content`), other models' forms.
 """
+import contextlib
 import json
 import os
 import resource
@@ -27,7 +28,7 @@ from minirlhf.config import escaped, fail
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"  # the form of Anthropic's hh-rlhf
 ROLES = {"system": "", "developer": "\n\nDeveloper: ", "user": f"{HUMAN} ", "assistant": f"{ASSISTANT} ",
          "tool": "\n\nTool: "}  # how a message opens as text
-LARGEST, MEMORY, SECONDS = 100_000, 1 << 28, 2  # of a template: characters, bytes, of the processor
+LARGEST, MEMORY, SECONDS = 100_000, 1 << 30, 2  # of a template: characters, bytes, of the processor
 
 
 class Message(NamedTuple):
@@ -225,13 +226,13 @@ def form_of(path, template, special, **tokens):
     talks = [*REQUIRED, *(talk for some in OPTIONAL.values() for talk in some)]
     made = dict(zip(talks, ask(path, template, talks, tokens)))
 
-    def as_made(form, talks):
-        return all(made[talk] == "".join(piece.text for piece in chatml_prompt(talk, form)) for talk in talks)
+    def as_made(form, some):
+        return all(made[talk] == "".join(piece.text for piece in chatml_prompt(talk, form)) for talk in some)
 
     plain = "".join(piece.text for piece in chatml_prompt([USER], Form()))
-    _, opened, rest = (made[USER,] or "").removesuffix(plain).partition("<|im_start|>system\n")
+    _, opened, rest = (made[(USER,)] or "").removesuffix(plain).partition("<|im_start|>system\n")
     form = Form(rest.removesuffix("<|im_end|>\n") if opened else None)
-    if not as_made(form, REQUIRED):
+    if not as_made(form, REQUIRED) or START.text in rest or END.text in (form.system or ""):
         return None
     for name, values in {"developer": [True], "tool": ["turn", "response"], "calls": [True]}.items():
         others = (form._replace(**{name: value}) for value in values)
@@ -243,29 +244,30 @@ def ask(path, template, talks, tokens):
     """What a template makes of some talks, up to the answer that follows: texts, None where it fails. In a process of
     its own."""
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    program = f"import sys; sys.path[0] = {root!r}; from minirlhf import chat; chat.answer()"
+    program = f"import sys; sys.path[0] = {root!r}; from minirlhf import chat; chat.answer_parent()"
     asked = [[{"role": m.role, "content": m.text} | (
         {"tool_calls": [{"type": "function", "function": json.loads(call)} for call in m.calls]} if m.calls else {})
         for m in talk] for talk in talks]
-    done = subprocess.run([sys.executable, "-c", program], input=json.dumps([template, asked, tokens]),
-                          capture_output=True, text=True, encoding="utf-8")
+    try:
+        done = subprocess.run([sys.executable, "-c", program], input=json.dumps([template, asked, tokens]),
+                              capture_output=True, text=True, encoding="utf-8")
+    except OSError as error:
+        fail(f"{path}: has a chat template, and the process that reads it cannot be started ({error})")
     if "No module named 'jinja2'" in done.stderr:
         fail(f"{path}: has a chat template, and what reads it is missing: pip install jinja2")
     return json.loads(done.stdout) if done.returncode == 0 else [None] * len(talks)
 
 
-def answer():
+def answer_parent():
     """The other side of `ask`. Raises whatever goes wrong with the template as a whole."""
-    for what, most in ((resource.RLIMIT_AS, MEMORY), (resource.RLIMIT_CPU, SECONDS)):
-        try:
-            resource.setrlimit(what, (most, most))
-        except (ValueError, OSError):  # where the system allows less, or knows no such limit
-            pass
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     def raise_exception(message):
         raise ValueError(message)
 
+    for what, most in ((resource.RLIMIT_AS, MEMORY), (resource.RLIMIT_CPU, SECONDS)):
+        with contextlib.suppress(ValueError, OSError):  # where the system allows less, or knows no such limit
+            resource.setrlimit(what, (most, most))
     template, talks, tokens = json.loads(sys.stdin.buffer.read())
     jinja = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     jinja.filters["tojson"] = lambda x, **options: json.dumps(x, **{"ensure_ascii": False} | options)
