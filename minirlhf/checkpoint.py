@@ -60,9 +60,9 @@ def save(path, *, stage, model, tokenizer, options, info, training, environment=
     Exits 1 and leaves what was there when a weight is not finite, or, naming path and size, when the disk is full or
     the folder gone.
     """
-    began, temporary, size = time.perf_counter(), f"{path}.tmp", 0
-    payload = {"format": 3 if tokenizer.form else 2 if is_on_base(model) else 1, "stage": stage,
-               "config": sizes_of(model.config), "head": model.head, "tokenizer": tokenizer.state(),
+    began, temporary, size, ids = time.perf_counter(), f"{path}.tmp", 0, tokenizer.state()
+    payload = {"format": 3 if "form" in ids else 2 if is_on_base(model) else 1, "stage": stage,
+               "config": sizes_of(model.config), "head": model.head, "tokenizer": ids,
                "options": asdict(options), "info": info, "environment": environment or {}, "training": training,
                **contents(model, weights)}
     if name := not_finite(payload):

@@ -304,12 +304,15 @@ WITH_TOOLS = """
     {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+UNTHINKING = PLAIN.replace("DEFAULT", "").replace(
+    "m.content", "(m.content.split('</think>')[-1] if m.role == 'assistant' else m.content)")
 TEMPLATES = {PLAIN.replace("DEFAULT", ""): Form(None, True, "turn"),
              PLAIN.replace("DEFAULT", DEFAULT): Form("Be 'kind'.\n", True, "turn"),
              WITH_TOOLS: Form("You may use tools.", False, "response", True)}
 
 
-@pytest.mark.parametrize("template, form", TEMPLATES.items(), ids=["plain", "default", "tools"])
+@pytest.mark.parametrize("template, form", [*TEMPLATES.items(), (UNTHINKING, Form(None, True, "turn", False, False))],
+                         ids=["plain", "default", "tools", "unthinking"])
 def test_a_template_is_known_by_what_it_does(template, form):
     assert chat.form_of("x", template, SPECIAL) == form
     assert Form.of(json.loads(json.dumps(form._asdict()))) == form
