@@ -34,8 +34,7 @@ from minirlhf.model import GPT, GPTConfig, outline
 from minirlhf.runtime import sync_folder
 from minirlhf.tokenizer import Tokenizer
 
-FORMAT = 3  # what this program reads; it writes 1 where neither messages have a form of the model's own, which is 3,
-# nor a model of another program has adapters, which is 2
+FORMAT = 3  # what this program reads; it writes 3 with a form of messages, 2 with adapters on another's model, else 1
 STAGES = {"sft": "an SFT model", "rm": "a reward model", "ppo": "a PPO policy"}
 MADE_BY = {"sft": "train_sft.py", "rm": "train_rm.py", "ppo": "train_ppo.py"}
 POLICIES = ["sft", "ppo"]  # what answers prompts, and can be trained further

@@ -228,7 +228,7 @@ def open_answer(where, name, messages):
 
 
 def texts_in(value):
-    """All strings in a column that are not blank, however deep, but for the names of roles."""
+    """All strings in a column that are not blank, however deep, but for the names of roles and of kinds of parts."""
     found, rest = [], [value]
     while rest:
         value = rest.pop()
@@ -237,7 +237,7 @@ def texts_in(value):
         elif isinstance(value, list):
             rest += value
         elif isinstance(value, dict):
-            rest += [v for k, v in value.items() if k not in ("role", "from")]
+            rest += [v for k, v in value.items() if k not in ("role", "from", "type")]
     return found
 
 

@@ -207,6 +207,15 @@ def test_messages_that_are_none(tmp_path, refused, message, words):
     assert "rows.jsonl:2: 'messages': message 1" in error and all(word in error for word in words)
 
 
+def test_parts_that_stand_twice_are_read_once(tmp_path):
+    """As in sets that have whole conversations beside their last answers."""
+    talk = [says(m["role"], [{"type": "text", "text": m["content"]}]) for m in TALK]
+    other = [*talk[:3], says("assistant", [{"type": "text", "text": "No"}])]
+    (row,) = read(tmp_path, load_preferences, {"prompt": "Bye", "messages": talk, "chosen": talk, "rejected": other})
+    assert row.prompt == "\n\nHuman: Hi\n\nAssistant: Yo\n\nHuman: Bye\n\nAssistant:"
+    assert row.completions == [" So", " No"]
+
+
 def test_a_deep_call_is_read_or_refused(tmp_path, refused):
     """As deep as a line's JSON may be."""
     for depth in (900, 100_000):
@@ -306,7 +315,8 @@ WITH_TOOLS = """
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
 UNTHINKING = PLAIN.replace("DEFAULT", "").replace(
     "m.content", "(m.content.split('</think>')[-1] if m.role == 'assistant' else m.content)")
-TEMPLATES = {PLAIN.replace("DEFAULT", ""): Form(None, True, "turn"),
+LINES = PLAIN.replace("DEFAULT", "\n    {% if true %}\n").replace("{% endfor %}", "{% endif %}\n    {% endfor %}\n")
+TEMPLATES = {LINES: Form(None, True, "turn"),  # line ends and blanks beside blocks count for nothing
              PLAIN.replace("DEFAULT", DEFAULT): Form("Be 'kind'.\n", True, "turn"),
              WITH_TOOLS: Form("You may use tools.", False, "response", True)}
 
