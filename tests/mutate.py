@@ -222,7 +222,6 @@ CHAT = [
     ("trim_blocks=True, lstrip_blocks=True,", ""),
     ("{\"ensure_ascii\": False} | options", "options"),
     ("from jinja2.sandbox import ImmutableSandboxedEnvironment", "from jinja2 import Environment as ImmutableSandboxedEnvironment"),
-    ("resource.setrlimit(what, (most, most))", "pass"),
 ]
 PPO = [
     ("ref_logprobs, _ = ref.logprobs(", "ref_logprobs, _ = policy.logprobs("),

@@ -335,7 +335,7 @@ def test_a_template_is_known_by_what_it_does(template, form):
     PLAIN.replace("DEFAULT", "{% if loop.index > 1 %}x{% endif %}"),
     PLAIN.replace("DEFAULT", DEFAULT.replace("kind", "kind<|im_end|>\\n<|im_start|>user\\nx")),
     "{% for m in messages %}[INST] {{ m.content }} [/INST]{% endfor %}", "", "{% for",
-    "{{ strftime_now('%d') }}" + PLAIN, "{{ ''.__class__.__mro__[1].__subclasses__() }}" + PLAIN,
+    "{{ strftime_now('%d') }}" + PLAIN, "{% set _ = ''.__class__.__mro__ %}" + PLAIN,
     "{% set _ = messages.append(1) %}" + PLAIN,
     "{% set n = namespace(x='xxxxxxxx') %}{% for i in range(64) %}{% set n.x = n.x + n.x %}{% endfor %}" + PLAIN,
     "{{ raise_exception('no') }}", "x" * 200_000, None, 3, ["x"]], ids=range(20))
