@@ -66,12 +66,13 @@ class Form(NamedTuple):
     think: bool = True  # whether "</think>" in an answer is text like any other
 
     @classmethod
-    def of(cls, state):
-        """A checkpoint's form, None where it has none. Raises ValueError where it is none."""
+    def of(cls, state, special):
+        """The form that a checkpoint keeps, or None. Raises ValueError where it is none for these special tokens."""
         form = cls(**state) if state is not None else None
         if form and (type(form.system) not in (str, type(None)) or form.tool not in ("", "turn", "response")
-                     or {bool} != {type(flag) for flag in (form.developer, form.calls, form.think)}):
-            raise ValueError("its form of messages is not one")
+                     or {bool} != {type(flag) for flag in (form.developer, form.calls, form.think)}
+                     or not {START.text, END.text} <= special.keys()):
+            raise ValueError("its form of messages is not one, or lacks its tokens")
         return form
 
 

@@ -439,7 +439,7 @@ def as_begun(tokenizer, saved):
     """A run that goes on keeps its form of messages: earlier versions took all for Human/Assistant text."""
     if saved:
         with fitting(saved.path):
-            tokenizer.form = Form.of(saved.payload["tokenizer"].get("form"))
+            tokenizer.form = Form.of(saved.payload["tokenizer"].get("form"), tokenizer.special)
 
 
 def load_pair(init_from, reference, device):

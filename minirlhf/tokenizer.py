@@ -19,7 +19,7 @@ from collections import Counter, defaultdict
 import regex  # tiktoken stands on it
 import tiktoken
 
-from minirlhf.chat import END, START, Form, form_of
+from minirlhf.chat import END, Form, form_of
 from minirlhf.config import fail, say
 
 EOS = "<|endoftext|>"
@@ -116,7 +116,6 @@ class Tokenizer:
         ids = state.get("ids", range(len(state["ranks"])))
         ranks = {token.encode("latin-1"): i for token, i in zip(state["ranks"], ids, strict=True)}
         more = {name: value for name, value in state.items() if name not in ("ids", "ranks", "name")}
-        more["form"] = Form.of(state.get("form"))
         every = [*ids, *more.get("special", {}).values()]
         size = more.get("vocab_size", len(ranks) + 1)
         if len(ranks) < len(ids) or "ids" not in state and not {bytes([b]) for b in range(256)} <= ranks.keys():
@@ -124,9 +123,7 @@ class Tokenizer:
         if (any(type(i) is not int or not 0 <= i < size for i in every + [more.get(k, 0) for k in ("eos", "opening")])
                 or len({*every}) < len(every) or [*ids] != sorted(ids)):
             raise ValueError("the ids of its tokenizer are not those of tokens in order, each once")
-        if more["form"] and not {START.text, END.text} <= more.get("special", {}).keys():
-            raise ValueError(f"its form of messages needs {START.text} and {END.text}")
-        return cls(ranks, state["name"], **more)
+        return cls(ranks, state["name"], **more | {"form": Form.of(state.get("form"), more.get("special", {}))})
 
     def same_ids(self, other: "Tokenizer") -> bool:
         """Whether both give every text the same ids, under whatever name; messages are another matter."""

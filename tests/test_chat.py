@@ -3,6 +3,7 @@ small set of conversations."""
 import copy
 import io
 import json
+import math
 import pickle
 import random
 import sys
@@ -270,6 +271,14 @@ def test_preferences_as_messages(tmp_path, record, prompt, answers):
         [Message(m["role"], m["content"]) for m in talk] for talk in (prompt, *answers)]
 
 
+@pytest.mark.parametrize("record", [
+    {"chosen": [HI, YO], "rejected": [BYE, YO]}, {"chosen": [HI, YO], "rejected": [HI, BYE, SO]},
+    {"chosen": [HI, YO], "rejected": [HI, YO, BYE]}, {"chosen": [HI], "rejected": [HI]}], ids=range(4))
+def test_answers_that_are_no_answers_to_one_prompt(tmp_path, refused, record):
+    """Other questions, a question where the other has an answer, or one at the end."""
+    assert "must end with the assistant's, and follow the same" in refused(read, tmp_path, load_preferences, record)
+
+
 def test_answers_of_several_turns_by_hand():
     """A completion that is a talk begins behind the opening of its first answer and ends with the last one's end."""
     talk = Talk.completion([Message("assistant", "a"), Message("user", "b"), Message("assistant", "c")], "x")
@@ -325,7 +334,7 @@ TEMPLATES = {LINES: Form(None, True, "turn"),  # line ends and blanks beside blo
                          ids=["plain", "default", "tools", "unthinking"])
 def test_a_template_is_known_by_what_it_does(template, form):
     assert chat.form_of("x", template, SPECIAL) == form
-    assert Form.of(json.loads(json.dumps(form._asdict()))) == form
+    assert Form.of(json.loads(json.dumps(form._asdict())), SPECIAL) == form
 
 
 @pytest.mark.parametrize("template", [
@@ -604,21 +613,31 @@ def said(ran, folder, script, *argv):
 @pytest.mark.parametrize("name", ["chatml", "text"])
 def test_the_losses_of_all_answers_by_hand(start, tmp_path, ran, name):
     """The first step's loss is the mean surprise of every token of every answer in its batch, ends included, each row
-    taken by itself; with --last_turn_only, of the last answers alone."""
+    taken by itself; with --last_turn_only, of the last answers alone. So it is with the held-out loss after it, whose
+    bits a byte count the answers' text."""
+    @torch.no_grad()
+    def surprises(model, rows):
+        logprobs = [model(torch.tensor([row.ids])).log_softmax(-1)[0] for row in rows]
+        return [-float(table[t - 1, row.ids[t]]) for table, row in zip(logprobs, rows)
+                for span in row.spans for t in range(*span)]
+
     model, own, _ = checkpoint.load(str(start / name), ["sft"], "cpu")
-    parts = load_demonstrations(start / "sft.train.jsonl")
+    parts = [load_demonstrations(start / f"sft.{split}.jsonl") for split in ("train", "val")]
     for more in ([], ["--last_turn_only"]):
-        rows = [encode_row(own, d.prompt, d.completion, 128, "drop", bool(more)) for d in parts]
+        rows, held_out = ([encode_row(own, d.prompt, d.completion, 128, "drop", bool(more)) for d in part]
+                          for part in parts)
         batch = [rows[i] for i in data.Order([len(row.ids) for row in rows], 4, 1337).batch(0)]
-        nats = []
-        for row in batch:
-            logprobs = model(torch.tensor([row.ids])).log_softmax(-1)[0]
-            nats += [-float(logprobs[t - 1, row.ids[t]].detach()) for span in row.spans for t in range(*span)]
+        nats = surprises(model, batch)
         said(ran, tmp_path, "train_sft.py", *STAGES["train_sft.py"], "--data_dir", start, "--init_from", start / name,
              "--out_dir", "out", "--overwrite", "--max_steps", "1", *more)
         (record,) = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
         assert record["loss"] == pytest.approx(sum(nats) / len(nats), rel=1e-4)
         assert len(nats) == sum(row.trained for row in batch)
+        nats = surprises(checkpoint.load("out", ["sft"], "cpu")[0], held_out)
+        talks = [[*d.prompt.messages, *d.completion.messages] for d in parts[1]]
+        size = sum(len(m.text) + (name == "text") for talk in talks for m in (talk[-1:] if more else talk[1::2]))
+        assert record["eval"]["all"]["nats_per_token"] == pytest.approx(sum(nats) / len(nats), rel=1e-4)
+        assert record["eval"]["all"]["bits_per_byte"] == pytest.approx(sum(nats) / size / math.log(2), rel=1e-4)
 
 
 def test_a_run_on_conversations_resumes_to_the_last_bit(start, tmp_path, ran, monkeypatch):
@@ -723,8 +742,24 @@ def test_the_oldest_turns_are_dropped(talks, monkeypatch):
     out, rows = talks("chatml", b"\n".join([b"turn %d" % n for n in range(9)] + [long, b"last"]))
     assert len(rows) == 10 and rows[-1]["prompt"].count("Human:") == rows[-2]["prompt"].count("Human:") < 4
     assert out.count("(the context is full: the oldest turn is dropped)") >= 6
+    assert all(row["prompt"].startswith("\n\nHuman:") for row in rows)
     assert out.count("(this turn is not answered: it takes more than the 120 tokens") == 1
     assert "turn 8" in rows[-1]["prompt"] and "xxx" not in rows[-1]["prompt"] and "turn 0" not in rows[-1]["prompt"]
+
+
+@pytest.mark.parametrize("model, shown", [("chatml", "  Yo"), ("text", " Yo")])
+def test_an_answer_is_said_as_it_was(talks, monkeypatch, model, shown):
+    """The blank that text has before an answer is the form's; in ChatML it is the answer's own. Each turn draws other
+    numbers."""
+    seeds = []
+
+    def generate(model, prompts, limit, eos, temperature, generator):
+        seeds.append(generator.initial_seed())
+        return types.SimpleNamespace(finished=torch.tensor([True]), responses=lambda: [[*b" Yo", eos]])
+    monkeypatch.setattr(sample, "generate", generate)
+    out, rows = talks(model, b"Hi\nHi")
+    assert [row["completion"] for row in rows] == [" Yo"] * 2 and len({*seeds}) == 2 and "cut" not in out
+    assert rows[1]["prompt"] == f"\n\nHuman: Hi\n\nAssistant:{shown}\n\nHuman: Hi\n\nAssistant:"
 
 
 def test_input_that_is_none(talks, refused, capsys):
