@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 
 from minirlhf import adapters, checkpoint, evaluate, kernels, prepare, rewards, runtime, sizes
+from minirlhf.chat import Talk, about
 from minirlhf.config import RunOptions, fail, launch, parse, ranks, warn_idle
 from minirlhf.data import blank_ends, encode_prompts, endless_batch, load_parts, load_prompts, repeats
 from minirlhf.generate import Rollout, compile_model, generate
@@ -247,7 +248,7 @@ def read_prompts(o, tokenizer, context):
                          + {"drop": "dropped", "trim": "trimmed at the left"}[o.long_prompts])
         lines += blank_ends(part, f"{name} prompts")
     head = f"{len(encoded[0]):,} prompts for training, {len(encoded[1]):,} held out, from {o.data_dir}"
-    return *encoded, [head, *lines, *repeats(*texts, "prompts")], paths
+    return *encoded, [head, *lines, *repeats(*texts, "prompts"), *about(tokenizer, texts[0], "prompts")], paths
 
 
 def main(argv=None):
@@ -257,6 +258,7 @@ def main(argv=None):
     with runtime.Run(o, "ppo") as run:
         # ---- the policy, its frozen reference, what scores an answer, the value network
         start, ref, tokenizer, ref_name = checkpoint.load_pair(o.init_from, o.reference, run.device)
+        checkpoint.as_begun(tokenizer, saved)
         policy = adapters.learner(start, "lm", o, runtime.generator(o.seed, 0, 0, "policy"))
         kernels.pick_matmul(policy)
         reward = rewards.load(o.reward or o.reward_model, "--reward" if o.reward else "--reward_model", ref, tokenizer,
@@ -348,9 +350,10 @@ def main(argv=None):
 
         # ---- before and after, on held-out prompts
         against_sft.closing_report(policy, max(first, steps))
-        both = map(runtime.as_path, (o.init_from, run.path("ckpt.pt")))
-        run.saved(" ".join([runtime.start_of("minirlhf.sample"), *both,
-                            runtime.option("prompt", tokenizer.decode(val_prompts[0]))]))
+        before, after = map(runtime.as_path, (o.init_from, run.path("ckpt.pt")))
+        run.saved(" ".join([runtime.start_of("minirlhf.sample"), *(
+            [after, "--chat"] if isinstance(val_prompts[0].text, Talk) else
+            [before, after, runtime.option("prompt", tokenizer.decode(val_prompts[0]))])]))
 
 
 if __name__ == "__main__":

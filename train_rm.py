@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 
 from minirlhf import adapters, checkpoint, evaluate, kernels, prepare, runtime
+from minirlhf.chat import about
 from minirlhf.config import RunOptions, fail, launch, parse, warn_idle
 from minirlhf.data import (Order, Row, blank_ends, doubtful_columns, encode_prompts, encode_row, load_for_training,
                            load_parts, load_preferences, load_prompts, repeats, too_long)
@@ -149,7 +150,8 @@ def read_preferences(o, tokenizer, block_size):
     n_texts, n_pairs = (sum(len(record[k]) for record in sets[0]) for k in (0, 1))
     head = (f"{len(sets[0]):,} records with {n_texts:,} texts and {n_pairs:,} pairs for training, {len(sets[1]):,} "
             f"records held out, from {o.data_dir}/{o.preferences}.*.jsonl")
-    lines += repeats(*([(p.prompt, *p.completions) for p in part] for part in parts), "preferences")
+    lines += [*repeats(*([(p.prompt, *p.completions) for p in part] for part in parts), "preferences"),
+              *about(tokenizer, [p.prompt for p in parts[0]], "training records")]
     return *sets, [head, *lines], paths
 
 
@@ -175,6 +177,7 @@ def main(argv=None):
     with runtime.Run(o, "rm") as run:
         # ---- the SFT model's trunk under a new head
         sft, tokenizer = checkpoint.load(o.init_from, checkpoint.POLICIES, run.device)[:2]
+        checkpoint.as_begun(tokenizer, saved)
         model = adapters.learner(sft, "scalar", o, runtime.generator(o.seed, 0, 0, "reward"), o.dropout)
         model.init_score(runtime.generator(o.seed, 0, 0, "head"))
         if saved and not model.base:

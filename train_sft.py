@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 
 from minirlhf import adapters, checkpoint, evaluate, kernels, prepare, runtime, sizes
+from minirlhf.chat import about
 from minirlhf.config import RunOptions, fail, launch, parse, warn_idle
 from minirlhf.data import (Order, blank_ends, collate, doubtful_columns, encode_prompts, encode_row, labels_of,
                            load_demonstrations, load_parts, load_prompts, repeats, spread, too_long)
@@ -39,6 +40,7 @@ class Options(RunOptions):
     block_size: int = 128  # longest row in tokens, prompt and completion [4..]
     dropout: float = 0.0  # on embeddings, attention and residual branches, in training only [0..1)
     long_prompts: Literal["drop", "trim"] = "drop"  # rows over block_size: drop them, or trim the prompt at its left
+    last_turn_only: bool = False  # of a conversation train the last answer only, not all of the assistant's
     # ---- training
     num_train_epochs: float = 1  # passes over the training data (0..1000000]
     max_steps: int = 360  # at most so many optimizer steps, whatever the epochs; 0 = no limit [0..]
@@ -63,7 +65,7 @@ def batch_gradients(model, batch, eos, o, run):
 
     Each microbatch's sum is divided by the whole batch's tokens, so its size changes nothing.
     """
-    n_tokens = sum(len(row.ids) - row.prompt_length for row in batch)  # of completions, eos included
+    n_tokens = sum(row.trained for row in batch)  # of answers, eos included
     share, loss_sum = run.share(batch), torch.zeros((), device=run.device)
     for at in range(0, len(share), o.micro_batch_size):
         tokens, mask, _ = collate(share[at:at + o.micro_batch_size], eos, run.device)
@@ -95,7 +97,8 @@ def encode_demonstrations(parts, paths, o, tokenizer, block_size):
     """-> training rows, held-out rows, held-out demonstrations, and the lines to say. Exits 2 where no row fits."""
     encoded, lines = [], []
     for part, path, name in zip(parts, paths, ("training", "held-out")):
-        rows = [encode_row(tokenizer, d.prompt, d.completion, block_size, o.long_prompts) for d in part]
+        rows = [encode_row(tokenizer, d.prompt, d.completion, block_size, o.long_prompts, o.last_turn_only)
+                for d in part]
         if not any(rows):
             fail(f"{path}: every row is longer than the context of {block_size} tokens; use --long_prompts trim or a "
                  "larger --block_size")
@@ -107,15 +110,16 @@ def encode_demonstrations(parts, paths, o, tokenizer, block_size):
         encoded.append(spread(kept, o.num_eval_texts) if name == "held-out" else kept)
     train_rows, (val, val_rows) = [row for _, row in encoded[0]], zip(*encoded[1])
     head = f"{len(train_rows):,} rows for training, {len(val_rows):,} held out, from {o.data_dir}"
-    lines += repeats(*([(d.prompt, d.completion) for d in part] for part in parts), "demonstrations")
+    lines += [*repeats(*([(d.prompt, d.completion) for d in part] for part in parts), "demonstrations"),
+              *about(tokenizer, [d.prompt for d in parts[0]], "training rows")]
     return train_rows, val_rows, val, [head, *lines]
 
 
 def main(argv=None):
     given = parse(Options, argv)
     o, saved = checkpoint.resume(given, "sft", (
-        *SIZES, "seed", "val_share", "batch_size", "max_steps", "optimizer", "long_prompts", "lr_schedule",
-        *adapters.OPTIONS))
+        *SIZES, "seed", "val_share", "batch_size", "max_steps", "optimizer", "long_prompts", "last_turn_only",
+        "lr_schedule", *adapters.OPTIONS))
     if o.init_from != "scratch" and not given.resume and "init_from" not in o.given:
         if sized := [runtime.option(name, getattr(o, name)) for name in SIZES[:-1] if name in o.given]:
             fail(f"{sized[0]}: {o.init_from} has its own size and vocabulary; for a model from scratch give @scratch "
@@ -190,17 +194,19 @@ def main(argv=None):
         if o.compile:
             compile_model(model)
         tokens_per_epoch = sum(len(row.ids) - 1 for row in train_rows)
-        trained = sum(len(row.ids) - row.prompt_length for row in train_rows)
+        trained = sum(row.trained for row in train_rows)
+        earlier = sum(stop - start for row in train_rows for start, stop in row.earlier)
         run.announce("SFT", [
             *about_data, *about_parts,
-            f"{tokens_per_epoch:,} tokens an epoch, {trained:,} of them are trained; vocabulary "
-            f"{tokenizer.vocab_size:,} ({tokenizer.name})",
+            f"{tokens_per_epoch:,} tokens an epoch, {trained:,} of them are trained"
+            + (f", {earlier:,} of these in earlier answers of conversations" if earlier else "")
+            + f"; vocabulary {tokenizer.vocab_size:,} ({tokenizer.name})",
             f"model: {model.config.n_layer} layers x {model.config.n_embd}, {model.config.n_head} heads, "
             f"{runtime.describe_parameters(model)}, from {o.init_from}",
             f"{run.hardware}; {steps} steps of {o.batch_size} rows, about "
             f"{tokens_per_epoch // order.steps_per_epoch:,} tokens each; {o.optimizer}"], first)
 
-        byte_counts = [tokenizer.count_bytes(row.ids[row.prompt_length:]) for row in val_rows]
+        byte_counts = [sum(tokenizer.count_bytes(row.ids[start:stop]) for start, stop in row.spans) for row in val_rows]
         kinds = labels_of(val, "domain", "")
         model.train()
         seen, seen_seconds = 0, 0.0

@@ -13,7 +13,8 @@ from dataclasses import replace
 import torch
 
 from minirlhf import adapters, checkpoint
-from minirlhf.data import Row, collate, encode_row
+from minirlhf.chat import encode_prompt
+from minirlhf.data import Row, collate
 from minirlhf.evaluate import score_all
 from minirlhf.generate import KVCache
 from minirlhf.objectives import k1
@@ -149,16 +150,23 @@ def stillness(checks, model, optimizers):
            "something besides the optimizers changes the weights")
 
 
-def texts(tokenizer, rows):
-    """[(prompt, completion), ...] as the rows' ids decode."""
-    return [(tokenizer.decode(row.ids[:row.prompt_length]), tokenizer.decode(row.ids[row.prompt_length:]))
-            for row in rows]
+def again(tokenizer, row):
+    """The ids of the text of a row's ids: special tokens stay, and divide it as answers do."""
+    special, seams = {*tokenizer.special.values()}, {at for span in row.spans for at in span}
+    ids, piece = [], []
+    for n, token in enumerate(row.ids):
+        if token in special or n in seams:
+            ids, piece = ids + tokenizer.encode(tokenizer.decode(piece)), []
+        if token in special:
+            ids.append(token)
+        else:
+            piece.append(token)
+    return ids + tokenizer.encode(tokenizer.decode(piece))
 
 
 def same_ids(checks, tokenizer, rows):
     """Text that came from ids gives these ids again. rows: data.Row, none of them cut."""
-    same = sum(tokenizer.encode_prompt(prompt) + tokenizer.encode_completion(completion) == row.ids
-               for (prompt, completion), row in zip(texts(tokenizer, rows), rows))
+    same = sum(again(tokenizer, row) == row.ids for row in rows)
     checks("prompts and completions have the same ids wherever they are encoded", same == len(rows),
            f"{same} of {len(rows)}",
            "prompt and completion were encoded together in one place and apart in another, or by another tokenizer")
@@ -189,7 +197,8 @@ def sft(model, tokenizer, batch, optimizers, o, run):
     if uncut:  # a cut row has neither its text's ids nor its end
         same_ids(checks, tokenizer, uncut)
         tokens, mask, _ = collate(uncut, eos, run.device)
-        ends = int((tokens[:, 1:][mask] == eos).sum())
+        last = mask.sum(1).cumsum(0) - 1  # of each row's decisions that train
+        ends = sum(token in tokenizer.ends() for token in tokens[:, 1:][mask][last].tolist())
         checks("eos is reachable", ends == len(uncut), f"{ends} of {len(uncut)} completions train it",
                "eos is masked as if it were padding, so a model never learns to stop")
     saved(checks, model, tokenizer, "sft")
@@ -217,7 +226,7 @@ def rm(model, tokenizer, batch, optimizers, o, run):
     stillness(checks, model, optimizers)
     uncut = [row for row in rows if not row.trimmed]
     same_ids(checks, tokenizer, uncut)
-    ends = sum(row.ids[-1] == eos for row in uncut)
+    ends = sum(row.ids[-1] in tokenizer.ends() for row in uncut)
     checks("a text is scored at its eos", ends == len(uncut), f"{ends} of {len(uncut)} texts",
            "completions are encoded without eos, which is where stage 3 reads the score")
     saved(checks, model, tokenizer, "rm")
@@ -283,12 +292,12 @@ def ppo(policy, ref, value, reward, tokenizer, prompts, first, o, run):
            "something besides the optimizers changes the weights, or the ratio's denominator is not the old policy")
     if reward.model is not None:
         room = policy.config.block_size - o.response_length
-        short = [row for row in rows if row.prompt_length < room]  # a trimmed prompt may begin within a word
-        own = [tokenizer.encode_prompt(p) + tokenizer.encode_completion(c) for p, c in texts(tokenizer, short)]
-        theirs = [encode_row(reward.tokenizer, p, c, reward.model.config.block_size, "trim").ids
-                  for p, c in texts(tokenizer, short)]
-        prompts_too = all(row.ids[:row.prompt_length] == ids[:row.prompt_length] for row, ids in zip(short, theirs))
-        sampled = sum([*row.ids, tokenizer.eos][:len(ids)] == ids for row, ids in zip(short, own))
+        short = [(text, row.ids[:row.prompt_length], row.ids[row.prompt_length:]) for text, row in
+                 zip(batch.prompt_texts, rows) if row.prompt_length < room]  # a trimmed prompt may begin within a word
+        own, theirs = ([(encode_prompt(t, text)[0], again(t, Row(answer, 0))) for text, _, answer in short]
+                       for t in (tokenizer, reward.tokenizer))
+        prompts_too = all(prompt == encoded for (_, prompt, _), (encoded, _) in zip(short, own))
+        sampled = sum(answer == encoded for (_, _, answer), (_, encoded) in zip(short, own))
         checks("policy and reward model see the same ids for the same text", own == theirs and prompts_too,
                f"{len(own)} answers; {sampled} of them were sampled as their text is encoded",
                "their tokenizers differ, or prompts are encoded otherwise than in stages 1 and 2")

@@ -27,13 +27,14 @@ import torch
 
 from minirlhf import adapters, fetch, hub, pretrained, runtime
 from minirlhf import tokenizer as tokenizers
+from minirlhf.chat import Form
 from minirlhf.config import check_ranges, did_you_mean, fail, fitting, one_line, ranks, say
 from minirlhf.data import fingerprint
 from minirlhf.model import GPT, GPTConfig, outline
 from minirlhf.runtime import sync_folder
 from minirlhf.tokenizer import Tokenizer
 
-FORMAT = 2  # what this program reads; it writes 1 where no model of another program has adapters
+FORMAT = 3  # what this program reads; it writes 3 with a form of messages, 2 with adapters on another's model, else 1
 STAGES = {"sft": "an SFT model", "rm": "a reward model", "ppo": "a PPO policy"}
 MADE_BY = {"sft": "train_sft.py", "rm": "train_rm.py", "ppo": "train_ppo.py"}
 POLICIES = ["sft", "ppo"]  # what answers prompts, and can be trained further
@@ -57,10 +58,11 @@ def save(path, *, stage, model, tokenizer, options, info, training, environment=
     also: a path that the file gets too, in place of the files `drop`, while what was there before is still whole.
     Exits 1 as `write` does.
     """
+    ids = tokenizer.state()
     return write(path, {
-        "format": 2 if is_on_base(model) else 1, "stage": stage, "config": sizes_of(model.config), "head": model.head,
-        "tokenizer": tokenizer.state(), "options": asdict(options), "info": info, "environment": environment or {},
-        "training": training, **contents(model, weights)}, also, drop)
+        "format": 3 if "form" in ids else 2 if is_on_base(model) else 1, "stage": stage,
+        "config": sizes_of(model.config), "head": model.head, "tokenizer": ids, "options": asdict(options),
+        "info": info, "environment": environment or {}, "training": training, **contents(model, weights)}, also, drop)
 
 
 def write(path, payload, also="", drop=()):
@@ -422,8 +424,8 @@ def load(path, stages, device, dropout=0.0, block_size=0):
     with pretrained.readable(path):
         model.base = {"path": named if named != path else os.path.abspath(path),
                       "files": fingerprint(*pretrained.files(path)), "adapters": []}
-    tokenizer = (tokenizers.from_gguf(path, {f"tokenizer.ggml.{k}": v for k, v in found.items()})
-                 if path.endswith(".gguf") else tokenizers.from_folder(path, model.config.vocab_size))
+    tokenizer = (tokenizers.from_gguf(path, found) if path.endswith(".gguf") else
+                 tokenizers.from_folder(path, model.config.vocab_size))
     if tokenizer.vocab_size != model.config.vocab_size:
         fail(f"{path}: its tokenizer has {tokenizer.vocab_size} tokens, its model {model.config.vocab_size}")
     stage = "rm" if model.head == "scalar" else "sft"
@@ -444,9 +446,17 @@ def start(o, saved, device, block_size):
         fail(f"--resume: {o.init_from}: is no longer there, which holds the run's frozen weights; name its new place "
              "with --init_from")
     model, tokenizer, payload = load(o.init_from, POLICIES, device, o.dropout, block_size)
+    as_begun(tokenizer, saved)
     if partial:
         model = adapters.learner(model, "lm", o, runtime.generator(o.seed, 0, 0, "adapters"), o.dropout)
     return model, tokenizer, payload
+
+
+def as_begun(tokenizer, saved):
+    """A run that goes on keeps its form of messages: earlier versions took all for Human/Assistant text."""
+    if saved:
+        with fitting(saved.path):
+            tokenizer.form = Form.of(saved.payload["tokenizer"].get("form"), tokenizer.special)
 
 
 def load_pair(init_from, reference, device):
@@ -471,6 +481,9 @@ def compatible(first, first_path, second, second_path):
         at = next((n for n, (a, b) in enumerate(zip(tokenizer.ranks, other_tokenizer.ranks)) if a != b), "its end")
         fail(f"{first_path} and {second_path} have different tokenizers ({tokenizer.name} with {tokenizer.vocab_size} "
              f"tokens, {other_tokenizer.name} with {other_tokenizer.vocab_size}; they differ from token {at} on)")
+    if tokenizer.form != other_tokenizer.form:  # which matters where messages are read
+        tokenizer.open_form = other_tokenizer.open_form = (
+            f"{first_path} and {second_path} read them in different forms; make the second from the first")
     if model.config.block_size != other.config.block_size:
         fail(f"{first_path} has a context of {model.config.block_size} tokens, {second_path} one of "
              f"{other.config.block_size}; make the second from the first")
@@ -629,7 +642,8 @@ def resume(o, stage, structural):
         fail(f"--resume: {path if payload else begun}: has options that this version does not know: "
              f"{', '.join(unknown)}; go on with the version that made it, or start another run")
     own, changes, length = names - {"resume", "overwrite", "check", "out_dir"}, {}, LENGTH[stage]
-    defaults = {f.name: f.default for f in fields(o)} | {"lora_rank": 0, "num_eval_texts": 0, "max_steps": 0}
+    defaults = {f.name: f.default for f in fields(o)} | {"lora_rank": 0, "num_eval_texts": 0, "max_steps": 0,
+                                                         "last_turn_only": True}
     for name, value in (defaults | was).items():  # what an older run did not know yet, it did not do
         if name in own and name not in o.given:
             changes[name] = value

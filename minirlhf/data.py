@@ -4,11 +4,11 @@ Invariant: prompt and completion are encoded apart and joined as ids, here and e
 lengths, never from token ids.
 
 A file holds one JSON object a line; a column that is null is absent. TEXT is a string, taken as it is, or a list of
-messages [{"role": "system", "user" or "assistant", "content"}, ...], joined as "\\n\\nHuman: ...\\n\\nAssistant: ...".
+messages [{"role", "content"}, ...], which become ids in the form of the model that reads them (chat.py).
 
     file         columns                            what is read
     sft          prompt, completion: TEXT           the completion is trained, given the prompt
-                 messages                           the last answer is trained, given what stands before it
+                 messages                           the last answer is the completion, what stands before it the prompt
                  messages, completion: TEXT         the messages are the prompt and end with the question
                  text: a string                     all of it is trained; no prompt
     preferences  prompt, chosen, rejected: TEXT     answers to a prompt
@@ -19,9 +19,10 @@ messages [{"role": "system", "user" or "assistant", "content"}, ...], joined as 
     prompts      prompt: TEXT                       a list of messages ends before the answer
                  messages                           the same
 
-Answers may be whole conversations, as messages or text, that hold the prompt as well: it is read once. Beside answers
-that are messages a prompt that is a string is the user's turn. What would lose a text is refused: a question under
-another name (QUESTIONS), unless its words stand in what is read. All other columns are kept in `extra`.
+Answers that stand earlier in a prompt of messages are trained as well, if the stage is not told otherwise. Answers may
+be whole conversations, as messages or text, that hold the prompt too: it is read once. Beside messages a string is a
+turn, or several where it has "\\n\\nHuman:" in it. What would lose a text is refused: a question under another name
+(QUESTIONS), unless its words stand in what is read. All other columns are kept in `extra`.
 
 Left out: streaming and memory mapping. Human feedback fits in memory.
 """
@@ -40,9 +41,9 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from minirlhf.chat import (ASSISTANT, HUMAN, ROLES, Message, Talk, as_text, encode_completion, encode_prompt, end_of)
 from minirlhf.config import fail
 
-HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"  # how messages become text: the form of Anthropic's hh-rlhf
 QUESTIONS = {"prompt", "messages", "question", "questions", "instruction", "instructions", "input", "inputs", "query",
              "system", "system_prompt", "system_message", "user_prompt", "context", "history", "problem", "post",
              "article", "conversation", "conversations", "dialogue", "dialog"}
@@ -184,37 +185,59 @@ def take_text(where, record, name):
 def take(where, record, name):
     """-> the text of a column of TEXT, and its messages, None for a string."""
     value = record.get(name)
-    if isinstance(value, list) and (not value or isinstance(value[0], dict)):
-        return join_messages(where, name, value), value
+    if name == "messages" or isinstance(value, list) and (not value or isinstance(value[0], dict)):
+        messages = read_messages(where, name, value)
+        return as_text(messages), messages
     return take_text(where, record, name), None
 
 
-def join_messages(where, name, messages):
-    """[{"role", "content"}, ...] -> text of all messages, each opened by its role."""
+def read_messages(where, name, messages) -> list[Message]:
+    """[{"role", "content"}, ...] as they stand in a record. Exits 2 on what is none."""
     if not isinstance(messages, list) or not messages:
         fail(f"{where}: {name!r} must be a list of messages that is not empty")
-    parts = []
-    for message in messages:
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-            fail(f"{where}: {name!r}: a message needs a string 'role' and a string 'content'")
-        role = message.get("role")
-        if role not in ("system", "user", "assistant"):
-            fail(f"{where}: {name!r}: a role is system, user or assistant, found {str(role)[:40]!r}")
-        opening = {"user": HUMAN + " ", "assistant": ASSISTANT + " ", "system": ""}[role]
-        parts.append(opening + clean(message["content"]))
-    return "".join(parts)
+    return [read_message(f"{where}: {name!r}: message {n}", message) for n, message in enumerate(messages, 1)]
+
+
+def read_message(where, message):
+    message = message if isinstance(message, dict) else {}
+    role, content, calls = map(message.get, ("role", "content", "tool_calls"))
+    if isinstance(content, list) and content:
+        if not all(isinstance(part, dict) and isinstance(part.get("text"), str) and part.get("type") == "text"
+                   for part in content):
+            fail(f"{where}: a part of 'content' that is no {{'type': 'text', 'text': ...}}: images and the like cannot "
+                 "be read; leave the record out")
+        content = "".join(part["text"] for part in content)
+    if calls:
+        calls = [read_call(where, call) for call in calls if role == "assistant"] if isinstance(calls, list) else None
+        if not calls:
+            fail(f"{where}: 'tool_calls' must be a list, in a message of the assistant")
+        content = "" if content is None else content
+    if not isinstance(content, str):
+        fail(f"{where} needs a string 'role' and a string 'content'")
+    if not isinstance(role, str) or role not in ROLES:
+        fail(f"{where}: a role is {', '.join(ROLES)}, found {str(role)[:40]!r}")
+    return Message(role, clean(content), tuple(calls or ()))
+
+
+def read_call(where, call):
+    """A call of a tool, as OpenAI's and transformers' records have it, as JSON."""
+    call = call.get("function", call) if isinstance(call, dict) else None
+    name, arguments = map(call.get, ("name", "arguments")) if isinstance(call, dict) else (None, None)
+    if not isinstance(name, str) or not isinstance(arguments, dict):
+        fail(f"{where}: a call in 'tool_calls' needs a string 'name' and an object 'arguments' (of a string, what "
+             "json.loads makes of it)")
+    return clean('{"name": "%s", "arguments": %s}' % (name, json.dumps(arguments, ensure_ascii=False)))
 
 
 def open_answer(where, name, messages):
-    """Messages as a prompt: their text, then "Assistant:"."""
-    text = join_messages(where, name, messages)
-    if messages[-1]["role"] == "assistant":
+    """Messages as a prompt."""
+    if messages and messages[-1].role == "assistant":
         fail(f"{where}: {name!r} must end before the assistant's answer")
-    return text + ASSISTANT
+    return Talk.prompt(messages, where)
 
 
 def texts_in(value):
-    """All strings in a column that are not blank, however deep, but for the names of roles."""
+    """All strings in a column that are not blank, however deep, but for the names of roles and of kinds of parts."""
     found, rest = [], [value]
     while rest:
         value = rest.pop()
@@ -223,7 +246,7 @@ def texts_in(value):
         elif isinstance(value, list):
             rest += value
         elif isinstance(value, dict):
-            rest += [v for k, v in value.items() if k not in ("role", "from")]
+            rest += [v for k, v in value.items() if k not in ("role", "from", "type")]
     return found
 
 
@@ -280,6 +303,16 @@ def doubled(question, texts):
                  or all(t[len(question):len(question) + 1].isspace() for t in texts if t != question)))
 
 
+def in_turns(text):
+    """Messages of Human/Assistant text; what stands before the first turn is the system's, without any the user's."""
+    first, *turns = re.split(f"({HUMAN}|{ASSISTANT})", text)
+    messages = [Message("system" if turns else "user", first)] if first.strip() else []
+    for opening, said in zip(turns[::2], turns[1::2]):
+        messages.append(Message("user" if opening == HUMAN else "assistant", said.removeprefix(" ")))
+    opened = messages and messages[-1].role == "assistant" and not messages[-1].text.strip()
+    return messages[:-1] if opened else messages
+
+
 def answers_to(where, record, asked, texts, talks):
     """-> (prompt, the answers alone). asked: the column of the question, or None; talks: the texts' messages, or Nones.
 
@@ -289,32 +322,38 @@ def answers_to(where, record, asked, texts, talks):
     whole, rest = (shared if shared.endswith(ASSISTANT) else ""), [t[len(shared):] for t in texts]
     if len({talk is None for talk in talks}) > 1:
         refuse(where, record, "the answers must be strings, or all lists of messages")
-    if asked is None:
+    if asked is None and talks[0] is None:
         return shared, rest
-    question, messages = take(where, record, asked)
-    if messages or asked == "messages":
-        question = open_answer(where, asked, record[asked])
-    alone = talks[0] is None or all(talk[0]["role"] == "assistant" for talk in talks)
-    if whole and (talks[0] is None or not alone) and holds(whole, question):
-        return whole, rest
-    if not alone:
-        if question.strip():
-            refuse(where, record, f"{asked!r} is no turn of the conversation that the answers share: keep one of them")
-        return shared, rest
-    said = [turn for turn in turns_of(question) if turn][-1:] if HUMAN in question else [question]
-    if talks[0] is None and said and doubled(said[0], texts):
-        texts = [t[len(said[0]):] for t in texts]
-    if messages or talks[0]:
-        question, texts = question if messages else as_turn(question), [t.removeprefix(ASSISTANT) for t in texts]
-        texts = [t if t.startswith(" ") else " " + t for t in texts]
-    return question, texts
+    question, messages = take(where, record, asked) if asked else ("", None)
+    question = open_answer(where, asked, messages) if messages else question
+    if talks[0] is None:
+        said = [turn for turn in turns_of(question) if turn][-1:] if HUMAN in question else [question]
+        before = whole if whole and holds(whole, question) else ""
+        if before:
+            texts = rest
+        elif said and doubled(said[0], texts):
+            texts = [t[len(said[0]):] for t in texts]
+        if not messages:
+            return before or question, texts
+        talks = [[*in_turns(before), Message("assistant", t.removeprefix(" "))] for t in texts]
+    prompt, talks = shared_messages(where, record, talks)
+    if not prompt or prompt[0].role == "assistant":  # answers alone
+        prompt = [*(messages or in_turns(question)), *prompt]
+    elif question.strip() and not holds(Talk.prompt(prompt, where), question):
+        refuse(where, record, f"{asked!r} is no turn of the conversation that the answers share: keep one of them")
+    return Talk.prompt(prompt, where), [Talk.completion(talk, where) for talk in talks]
 
 
-def as_turn(question):
-    """A string as the user's turn, up to "Assistant:"; what has turns already is only opened for the answer."""
-    if question.rstrip().endswith(ASSISTANT.strip()):
-        return question.rstrip()
-    return (question if HUMAN in question or not question.strip() else f"{HUMAN} {question}") + ASSISTANT
+def shared_messages(where, record, talks):
+    """-> the messages that talks share, up to the last answer before which they are the same; the rest of each."""
+    last = None
+    for n, turn in enumerate(zip(*talks)):
+        last = n if all(m.role == "assistant" for m in turn) else last
+        if len({*turn}) > 1:
+            break
+    if last is None or any(talk[-1].role != "assistant" for talk in talks):
+        refuse(where, record, "the answers must end with the assistant's, and follow the same messages")
+    return talks[0][:last], [talk[last:] for talk in talks]
 
 
 def present(record, *names):
@@ -330,18 +369,17 @@ def load_demonstrations(path, trained=True) -> list[Demonstration]:
         if trained and answer and record.get("label") in (True, False):  # TRL's; 0 and 1 are equal to these
             refuse(where, record, "'label' says which completions are bad, and all would be trained")
         if present(record, "messages"):
-            messages, asked = record["messages"], "messages"
-            text = join_messages(where, "messages", messages)
-            if messages[-1]["role"] == "assistant":
-                completion, answer = " " + clean(messages[-1]["content"]), "messages"
-                prompt = text.removesuffix(completion)
+            (_, talk), asked = take(where, record, "messages"), "messages"
+            if talk[-1].role == "assistant":
+                answer, prompt = "messages", Talk.prompt(talk[:-1], where)
+                completion = Talk.completion(talk[-1:], where)
             elif not answer:
                 fail(f"{where}: 'messages' must end with the assistant's answer")
         elif present(record, "text") and not answer:
             prompt, completion, asked, answer = "", take_text(where, record, "text"), "text", "text"
         if answer in (None, "completion"):
             text, talk = take(where, record, "completion")
-            if talk and talk[-1]["role"] != "assistant":
+            if talk and talk[-1].role != "assistant":
                 fail(f"{where}: 'completion' must end with the assistant's answer")
             prompt, (completion,) = answers_to(where, record, asked, [text], [talk])
         also = ANSWERS if asked == "text" else ["completion"]
@@ -370,7 +408,7 @@ def load_preferences(path) -> list[Preference]:
             texts, talks = [clean(t) for t in texts], [None] * len(texts)
         else:
             texts, talks = zip(*(take(where, record, name) for name in ("chosen", "rejected")))
-        if asked == "messages" and join_messages(where, asked, record[asked]) in texts:
+        if asked == "messages" and take(where, record, asked)[0] in texts:
             asked = None  # the whole conversation once more
         prompt, texts = answers_to(where, record, asked, texts, talks)
         lose_nothing(where, record, prompt, texts, (asked,), *also, *([] if asked else ["text"]))
@@ -383,7 +421,7 @@ def load_prompts(path) -> list[str]:
     rows = []
     for where, record in read_records(path):
         name = present(record, "prompt", "messages") or "prompt"
-        text, messages = take(where, record, name) if name == "prompt" else (None, record[name])
+        text, messages = take(where, record, name)
         rows.append(text if messages is None else open_answer(where, name, messages))
         lose_nothing(where, record, rows[-1], [], (name, "messages", "conversation", "conversations"))
     return rows
@@ -528,26 +566,40 @@ def load_for_training(load, stem, o):
 
 @dataclass
 class Row:
-    """Ids of one prompt and completion, joined: the completion is ids[prompt_length:]."""
+    """Ids of one prompt and completion, joined: the completion is ids[prompt_length:]. earlier: the (start, stop) of
+    answers in the prompt that train as well."""
     ids: list[int]
     prompt_length: int
     trimmed: bool = False
+    earlier: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def spans(self):
+        """(start, stop) of all that trains."""
+        return [*self.earlier, (self.prompt_length, len(self.ids))]
+
+    @property
+    def trained(self):
+        """How many tokens train."""
+        return sum(stop - start for start, stop in self.spans)
 
 
-def encode_row(tokenizer, prompt, completion, block_size, long_prompts):
+def encode_row(tokenizer, prompt, completion, block_size, long_prompts, last_turn_only=False):
     """-> Row, or None when it is too long and dropped.
 
     A prompt that leaves no room is trimmed at its left ("trim") or the row is dropped ("drop"); a completion that is
-    too long by itself is cut at its right, and then has no eos.
+    too long by itself is cut at its right, and then has no eos. last_turn_only: no earlier answers.
     """
-    p, c = tokenizer.encode_prompt(prompt), tokenizer.encode_completion(completion)
-    if len(p) + len(c) > block_size:
+    (p, earlier), c = encode_prompt(tokenizer, prompt), encode_completion(tokenizer, completion)
+    long, whole = len(p) + len(c) > block_size, len(p)
+    if long:
         if long_prompts == "drop":
             return None
         c = c[:block_size - 1]
         p = trim_left(p, block_size - len(c))
-        return Row(p + c, len(p), trimmed=True)
-    return Row(p + c, len(p))
+    cut = whole - len(p)  # tokens behind the first one
+    earlier = [(max(start - cut, 1), stop - cut) for start, stop in earlier if stop - cut > 1 and not last_turn_only]
+    return Row(p + c, len(p), long, tuple(earlier))
 
 
 def trim_left(prompt, room):
@@ -556,20 +608,21 @@ def trim_left(prompt, room):
 
 
 class Prompt(list):
-    """Ids of a prompt that know its whole text, which a reward function gets also where they were trimmed."""
+    """Ids of a prompt that know its whole text, which a reward function gets also where they were trimmed, and the
+    token that ends its answer."""
 
-    def __init__(self, ids, text):
+    def __init__(self, ids, text, end):
         super().__init__(ids)
-        self.text = text
+        self.text, self.end = text, end
 
 
 def encode_prompts(tokenizer, texts, room, long_prompts):
     """-> Prompts, those that fit `room` tokens, and how many did not and were dropped or trimmed."""
-    encoded = [Prompt(tokenizer.encode_prompt(text), text) for text in texts]
+    encoded = [Prompt(encode_prompt(tokenizer, text)[0], text, end_of(tokenizer, text)) for text in texts]
     long = sum(len(ids) > room for ids in encoded)
     if long_prompts == "drop":
         return [ids for ids in encoded if len(ids) <= room], long
-    return [Prompt(trim_left(ids, room), ids.text) for ids in encoded], long
+    return [Prompt(trim_left(ids, room), ids.text, ids.end) for ids in encoded], long
 
 
 def response_mask(prompt_lengths, lengths, T):
@@ -580,11 +633,15 @@ def response_mask(prompt_lengths, lengths, T):
 
 
 def collate(rows: list[Row], eos: int, device="cpu"):
-    """-> tokens (B, T) padded on the right with eos, mask (B, T-1) of the completions' decisions, lengths (B,)."""
+    """-> tokens (B, T) padded on the right with eos, mask (B, T-1) of the decisions that train, lengths (B,)."""
     tokens = pad_sequence([torch.tensor(row.ids) for row in rows], True, eos).to(device)
     lengths = torch.tensor([len(row.ids) for row in rows], device=device)
     prompt_lengths = torch.tensor([row.prompt_length for row in rows], device=device)
-    return tokens, response_mask(prompt_lengths, lengths, tokens.shape[1]), lengths
+    mask = response_mask(prompt_lengths, lengths, tokens.shape[1])
+    for i, row in enumerate(rows):
+        for start, stop in row.earlier:
+            mask[i, start - 1:stop - 1] = True
+    return tokens, mask, lengths
 
 
 def too_long(rows: list[Row | None], limit, long_prompts):

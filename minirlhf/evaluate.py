@@ -45,7 +45,7 @@ def held_out_loss(model, run, rows, byte_counts, kinds, tokenizer, batch_size):
     sums = defaultdict(lambda: [0.0, 0, 0])
     for i, row in enumerate(rows):
         for kind in ("all", kinds[i]):
-            for k, amount in enumerate((nats[i], len(row.ids) - row.prompt_length, byte_counts[i])):
+            for k, amount in enumerate((nats[i], row.trained, byte_counts[i])):
                 sums[kind][k] += amount
     return {kind: {"nats_per_token": n / t, "bits_per_byte": n / math.log(2) / max(b, 1)} for kind, (n, t, b) in
             sorted(sums.items()) if kind}
@@ -212,7 +212,7 @@ def answer(policy, ref, scorers, prompts, tokenizer, o, run, draw=0, batch_size=
         for i, (prompt, response) in enumerate(zip(prompts[at:at + batch_size], rollout.responses())):
             row = {name: column[i].item() for name, column in columns.items()}
             rows.append({"prompt": tokenizer.decode(prompt), "completion": tokenizer.decode(response),
-                         "ids": [token for token in response if token != tokenizer.eos], **row})
+                         "ids": response[:-1] if row["finished"] else response, **row})
     return rows
 
 

@@ -80,7 +80,8 @@ def compile_model(model, decode=False):
 
 @dataclass
 class Rollout:
-    """Prompts with their answers. On the grid (B, T-1), decision t chooses tokens[:, t+1]."""
+    """Prompts with their answers. On the grid (B, T-1), decision t chooses tokens[:, t+1]. "eos" is the token that ends
+    a row's answer."""
     tokens: torch.Tensor  # (B, T): prompt, response, then eos as padding
     prompt_lengths: torch.Tensor  # (B,) tokens of each prompt
     lengths: torch.Tensor  # (B,) real tokens: prompt and response, eos included
@@ -140,7 +141,7 @@ def sample(logits, temperature, u):
 
 @torch.no_grad()
 def generate(model, prompts: list[list[int]], response_length: int, eos: int, temperature=1.0, generator=None):
-    """Answer each prompt with up to `response_length` tokens, eos included -> Rollout.
+    """Answer each prompt with up to `response_length` tokens, eos included -> Rollout. A `Prompt` may know another end.
 
     The uniform numbers are drawn at the start, one a row and step, so an answer depends on its row's numbers and not on
     when other rows end. Rows that ended leave the batch, down to a multiple of ROW_MULTIPLE; the loop ends with the
@@ -152,6 +153,7 @@ def generate(model, prompts: list[list[int]], response_length: int, eos: int, te
     device, limit, decoder = model.wte.weight.device, model.config.block_size, model.decoder
     tokens = pad_sequence([torch.tensor(prompt) for prompt in prompts], True, eos).to(device)
     prompt_lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    ends = torch.tensor([getattr(prompt, "end", eos) for prompt in prompts], device=device)
     B, P = tokens.shape
     if P + response_length > limit:
         raise ValueError(f"a prompt of {P} tokens and {response_length} new ones exceed the context of {limit}")
@@ -174,8 +176,8 @@ def generate(model, prompts: list[list[int]], response_length: int, eos: int, te
             tokens[rows, at] = new
             logprobs[rows, at - 1] = logprob.masked_fill(~live, 0)
             lengths[rows] += live
-            finished[rows] |= live & (new == eos)
-            live = live & (new != eos)
+            finished[rows] |= live & (new == ends[rows])
+            live = live & (new != ends[rows])
             if n + 1 == response_length:
                 break
             if (n + 1) % POLL_INTERVAL.get(device.type, 16) == 0:

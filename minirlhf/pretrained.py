@@ -56,7 +56,7 @@ def load(path, head=None, block_size=0, asked=""):
 
     head: "lm" or "scalar" where only that will do. block_size: a shorter context than the model's own; 0 = its own;
     asked: who wants it, for the refusal of a longer one; "" = the option.
-    The second is what `tokenizer_files` gives, or the "tokenizer.ggml." part of GGUF's metadata. info: source,
+    The second is what `tokenizer_files` gives, or the "tokenizer." part of GGUF's metadata. info: source,
     model_type, context, vocab_size, kinds of tensors. Exits 2 where the model is not whole or cannot be computed
     exactly.
     """
@@ -65,7 +65,7 @@ def load(path, head=None, block_size=0, asked=""):
         if gguf:
             metadata, stored = read_gguf(path)
             values = of_gguf(metadata, "output.weight" not in stored, path)
-            tokenizer = {k[len("tokenizer.ggml."):]: v for k, v in metadata.items() if k.startswith("tokenizer.ggml.")}
+            tokenizer = {k: v for k, v in metadata.items() if k.startswith("tokenizer.")}
         else:
             values, tokenizer = Values(read_json(os.path.join(path, "config.json")), f"{path}/config.json"), None
         config = sizes(values)

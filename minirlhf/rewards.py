@@ -70,7 +70,7 @@ class RewardFunction:
         prompts = rollout.prompt_texts or [self.tokenizer.decode(row[:n]) for row, n in zip(
             rollout.tokens.tolist(), rollout.prompt_lengths.tolist())]
         completions = [self.tokenizer.decode(ids) for ids in rollout.responses()]
-        given = {"prompts": [*prompts], "completions": [*completions]}
+        given = {"prompts": [*map(str, prompts)], "completions": [*completions]}  # messages as text alone
         with self.users_turn():
             returned = self.function(**given) if self.by_name else self.function(*given.values())
             values, problem = in_a_row(returned, len(completions))

@@ -15,9 +15,10 @@ from typing import NamedTuple
 import torch
 
 from minirlhf import checkpoint, evaluate, kernels, runtime
+from minirlhf.chat import Message, Talk, describe
 from minirlhf.config import all_printed, escaped, fail, launch, positive_int, say, temperature_number, unprinted
-from minirlhf.data import (Preference, blank_ends, clean, encode_row, load_demonstrations, load_preferences,
-                           load_prompts, present, read_records, refuse, too_long, trim_left)
+from minirlhf.data import (Preference, blank_ends, clean, encode_prompts, encode_row, load_demonstrations,
+                           load_preferences, load_prompts, present, read_records, refuse, too_long)
 from minirlhf.generate import generate
 from minirlhf.model import GPT
 from minirlhf.rewards import RewardModel
@@ -27,7 +28,8 @@ LONGEST_LINE = 1 << 20  # bytes of a prompt on standard input
 SAMPLING = {"n": 1, "temperature": 1.0, "seed": 1337, "response_length": None}  # options of policies, and what is usual
 DESCRIPTION = """\
 Completions of policies side by side, with the scores that reward models among the checkpoints give them. Without
---prompt and --prompts it asks for prompts until end of input.
+--prompt and --prompts it asks for prompts until end of input. With --chat one policy holds a conversation: each line is
+the user's turn, read in the form of messages that the model knows.
 
 Reward models alone score the records of --prompts: {"prompt", "completion"} gets "score"; {"prompt", "chosen",
 "rejected"} gets "score_chosen" and "score_rejected", and a ranking "score_completions", with the share of pairs that
@@ -52,11 +54,13 @@ def parse(argv=None):
     parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; may be given again")
     parser.add_argument("--prompts", metavar="FILE.jsonl", help='prompts from a file of {"prompt": ...} records; for '
                         "reward models alone, the records to score")
+    parser.add_argument("--chat", action="store_true", help="talk with the policy, a line a turn, until end of input; "
+                        "the oldest turns are dropped where the context is full")
     parser.add_argument("--n", type=positive_int, help="completions a prompt (default: 1)")
     parser.add_argument("--temperature", type=temperature_number, help="0 takes the likeliest token (default: 1.0)")
     parser.add_argument("--seed", type=int, help="the same seed gives the same completions (default: 1337)")
-    parser.add_argument("--response_length", type=positive_int, help="longest completion in tokens (default: 48, or "
-                        "half the context of a model where that is less)")
+    parser.add_argument("--response_length", type=positive_int, help="longest completion in tokens (default: 48, "
+                        "with --chat 256, or half the context of a model where that is less)")
     parser.add_argument("--long_prompts", choices=("drop", "trim"), help="records that are longer than the context of "
                         "a reward model get no score (null), or their prompt is trimmed at its left (default: as that "
                         "model was trained); a policy's prompts are always trimmed")
@@ -70,6 +74,10 @@ def parse(argv=None):
         setattr(a, name, usual if getattr(a, name) is None else getattr(a, name))
     if a.n > 1_000_000:
         fail(f"--n {a.n}: at most 1000000")
+    if a.chat and (idle := [name for name in ("prompt", "prompts") if getattr(a, name)] + ["n"] * ("n" in a.given)):
+        fail(f"--{idle[0]}: has no effect with --chat, in which the turns come from standard input; leave it out")
+    if a.chat and len(a.checkpoints) > 1:
+        fail(f"--chat: talks with one policy, found {len(a.checkpoints)} checkpoints")
     if len(set(a.checkpoints)) < len(a.checkpoints):
         fail(f"{next(path for path in a.checkpoints if a.checkpoints.count(path) > 1)}: named twice")
     return a
@@ -123,7 +131,7 @@ def opened(a, also=()):
 def limits(policy, a):
     """Most tokens of a completion and of a prompt."""
     context = policy.model.config.block_size
-    limit = a.response_length or min(48, context // 2)
+    limit = a.response_length or min(256 if a.chat else 48, context // 2)
     if limit < 1 or context - limit < 2:
         fail(f"--response_length {limit}: leaves no room for a prompt in the context of {policy.path}, {context} "
              f"tokens; at most {context - 2}")
@@ -134,14 +142,14 @@ def complete(policy, judges, prompts, a, batch_size=64):
     """Yields (prompt, completion, finished, a score of each judge), n for each prompt in order; long prompts are
     trimmed at the left. judges: RewardModels."""
     limit, room = limits(policy, a)
-    rows = [(prompt, policy.tokenizer.encode_prompt(prompt)) for prompt in prompts for _ in range(a.n)]
-    long = sum(len(ids) > room for _, ids in rows) // a.n
+    encoded, long = encode_prompts(policy.tokenizer, prompts, room, "trim")
+    rows = [(prompt, ids) for prompt, ids in zip(prompts, encoded) for _ in range(a.n)]
     if long:
         warn(f"warning: {policy.path}: {long} prompts longer than {room} tokens are trimmed at the left")
     for at in range(0, len(rows), batch_size):
         part = rows[at:at + batch_size]
-        rollout = generate(policy.model, [trim_left(ids, room) for _, ids in part], limit, policy.tokenizer.eos,
-                           a.temperature, runtime.generator(a.seed, at, 0, "sample"))
+        rollout = generate(policy.model, [ids for _, ids in part], limit, policy.tokenizer.eos, a.temperature,
+                           runtime.generator(a.seed, at, 0, "sample"))
         scores = zip(*(judge(rollout).tolist() for judge in judges)) if judges else [()] * len(part)
         for (prompt, _), ids, finished, marks in zip(part, rollout.responses(), rollout.finished.tolist(), scores):
             yield prompt, policy.tokenizer.decode(ids), finished, marks
@@ -168,16 +176,16 @@ def show(policies, judges, prompts, a, output):
     return found
 
 
-def prompts_from_standard_input():
-    """Yields prompts, a line each, until end of input; asks for them on a terminal."""
+def lines_from_standard_input(what, otherwise):
+    """Yields prompts or turns, a line each, until end of input; asks for them on a terminal."""
     if sys.stdin is None:
-        fail("standard input is closed: name prompts with --prompt or --prompts")
+        fail(f"standard input is closed: {otherwise}")
     try:
         while sys.stdin.isatty() and sys.stdout:
-            yield clean(input("prompt> "))
+            yield clean(input(f"{what}> "))
         while line := sys.stdin.buffer.readline(LONGEST_LINE):
             if len(line) == LONGEST_LINE and not line.endswith(b"\n"):
-                fail(f"standard input: a line of {LONGEST_LINE:,} bytes or more; each line is a prompt")
+                fail(f"standard input: a line of {LONGEST_LINE:,} bytes or more; each line is a {what}")
             yield line.decode().rstrip("\r\n")
     except (EOFError, KeyboardInterrupt):
         say()
@@ -207,10 +215,40 @@ def sample(policies, judges, a):
                 say(f"{judge.path}: " + "; ".join(
                     f"{path} {summary([scores[k] for scores in rows])}" for path, rows in found.items()))
         else:
-            for prompt in prompts_from_standard_input():
+            for prompt in lines_from_standard_input("prompt", "name prompts with --prompt or --prompts"):
                 show(policies, judges, [prompt], a, output)
                 if unprinted:  # whoever asked has gone
                     break
+
+
+# ---- a conversation
+
+def converse(policy, a):
+    """--chat: answers a person's turns, a line each, as the newest of a conversation."""
+    (limit, room), talk, turn = limits(policy, a), [], 0
+    tokenizer = policy.tokenizer
+    say(f"{policy.path} reads {describe(tokenizer.form)}; end of input (Ctrl-D) or Ctrl-C ends the conversation")
+    with opened(a, ["/dev/stdin"]) as output:
+        for line in lines_from_standard_input("turn", "--chat takes the turns from it"):
+            if not line.strip():
+                continue
+            kept, turn = [*talk, Message("user", line)], turn + 1
+            while kept and not (prompt := encode_prompts(tokenizer, [Talk.prompt(kept, "--chat")], room, "drop")[0]):
+                kept = kept[2:]  # the oldest turn and its answer
+            if not kept:
+                say(f"(this turn is not answered: it takes more than the {room} tokens that an answer leaves to it)")
+                continue
+            if dropped := (len(talk) + 1 - len(kept)) // 2:
+                say(f"(the context is full: the oldest {f'{dropped} turns are' if dropped > 1 else 'turn is'} dropped)")
+            rollout = generate(policy.model, prompt, limit, tokenizer.eos, a.temperature,
+                               runtime.generator(a.seed, turn, 0, "sample"))
+            finished, answer = bool(rollout.finished), tokenizer.decode(rollout.responses()[0])
+            say(f"{answer}{'' if finished else ' [cut]'}")
+            output.write(json.dumps({"checkpoint": policy.path, "prompt": prompt[0].text, "completion": answer,
+                                     "finished": finished}, ensure_ascii=False) + "\n")
+            talk = [*kept, Message("assistant", answer if tokenizer.form else answer.removeprefix(" "))]
+            if unprinted:  # whoever asked has gone
+                break
 
 
 # ---- reward models score records
@@ -353,7 +391,11 @@ def main(argv=None):
     a.device = runtime.pick_device(a.device)
     models = [load(path, a.device) for path in a.checkpoints]
     policies, judges = ([m for m in models if (m.stage == "rm") == rm] for rm in (False, True))
-    if policies:
+    if a.chat and judges:
+        fail(f"--chat: {judges[0].path} holds a reward model, expected an SFT model or a PPO policy that answers")
+    if a.chat:
+        converse(policies[0], a)
+    elif policies:
         sample(policies, judges, a)
     else:
         score_records(judges, a)

@@ -19,6 +19,7 @@ from collections import Counter, defaultdict
 import regex  # tiktoken stands on it
 import tiktoken
 
+from minirlhf.chat import END, Form, form_of
 from minirlhf.config import fail, say
 
 EOS = "<|endoftext|>"
@@ -36,13 +37,15 @@ class Tokenizer:
     single bytes are among them, and eos is id n.
 
     special: {text: id} of further tokens, eos and `opening`, which begins a row, among them. vocab_size: of the model;
-    an id without a token decodes to U+FFFD. nfc: texts are brought into normalization form C first.
+    an id without a token decodes to U+FFFD. nfc: texts are brought into normalization form C first. form: of messages,
+    None for Human/Assistant text; `open_form` says why it is not known, where that is so.
     """
 
     def __init__(self, ranks: dict[bytes, int], name: str, pattern: str = PATTERN,
                  special: dict[str, int] | None = None, eos: int | None = None, opening: int | None = None,
-                 vocab_size: int | None = None, nfc: bool = False):
+                 vocab_size: int | None = None, nfc: bool = False, form: Form | None = None):
         self.ranks, self.name, self.pattern, self.nfc = ranks, name, pattern, nfc
+        self.form, self.open_form = form, ""
         self.special = {EOS: len(ranks)} if special is None else special
         self.eos = len(ranks) if eos is None else eos
         self.opening = self.eos if opening is None else opening
@@ -55,7 +58,6 @@ class Tokenizer:
         self.bytes = ["\ufffd".encode()] * self.vocab_size  # token, not 40
         for token, i in [*ranks.items(), *((text.encode("utf-8", "replace"), i) for text, i in self.special.items())]:
             self.bytes[i] = token
-        self.bytes[self.eos] = b""
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text alone. A lone surrogate becomes U+FFFD; a byte that has no id is dropped from its word, as
@@ -81,7 +83,8 @@ class Tokenizer:
         return self.encode(text) + [self.eos]
 
     def decode(self, ids: list[int]) -> str:
-        """Text of the ids; eos and a row's first token are left out, bytes that are not UTF-8 become U+FFFD."""
+        """Text of the ids; a row's first token and an answer's end are left out, bytes that are not UTF-8 become
+        U+FFFD."""
         return b"".join(self.bytes[i] for i in self._said(ids)).decode("utf-8", "replace")
 
     def count_bytes(self, ids: list[int]) -> int:
@@ -89,7 +92,12 @@ class Tokenizer:
         return sum(len(self.bytes[i]) for i in self._said(ids))
 
     def _said(self, ids):
-        return ids[1:] if len(ids) and ids[0] == self.opening else ids
+        ids = ids[1:] if len(ids) and ids[0] == self.opening else ids
+        return ids[:-1] if len(ids) and ids[-1] in self.ends() else ids
+
+    def ends(self) -> set[int]:
+        """The tokens that end an answer: eos, and that of the form of messages."""
+        return {self.eos, self.special[END.text]} if self.form else {self.eos}
 
     def state(self) -> dict:
         """What a checkpoint stores: plain values, because it is read with weights_only=True. Of what is as by default,
@@ -102,7 +110,7 @@ class Tokenizer:
             state |= more
         if self.pattern != PATTERN:
             state["pattern"] = self.pattern
-        return state | ({"nfc": True} if self.nfc else {})
+        return state | ({"nfc": True} if self.nfc else {}) | ({"form": self.form._asdict()} if self.form else {})
 
     @classmethod
     def from_state(cls, state: dict) -> "Tokenizer":
@@ -117,11 +125,12 @@ class Tokenizer:
         if (any(type(i) is not int or not 0 <= i < size for i in every + [more.get(k, 0) for k in ("eos", "opening")])
                 or len({*every}) < len(every) or [*ids] != sorted(ids)):
             raise ValueError("the ids of its tokenizer are not those of tokens in order, each once")
-        return cls(ranks, state["name"], **more)
+        return cls(ranks, state["name"], **more | {"form": Form.of(state.get("form"), more.get("special", {}))})
 
     def same_ids(self, other: "Tokenizer") -> bool:
-        """Whether both give every text the same ids, under whatever name."""
-        return self.state() | {"name": ""} == other.state() | {"name": ""}
+        """Whether both give every text the same ids, under whatever name; messages are another matter."""
+        ignored = {"name": "", "form": None}
+        return self.state() | ignored == other.state() | ignored
 
     @classmethod
     def gpt2(cls) -> "Tokenizer":
@@ -230,7 +239,8 @@ def from_folder(folder, vocab_size=None):
 
     vocab_size: of the model, if it is not the tokenizer's; special tokens beyond it, as one for padding, are left out.
     eos and the token that opens a row are those that tokenizer_config.json or config.json name; a row opens with eos
-    where they name none. Exits 2, naming file, key and reason, on what tiktoken would split or merge otherwise.
+    where they name none. The form of messages is that of chat_template.jinja, else of tokenizer_config.json. Exits 2,
+    naming file, key and reason, on what tiktoken would split or merge otherwise.
     """
     path = os.path.join(folder, "tokenizer.json")
     settings = [_object(os.path.join(folder, name), optional=True) for name in ("tokenizer_config.json", "config.json")]
@@ -272,8 +282,28 @@ def from_folder(folder, vocab_size=None):
                     named[name] = special.get(token, vocab.get(token)) if token is not None else i
         beyond = {token for token, i in special.items() if vocab_size and type(i) is int and i >= vocab_size}
         special, vocab = ({token: i for token, i in d.items() if token not in beyond} for d in (special, vocab))
-        return from_merges(path, vocab, merges, special, named["eos"], named["bos"], pattern, vocab_size, nfc,
-                           ignore_merges)
+        tokenizer = from_merges(path, vocab, merges, special, named["eos"], named["bos"], pattern, vocab_size, nfc,
+                                ignore_merges)
+    texts = {name: token["content"] if isinstance(token, dict) and "content" in token else token
+             for name, token in settings[0].items() if name.endswith("_token")}
+    tokenizer.form = form_of(folder, template_in(folder, settings[0]), special, **{
+        name: text for name, text in texts.items() if isinstance(text, str)})
+    return tokenizer
+
+
+def template_in(folder, settings):
+    """A folder's chat template: the file's, or tokenizer_config.json's, the default one of several; or None."""
+    path, template = os.path.join(folder, "chat_template.jinja"), settings.get("chat_template")
+    if os.path.exists(path):
+        try:
+            with open(path, encoding="utf-8") as f:
+                return f.read()
+        except (OSError, ValueError) as error:
+            fail(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})")
+    if isinstance(template, list):
+        template = {named.get("name"): named.get("template") for named in template if isinstance(named, dict)}
+        return template.get("default")
+    return template
 
 
 def from_gguf(path, metadata):
@@ -293,8 +323,12 @@ def from_gguf(path, metadata):
         vocab = {token: i for i, (token, kind) in enumerate(zip(tokens, kinds)) if kind == 1}
         if len(special) + len(vocab) < len(tokens):
             fail(f"{path}: tokenizer.ggml.tokens holds a token twice")
-        return from_merges(path, vocab, [tuple(m.split(" ")) for m in get("merges")], special, get("eos_token_id"),
-                           get("bos_token_id"), pattern, len(tokens), nfc=get("pre") == "qwen2")
+        tokenizer = from_merges(path, vocab, [tuple(m.split(" ")) for m in get("merges")], special, get("eos_token_id"),
+                                get("bos_token_id"), pattern, len(tokens), nfc=get("pre") == "qwen2")
+        named = {f"{name}_token": tokens[get(f"{name}_token_id")] for name in ("bos", "eos")
+                 if get(f"{name}_token_id") is not None}
+    tokenizer.form = form_of(path, metadata.get("tokenizer.chat_template"), special, **named)
+    return tokenizer
 
 
 def from_merges(path, vocab, merges, special, eos, opening, pattern, vocab_size=None, nfc=False, ignore_merges=False):

@@ -22,11 +22,11 @@ KILLERS = ROOT / ".mutate_cache"
 CONTEXT = multiprocessing.get_context("forkserver")
 NEAREST = {
     "minirlhf/objectives.py": ["objectives", "train_ppo"],
-    "minirlhf/data.py": ["data", "held_out"],
+    "minirlhf/data.py": ["data", "held_out", "chat"],
     "minirlhf/model.py": ["model", "train_ppo", "adapters", "generate", "parity"],
     "minirlhf/generate.py": ["generate", "train_ppo", "parity"],
     "minirlhf/kernels.py": ["model", "runtime"],
-    "train_sft.py": ["figures", "state", "check", "further", "held_out"],
+    "train_sft.py": ["figures", "state", "check", "further", "held_out", "chat"],
     "train_rm.py": ["figures", "train_rm", "state", "check", "held_out"],
     "train_ppo.py": ["figures", "train_ppo", "state", "further", "held_out"],
     "minirlhf/prepare.py": ["prepare"],
@@ -35,7 +35,7 @@ NEAREST = {
     "minirlhf/checkpoint.py": ["state", "checkpoint", "adapters", "further", "pretrained", "faults", "hub", "export"],
     "minirlhf/check.py": ["check", "figures"],
     "minirlhf/runtime.py": ["runtime", "figures", "state", "train_ppo", "faults"],
-    "minirlhf/sample.py": ["figures", "state", "sample"],
+    "minirlhf/sample.py": ["figures", "state", "sample", "chat"],
     "minirlhf/benchmark.py": ["figures", "benchmark"],
     "minirlhf/config.py": ["config"],
     "minirlhf/adapters.py": ["adapters", "state", "train_ppo"],
@@ -47,6 +47,7 @@ NEAREST = {
     "minirlhf/export.py": ["export"],
     "minirlhf/sentiment.py": ["sentiment"],
     "minirlhf/dialects.py": ["dialects", "prepare"],
+    "minirlhf/chat.py": ["chat"],
 }
 
 OBJECTIVES = [
@@ -134,8 +135,8 @@ GENERATE = [
     ("sample(logits, temperature, u[rows, n])", "sample(logits, temperature, u[rows, 0])"),
     ("sample(logits, temperature, u[rows, n])", "sample(logits, temperature, u[:len(rows), n])"),  # other rows'
     ("logprobs[rows, at - 1] = logprob.masked_fill(~live, 0)", "logprobs[rows, at - 1] = logprob"),
-    ("finished[rows] |= live & (new == eos)", "finished[rows] |= live & (new != eos)"),
-    ("live = live & (new != eos)", "live = live & (new == new)"),  # goes on after eos
+    ("finished[rows] |= live & (new == ends[rows])", "finished[rows] |= live & (new != ends[rows])"),
+    ("live = live & (new != ends[rows])", "live = live & (new == new)"),  # goes on after eos
     ("rows, at, live = rows[kept], at[kept], live[kept]", "rows, at, live = rows[kept], at[:left], live[kept]"),
     ("kept = (~live).argsort(stable=True)[:left]", "kept = live.int().argsort(stable=True)[:left]"),  # drops live rows
     ("if left <= 0.8 * len(rows) and not decoder:", "if left <= 0.8 * len(rows):"),
@@ -206,6 +207,35 @@ DATA = [
     ("max(1, round(epochs * self.steps_per_epoch))", "max(1, int(epochs) * self.steps_per_epoch)"),
     ("return min(steps, most) if most else steps", "return max(steps, most) if most else steps"),
     ("epoch, i = divmod(step, self.steps_per_epoch)", "epoch, i = 0, step % self.steps_per_epoch"),
+    ("mask[i, start - 1:stop - 1] = True", "mask[i, start:stop] = True"),  # read, not chosen
+    ("mask[i, start - 1:stop - 1] = True", "mask[i, start - 1:stop - 2] = True"),  # the end does not train
+    ("(max(start - cut, 1), stop - cut)", "(start, stop)"),
+    ("(max(start - cut, 1), stop - cut)", "(start - cut, stop - cut)"),  # trains the token that opens a row
+    ("stop - cut > 1 and not last_turn_only", "not last_turn_only"),
+    ("last = n if all(m.role ==", "last = n if any(m.role =="),
+    ('prompt[0].role == "assistant":  # answers alone', "False:  # answers alone"),
+]
+CHAT = [
+    ("p.token and p.text in tokenizer.special", "p.text in tokenizer.special"),  # a text can be a token
+    ("yield from (END._replace(answer=answer), Piece(", "yield from (END, Piece("),  # its end does not train
+    ("Piece(m.text, answer=answer))", "Piece(m.text, answer=True))"),  # prompts train
+    ("not (messages and messages[0].role == \"system\")", "not messages"),
+    ("[*chatml(text.messages, tokenizer.form)][2:-1]", "[*chatml(text.messages, tokenizer.form)][2:]"),  # a line end more
+    ("Piece(ASSISTANT)], [tokenizer.opening])", "Piece(ASSISTANT)])"),
+    ("[*spoken(text.messages)][1:])[0] + [tokenizer.eos]", "[*spoken(text.messages)][1:])[0]"),
+    ("return tokenizer.special[END.text] if isinstance(text, Talk) and tokenizer.form else", "return"),
+    ("spans[-1] = spans[-1][0], len(ids)", "pass"),
+    ("yield from () if beside[0] else (START", "yield from (START"),
+    ("yield from () if beside[1] else (END", "yield from (END"),
+    ("if not as_made(form, REQUIRED) or", "if"),
+    ("if as_made(other, OPTIONAL[name])), form)", "), form)"),
+    ("think=as_made(form, OPTIONAL[\"think\"])", "think=True"),
+    ("    if tokenizer.open_form:\n", "    if False:\n"),
+    ("or START.text in rest or END.text in (form.system or \"\")", ""),
+    ("m.calls and not (form and form.calls)", "m.calls and not form"),
+    ("trim_blocks=True, lstrip_blocks=True,", ""),
+    ("{\"ensure_ascii\": False} | options", "options"),
+    ("from jinja2.sandbox import ImmutableSandboxedEnvironment", "from jinja2 import Environment as ImmutableSandboxedEnvironment"),
 ]
 PPO = [
     ("ref_logprobs, _ = ref.logprobs(", "ref_logprobs, _ = policy.logprobs("),
@@ -480,10 +510,9 @@ STATE = [
     ("minirlhf/check.py", 'same == len(rows),\n', 'same > 0,\n'),
 ]
 SFT = [
-    ("n_tokens = sum(len(row.ids) - row.prompt_length for row in batch)",
-     "n_tokens = sum(len(row.ids) for row in batch)"),
-    ("n_tokens = sum(len(row.ids) - row.prompt_length for row in batch)",
-     "n_tokens = sum(len(row.ids) - row.prompt_length for row in run.share(batch))"),
+    ("n_tokens = sum(row.trained for row in batch)", "n_tokens = sum(len(row.ids) for row in batch)"),
+    ("n_tokens = sum(row.trained for row in batch)", "n_tokens = sum(row.trained for row in run.share(batch))"),
+    ("n_tokens = sum(row.trained for row in batch)", "n_tokens = sum(len(row.ids) - row.prompt_length for row in batch)"),
     ("    return float(run.total(loss_sum))", "    return float(loss_sum)"),
     ("        loss_sum += loss.detach()", "        loss_sum = loss.detach()"),
     ("room if room >= 2 else block_size // 2", "room if room >= 2 else block_size"),
@@ -520,14 +549,15 @@ SFT = [
     ('{"nats_per_token": best, "held_out": best_figures}', '{"nats_per_token": now, "held_out": best_figures}'),
     ("tokens_per_epoch = sum(len(row.ids) - 1 for row in train_rows)",
      "tokens_per_epoch = sum(len(row.ids) for row in train_rows)"),
-    ("trained = sum(len(row.ids) - row.prompt_length for row in train_rows)",
-     "trained = sum(len(row.ids) - row.prompt_length - 1 for row in train_rows)"),
+    ("trained = sum(row.trained for row in train_rows)", "trained = sum(row.trained - 1 for row in train_rows)"),
+    ("earlier = sum(stop - start for row in train_rows", "earlier = sum(1 for row in train_rows"),
+    ("block_size, o.long_prompts, o.last_turn_only)", "block_size, o.long_prompts, False)"),
+    ('"last_turn_only", "lr_schedule"', '"lr_schedule"'),
     ("{tokens_per_epoch // order.steps_per_epoch:,} tokens each; {o.optimizer}",
      "{tokens_per_epoch // steps:,} tokens each; {o.optimizer}"),
-    ("byte_counts = [tokenizer.count_bytes(row.ids[row.prompt_length:])",
-     "byte_counts = [tokenizer.count_bytes(row.ids)"),
-    ("byte_counts = [tokenizer.count_bytes(row.ids[row.prompt_length:])",
-     "byte_counts = [len(tokenizer.decode(row.ids[row.prompt_length:]))"),
+    ("tokenizer.count_bytes(row.ids[start:stop]) for start, stop in row.spans)", "tokenizer.count_bytes(row.ids) for _ in [0])"),
+    ("tokenizer.count_bytes(row.ids[start:stop]) for", "len(tokenizer.decode(row.ids[start:stop])) for"),
+    ("for start, stop in row.spans) for row in val_rows", "for start, stop in row.spans[-1:]) for row in val_rows"),
     ("run, val_rows, byte_counts, kinds, tokenizer,",
      "run, train_rows[:len(val_rows)], byte_counts, kinds, tokenizer,"),
     ('{evaluate.describe(best_figures)}")\n        run.saved', '{evaluate.describe(held_out)}")\n        run.saved'),
@@ -606,8 +636,8 @@ PPO_FIGURES = [
     ("rollout_seconds = time.perf_counter() - began\n\n", "rollout_seconds = time.perf_counter()\n\n"),
 ]
 EVALUATE_FIGURES = [
-    ("len(row.ids) - row.prompt_length, byte_counts[i]))", "len(row.ids) - row.prompt_length - 1, byte_counts[i]))"),
-    ("len(row.ids) - row.prompt_length, byte_counts[i]))", "len(row.ids), byte_counts[i]))"),
+    ("row.trained, byte_counts[i]))", "row.trained - 1, byte_counts[i]))"),
+    ("row.trained, byte_counts[i]))", "len(row.ids), byte_counts[i]))"),
     ("n / math.log(2) / max(b, 1)", "n * math.log(2) / max(b, 1)"),
     ("n / math.log(2) / max(b, 1)", "n / math.log(2) / t"),
     ('for kind in ("all", kinds[i]):', 'for kind in {"all", kinds[0]}:'),
@@ -655,7 +685,7 @@ EVALUATE_FIGURES = [
     ('"k3": k3(logprobs, ref_logprobs).sum(1)', '"k3": k3(ref_logprobs, logprobs).sum(1)'),
     ('"ref_logprob": ref_logprobs.sum(1)', '"ref_logprob": logprobs.sum(1)'),
     ('"length": rollout.response_mask.sum(1)', '"length": rollout.lengths'),
-    ('"ids": [token for token in response if token != tokenizer.eos], **row}', '"ids": response, **row}'),
+    ('"ids": response[:-1] if row["finished"] else response, **row}', '"ids": response, **row}'),
     ('tokens = len(rows), max(1, sum(r["length"] for r in rows))',
      'tokens = len(rows), max(1, sum(len(r["ids"]) for r in rows))'),
     ('sum(r["ref_logprob"] for r in rows) / tokens', 'sum(r["ref_logprob"] / r["length"] for r in rows) / n'),
@@ -814,11 +844,14 @@ HELD_OUT = [
     ("train_sft.py", "*about_data, *about_parts,", "*about_data,"),
 ]
 SAMPLE = [
-    ("long = sum(len(ids) > room for _, ids in rows) // a.n", "long = sum(len(ids) > room for _, ids in rows)"),
-    ("long = sum(len(ids) > room for _, ids in rows) // a.n", "long = sum(len(ids) >= room for _, ids in rows) // a.n"),
-    ("for prompt in prompts for _ in range(a.n)]", "for _ in range(a.n) for prompt in prompts]"),
-    ('"finished": finished}', '"finished": not finished}'),
-    ('a.temperature, runtime.generator(a.seed, at, 0, "sample"))', '1.0, runtime.generator(a.seed, at, 0, "sample"))'),
+    ("encode_prompts(policy.tokenizer, prompts, room,", "encode_prompts(policy.tokenizer, prompts, room - 1,"),
+    ("in zip(prompts, encoded) for _ in range(a.n)]", "in [*zip(prompts, encoded)] * a.n]"),
+    ('completion, "finished": finished}', 'completion, "finished": not finished}'),
+    ('policy.tokenizer.eos, a.temperature,\n', 'policy.tokenizer.eos, 1.0,\n'),
+    ("kept = kept[2:]", "kept = kept[1:]"),  # an answer without its turn
+    ("talk = [*kept, Message", "talk = [*talk, Message"),  # the turn is forgotten
+    ("answer if tokenizer.form else answer.removeprefix", "answer if False else answer.removeprefix"),
+    ("runtime.generator(a.seed, turn, 0", "runtime.generator(a.seed, 0, 0"),
 ]
 CHECK = [
     ("gap = float((a - b).float().pow(2).mean().sqrt() / a", "gap = float((a - b).float().mean().abs() / a"),
@@ -840,7 +873,6 @@ BENCHMARK = [
      '"samples_s": w.batch / total, "tok_s": new / phases["rollout"]'),
     ('tokens, phases = batch * LENGTH * (1 if o.what == "sft" else 2)', "tokens, phases = batch * LENGTH"),
     ("step, cost = statistics.median(seconds)", "step, cost = min(seconds)"),
-    ("/ wall / os.cpu_count(), 3)", "/ wall, 3)"),
     ("floor = {name: max(flops / peak, moved / bandwidth) / 1e9",
      "floor = {name: min(flops / peak, moved / bandwidth) / 1e9"),
     ('"floor_ratio": {name: phases[name] / floor[name]', '"floor_ratio": {name: floor[name] / phases[name]'),
@@ -924,8 +956,8 @@ ADAPTERS = [  # with their files: what learns, what is shared, what lies below, 
      "return a.wte.weight.data_ptr() == b.wte.weight.data_ptr()"),
     ("minirlhf/adapters.py", "theirs[name].data = p.data", "pass"),
     ("minirlhf/check.py", "adapters.merged(model, on_cpu)", "model.state_dict()"),
-    ("minirlhf/checkpoint.py", '"format": 2 if is_on_base(model) else 1', '"format": FORMAT'),
     ("minirlhf/checkpoint.py", 'if not payload["training"]:', "if False:"),  # what cannot go on
+    ("minirlhf/checkpoint.py", '"format": 3 if "form" in ids else 2 if is_on_base(model) else 1', '"format": FORMAT'),
     ("minirlhf/checkpoint.py", 'any("model" not in entry for', 'all("model" not in entry for'),
     ("minirlhf/checkpoint.py", 'learned or learned_state(model), model.base', 'learned_state(model), model.base'),
     ("minirlhf/checkpoint.py", 'return {"model": adapters.merged(model, learned)}',
@@ -1058,7 +1090,7 @@ MUTATIONS = [(file, *pair) for file, pairs in (
     ("minirlhf/check.py", CHECK), ("minirlhf/benchmark.py", BENCHMARK), ("minirlhf/config.py", CONFIG),
     ("minirlhf/sizes.py", SIZES), ("minirlhf/pretrained.py", PRETRAINED), ("minirlhf/tokenizer.py", TOKENIZER),
     ("minirlhf/rewards.py", REWARDS), ("minirlhf/export.py", EXPORT), ("minirlhf/sentiment.py", SENTIMENT),
-    ("minirlhf/dialects.py", DIALECTS)) for pair in pairs] + STATE + ADAPTERS + HELD_OUT
+    ("minirlhf/dialects.py", DIALECTS), ("minirlhf/chat.py", CHAT)) for pair in pairs] + STATE + ADAPTERS + HELD_OUT
 
 
 def misplaced():

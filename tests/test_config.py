@@ -369,7 +369,7 @@ def help_of(script, capsys):
         r"^(\S[^\n]*):\n(.*?)(?=^\S|\Z)", text, re.M | re.S)}
 
 
-@pytest.mark.parametrize("script, heading, last", [(train_sft, "model, data, output", "long_prompts"),
+@pytest.mark.parametrize("script, heading, last", [(train_sft, "model, data, output", "last_turn_only"),
                                                    (train_rm, "model, data, output", "long_prompts"),
                                                    (train_ppo, "models, data, output", "long_prompts")])
 def test_each_option_stands_under_its_heading(script, heading, last, capsys):

@@ -333,7 +333,7 @@ def test_records_that_do_not_fit(write, refused, load, record, words):
     (load_preferences, {"text": "Q", "chosen": "b", "rejected": "c"}, ["'text' would be lost"]),
     (load_preferences, {"prompt": "Q", "messages": TALK, "chosen": "b", "rejected": "c"}, ["'messages' would be lost"]),
     (load_preferences, {"prompt": "Q", **WHOLE}, ["'prompt' is no turn of the conversation"]),
-    (load_preferences, {"prompt": "Q", "chosen": [GOOD], "rejected": TALK + [BAD]}, ["'prompt' is no turn"]),
+    (load_preferences, {"prompt": "Q", "chosen": [GOOD], "rejected": TALK + [BAD]}, ["follow the same messages"]),
     (load_preferences, {"prompt": "Q", "chosen": [GOOD], "rejected": "b"}, ["strings, or all lists of messages"]),
     (load_preferences, {"messages": TALK + [GOOD], "chosen": "b", "rejected": "c"}, ["'messages' must end before"]),
     (load_preferences, {"prompt": "Q", "completions": ["a", "b"], "chosen": "c"}, ["'chosen' would be lost"]),

@@ -232,16 +232,24 @@ def preference(record):
             need(all(type(s) in (int, float) and -1e300 < s < 1e300 for s in scores))
             need(sorted(scores, reverse=True) == scores)
     else:
-        answers = [record.get("chosen"), record.get("rejected")]
-        texts = [talk(turns(t)) if isinstance(t, list) else well_formed(t) for t in answers]
-        need(isinstance(answers[0], list) == isinstance(answers[1], list))
-        clear(prompt is None or isinstance(prompt, list) or not isinstance(answers[0], list))
+        texts = [turns(t) if isinstance(t, list) else well_formed(t) for t in (record.get("chosen"),
+                                                                              record.get("rejected"))]
+        need(isinstance(texts[0], list) == isinstance(texts[1], list))
+        clear(prompt is None or isinstance(prompt, list) or not isinstance(texts[0], list))
     clear("messages" not in record and (prompt is not None or "text" not in record))
+    if isinstance(texts[0], list):
+        shared = [n for n in range(min(map(len, texts))) if all(
+            pairs[:n] == texts[0][:n] and pairs[n][0] == "assistant" for pairs in texts)]
+        need(shared and all(pairs[-1][0] == "assistant" for pairs in texts))
+        before, n = [] if prompt is None else turns(prompt), shared[-1]
+        need(not before or before[-1][0] != "assistant")
+        clear(not before or n == 0 or texts[0][0][0] == "assistant")
+        answers = [talk(pairs[n:]).removeprefix("\n\nAssistant:") for pairs in texts]
+        return talk(before + texts[0][:n]) + "\n\nAssistant:", answers, scores
     if isinstance(prompt, list):
         question = asked(prompt)
-        bare = [t.removeprefix("\n\nAssistant:") for t in texts]
-        apart(prompt[-1]["content"] or "x", bare)
-        return question, [t if t[:1] == " " else " " + t for t in bare], scores
+        apart(prompt[-1]["content"] or "x", texts)
+        return question, [t if t[:1] == " " else " " + t for t in texts], scores
     if prompt is not None:
         question = well_formed(prompt)
         apart(question, texts)
@@ -309,8 +317,8 @@ def random_record(rng):
         {"prompt": random_messages(rng, "user"), "chosen": [{"role": "assistant", "content": random_text(rng)}],
          "rejected": [{"role": "assistant", "content": random_text(rng)}]}]
     shared, start = random_messages(rng, "user"), random_text(rng)
-    forms.append({name: shared + random_messages(rng, last) for name, last in
-                  (("chosen", "assistant"), ("rejected", "user"))})
+    forms.append({name: shared + random_messages(rng, last)[rng.choice([0, -1, -1, -1]):] for name, last in
+                  (("chosen", "assistant"), ("rejected", rng.choice(["assistant"] * 7 + ["user"])))})
     forms.append({"completions": [start + random_text(rng) for _ in range(3)], "margin": rng.choice(NUMBERS)})
     return rng.choice(forms)
 

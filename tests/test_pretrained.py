@@ -286,7 +286,7 @@ def test_a_gguf_file_comes_in(tmp_path, make_model, kind, numbers):
     path = tmp_path / "x.gguf"
     path.write_bytes(gguf(kind, model, numbers))
     loaded, tokenizer, info = pretrained.load(str(path))
-    assert tokenizer["model"] == "gpt2" and len(tokenizer["tokens"]) == 13
+    assert tokenizer["tokenizer.ggml.model"] == "gpt2" and len(tokenizer["tokenizer.ggml.tokens"]) == 13
     if numbers == "F32":
         check(loaded, model)
     step = {"F32": 0, "F16": 1e-3, "BF16": 8e-3, "Q8_0": 0.01, "Q4_0": 0.16, "Q4_1": 0.1}[numbers]

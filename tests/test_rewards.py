@@ -167,7 +167,7 @@ def test_a_step_s_rollout_carries_whole_prompts(make_model):
     """Stage 3's own rollout, which sorts its rows by length: each row has the text of the prompt that it answers."""
     import train_ppo
 
-    model, prompts = make_model(), [Prompt([0, 1 + i], f"prompt {i}") for i in range(6)]
+    model, prompts = make_model(), [Prompt([0, 1 + i], f"prompt {i}", 0) for i in range(6)]
     run = SimpleNamespace(device=CPU.device, autocast=lambda: NO_CONTEXT,
                           generator=lambda step, purpose: torch.Generator().manual_seed(3))
     o = SimpleNamespace(response_length=8, temperature=1.0)

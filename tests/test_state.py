@@ -309,7 +309,8 @@ EFFECTS = {
         "vocab_size": row(258, "weights", "steps"), "family": row("llama", "weights", "steps"),
         "n_layer": row(2, "weights", "steps"),
         "n_head": row(1, "weights", "steps"), "n_embd": row(4, "weights", "steps"),
-        "block_size": row(24, "weights", "steps"), "response_length": row(2, "samples")},
+        "block_size": row(24, "weights", "steps"), "response_length": row(2, "samples"),
+        "last_turn_only": Alone("test_earlier_answers_train_unless_told_otherwise")},
     "rm": COMMON | TRAINING | {
         "init_from": row("{folder}/other_sft", "weights", "steps"), "num_eval_texts": row(8, "evals"),
         "preferences": row("judge", "weights", "steps"),
@@ -405,6 +406,20 @@ def test_an_option_has_its_effect(tiny, base, passes, monkeypatch, stage, name):
         found = found - {"weights"} | {"rounding"}
     assert differs <= found, f"--{name} {value} changes only {sorted(found)}"
     assert found & {"weights", "steps"} <= differs, f"--{name} {value} changes {sorted(found)}"
+
+
+def test_earlier_answers_train_unless_told_otherwise(tiny, tmp_path):
+    """Of " ab", " a" and eos six bytes train, or the last three alone; other records train as always."""
+    talk = [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 2, ["x", "ab", "y", "a"])]
+    for split in ("train", "val"):
+        (tmp_path / f"sft.{split}.jsonl").write_text(json.dumps({"messages": talk}) + "\n")
+    sizes = ["--vocab_size", "257", "--block_size", "64"]
+    runs = [tiny.train("sft", "--data_dir", tmp_path, *sizes, *more) for more in ([], ["--last_turn_only"])]
+    assert " 6 of them are trained, 3 of these in earlier answers of conversations; " in runs[0].said
+    assert " 3 of them are trained; " in runs[1].said
+    assert not equal(runs[0].payload()["model"], runs[1].payload()["model"])
+    plain = [tiny.train("sft", *more).payload() for more in ([], ["--last_turn_only"])]
+    assert equal(plain[0]["model"], plain[1]["model"])
 
 
 @EVERY
