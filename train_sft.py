@@ -118,8 +118,8 @@ def encode_demonstrations(parts, paths, o, tokenizer, block_size):
 def main(argv=None):
     given = parse(Options, argv)
     o, saved = checkpoint.resume(given, "sft", (
-        *SIZES, "seed", "val_share", "batch_size", "max_steps", "optimizer", "long_prompts", "last_turn_only",
-        "lr_schedule", *adapters.OPTIONS))
+        *SIZES, "seed", "val_share", "batch_size", "max_steps", "optimizer", "long_prompts",
+        "last_turn_only", "lr_schedule", *adapters.OPTIONS))
     if o.init_from != "scratch" and not given.resume and "init_from" not in o.given:
         if sized := [runtime.option(name, getattr(o, name)) for name in SIZES[:-1] if name in o.given]:
             fail(f"{sized[0]}: {o.init_from} has its own size and vocabulary; for a model from scratch give @scratch "

@@ -25,7 +25,7 @@ NEAREST = {
     "minirlhf/data.py": ["data", "held_out", "chat"],
     "minirlhf/model.py": ["model", "train_ppo", "adapters", "generate", "parity"],
     "minirlhf/generate.py": ["generate", "train_ppo", "parity"],
-    "minirlhf/kernels.py": ["model", "runtime"],
+    "minirlhf/kernels.py": ["model", "runtime", "benchmark"],
     "train_sft.py": ["figures", "state", "check", "further", "held_out", "chat"],
     "train_rm.py": ["figures", "train_rm", "state", "check", "held_out"],
     "train_ppo.py": ["figures", "train_ppo", "state", "further", "held_out"],
@@ -190,6 +190,15 @@ KERNELS = [
      "momentum = state[\"momentum_buffer\"].lerp_(p.grad, group[\"momentum\"])"),
     ("x, tall = p.grad.lerp(momentum, group[\"momentum\"]), len(p) > p.shape[1]", "x, tall = momentum, len(p) > p.shape[1]"),
     ("p.mul_(1 - lr * group[\"weight_decay\"])", "pass"),
+    ("/ wall / cores_allowed(), 3)", "/ wall, 3)"),
+    ("cores - threads + (0.15 if leave else 0.3)", "cores - threads + 0.3"),  # to and fro
+    ("load.others() * cores > cores - threads", "load.others() > cores - threads"),
+    ("-(-(cores - threads + 1) // max(1, threads - 1))", "1"),  # too few where threads leave cores free
+    ("            leave.set()\n", ""),  # asleep for ever
+    ("    leave.wait()\n", ""),  # a team that goes at once
+    ("torch.zeros(torch.get_num_threads() << 16).add_(1)", "pass"),  # a thread without a team
+    ('{"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & {*os.environ}', '{"OMP_WAIT_POLICY"} & {*os.environ}'),
+    ("if torch.get_num_threads() > 1 and Load().at", "if Load().at"),
     ("math.sqrt(max(1, len(p) / p.shape[1]))", "math.sqrt(max(1, p.shape[1] / len(p)))"),
     ("beta=b, alpha=c), x, beta=a)", "beta=b, alpha=c), x, beta=b)"),
 ]

@@ -8,15 +8,13 @@ import os
 import random
 import shlex
 import signal
-import subprocess
-import sys
 import time
 import tracemalloc
 from pathlib import Path
 
 import pytest
 
-from conftest import ROOT, Command, tree
+from conftest import Command, tree
 from minirlhf import prepare
 from minirlhf.data import is_held_out
 from minirlhf.dialects import SETS
@@ -493,11 +491,12 @@ def test_killed_at_any_moment(overwrite, tmp_path, monkeypatch):
 
         def counted(real):
             def call(*arguments):
+                result = None
                 for after in range(2):
                     if len(calls) == moment:
                         raise Killed
                     calls.append(arguments)
-                    result = real(*arguments) if not after else result
+                    result = result if after else real(*arguments)
                 return result
             return call
 
