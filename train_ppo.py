@@ -36,15 +36,15 @@ class Options(RunOptions):
     lora_layers: int = 12  # adapters in the last so many blocks, where there are more; 0 = in all [0..]
     long_prompts: Literal["drop", "trim"] = "drop"  # prompts too long for the context: drop, or trim at the left
     # ---- rollouts
-    total_episodes: int = 3072  # answers to sample in all, rounded up to whole batches [1..]
+    total_episodes: int = 2304  # answers to sample in all, rounded up to whole batches [1..]
     batch_size: int = 64  # answers a step, over all ranks [1..]
     response_length: int = 48  # longest answer in tokens, eos included [1..]
     temperature: float = 1.0  # of sampling, and so of every log-probability [0.01..]
     # ---- rewards and advantages
-    kl_coef: float = 0.045  # beta, the reward lost for a nat of KL from the reference [0..]
+    kl_coef: float = 0.06  # beta, the reward lost for a nat of KL from the reference [0..]
     kl_baseline: float = 0.3  # share of the mean KL per token taken off each token's: length costs less [0..1]
     adaptive_kl_target: float = 0.0  # nats a response that kl_coef is adapted to reach; 0 = kl_coef stays [0..]
-    reward_clip: float = 2.5  # the reward model's scores are clipped to +- this; 0 = never [0..]
+    reward_clip: float = 2.0  # the reward model's scores are clipped to +- this; 0 = never [0..]
     missing_eos_penalty: float = 0.7  # subtracted from the score of an answer that did not end; 0 = off [0..]
     whiten_rewards: bool = False  # divide rewards by their standard deviation, their mean kept
     gamma: float = 1.0  # discount [0..1]
@@ -60,13 +60,13 @@ class Options(RunOptions):
     cliprange: float = 0.2  # of the policy's ratio (0..]
     cliprange_value: float = 0.2  # of the value's change (0..]
     vf_coef: float = 0.1  # weight of the value loss: matters for clipping its gradient, as the network is its own [0..]
-    ent_coef: float = 0.01  # weight of an entropy bonus: keeps answers diverse [0..]
+    ent_coef: float = 0.012  # weight of an entropy bonus: keeps answers diverse [0..]
     value_warmup: int = 4  # first steps in which only the value network learns [0..]
     # ---- guards
     max_update_kl: float = 1.0  # nats a token from old to new policy (k3) above which a batch's epochs end (0..1]
     max_ref_kl: float = 60.0  # nats a response from the reference; three batches above it end the run; 0 = off [0..]
     # ---- evaluations and checkpoints
-    eval_interval: int = 16  # steps between evaluations and checkpoints; the last step always has both [1..]
+    eval_interval: int = 12  # steps between evaluations and checkpoints; the last step always has both [1..]
     num_eval_prompts: int = 512  # held-out prompts of the closing comparison, a quarter of them earlier [1..1000000]
     save_rollouts: bool = False  # keep each training answer with its score, reward and KL in rollouts.jsonl
 
