@@ -7,6 +7,7 @@ index t means "having read tokens[:, :t+1], choose tokens[:, t+1]". Networks and
 import os
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -362,8 +363,9 @@ def main(argv=None):
             if scheduled:
                 record["eval"] = against_sft.evaluation(policy, done)
             run.write("metrics.jsonl", record)
+            run.rescue = partial(training.save, done, record, kl_coef=kl_coef, high=guard.in_a_row)
             if scheduled or stopping:
-                training.save(done, record, kl_coef=kl_coef, high=guard.in_a_row)
+                run.rescue()
             if stopping:
                 run.exit_stopped()
 

@@ -7,6 +7,7 @@ import os
 import time
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -83,7 +84,7 @@ def batch_gradients(model, batch, eos, o, run):
             better += [len(rows) + i for i, _ in pairs]
             worse += [len(rows) + j for _, j in pairs]
             rows += record_rows
-        scores = score_all(model, run, rows, eos, 32)  # (texts,), in however many pairs
+        scores = score_all(model, run, rows, eos)  # (texts,), in however many pairs
         loss = bradley_terry_loss(scores[better], scores[worse]).sum() / n_pairs
         loss.backward()
         sums += torch.stack([loss.detach(), wins(scores[better].cpu(), scores[worse].cpu()).sum().to(loss)])
@@ -209,7 +210,8 @@ def main(argv=None):
             run.say(f"{o.out_dir}: this run is finished ({first} steps)")
             return
         about_memory = memory.check(run, o, memory.of_rm, model, sft, [
-            [train_set[i] for i in batch] for batch in memory.heaviest(order, steps)], max(map(len, scale_prompts)))
+            [train_set[i] for i in batch] for batch in memory.heaviest(order, steps)],
+            max(len(row.ids) for rows, _, _ in val_set for row in rows), max(map(len, scale_prompts)))
         if o.checkpoint_activations:
             memory.recompute(model)
         if o.check:
@@ -268,8 +270,9 @@ def main(argv=None):
                 evaluate.show_pairs(model, run, tokenizer, val_set, done)
                 pace.add("looks", time.perf_counter() - began, look)
             run.write("metrics.jsonl", record)
+            run.rescue = partial(training.save, done, {}, finished=False)
             if scheduled or stopping and done < steps:
-                training.save(done, {}, finished=False)
+                run.rescue()
             if stopping and done < steps:  # after the last step what is left is short
                 run.exit_stopped()
 

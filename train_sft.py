@@ -6,6 +6,7 @@ import math
 import os
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -255,8 +256,9 @@ def main(argv=None):
                     best, best_figures = now, held_out
                     best_weights = {k: tensor.clone() for k, tensor in checkpoint.learned_state(model).items()}
             run.write("metrics.jsonl", record)
+            run.rescue = partial(training.save, done, {"nats_per_token": best, "held_out": best_figures}, best_weights)
             if scheduled or stopping:
-                training.save(done, {"nats_per_token": best, "held_out": best_figures}, best_weights)
+                run.rescue()
             if stopping and done < steps:
                 run.exit_stopped()
         run.say(f"\nbest held-out loss: {evaluate.describe(best_figures)}")

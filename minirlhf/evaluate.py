@@ -15,6 +15,7 @@ from minirlhf.config import (Parser, RunOptions, all_printed, check_spelling, fa
                              say, temperature_number, unprinted)
 from minirlhf.data import collate, encode_prompts, label_of, load_prompts, number
 from minirlhf.generate import generate
+from minirlhf.memory import BATCH, ROWS
 from minirlhf.model import flat_indices
 from minirlhf.objectives import (best_of_n_kl, expected_calibration_error, explained_variance, fit_temperature, k1, k3,
                                  mean_interval, moments, sft_loss, wilson_interval, win_rate, wins)
@@ -22,7 +23,6 @@ from minirlhf.objectives import (best_of_n_kl, expected_calibration_error, expla
 BINS = (0, 0.5, 1, 2, 4, math.inf)  # of `margin`, for the accuracy by how clear a preference was
 FEW = 50  # pairs, fewer of which say nothing of how good a reward model is
 SHOWN = 4  # samples printed at each evaluation
-BATCH, ROWS = 128, 32  # prompts that are answered at once, and the rows of a forward pass over answers
 BEST_OF = 4  # SFT answers of which the closing report keeps the best
 UNSOUND_KL = 1.0  # nats a token (k3) between new and old policy: a sound update moves by a hundredth of it
 
@@ -61,7 +61,7 @@ def describe(held_out):
 
 # ---- stage 2: a reward model
 
-def score_all(model, run, rows, eos, batch_size=128):
+def score_all(model, run, rows, eos, batch_size=ROWS):
     """Scores of many rows, each different row once, rows of like length together, which saves padding: (N,)."""
     unique = sorted({tuple(row.ids): row for row in rows}.values(), key=lambda row: len(row.ids))
     scores = []

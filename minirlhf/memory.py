@@ -22,12 +22,11 @@ from minirlhf import adapters, kernels, sizes
 from minirlhf.config import fail, ranks
 
 FLOAT = 4  # bytes of a weight, gradient, moment or logit
-LIBRARIES = 40e6  # bytes that torch reads in only when it computes
-GAPS = 1.4  # how far a CPU's heap outgrows what comes and goes, whose sizes differ (measured: 1.2 to 1.7, glibc 2.36)
-ROWS = 32  # texts that stage 2 scores at once in training
+LIBRARIES = 50e6  # bytes of code and of oneDNN's kernels that come when torch computes (measured: 40 to 120 million)
+GAPS = 1.5  # how far a CPU's heap outgrows what comes and goes, whose sizes differ (measured: 1.2 to 1.9, glibc 2.36)
+BATCH, ROWS = 128, 32  # prompts that an evaluation answers at once, rows of its forward passes; stage 2's in training
 SHOWN, PROMPT = 4, 64  # samples that stage 1 shows, and tokens of a prompt there
 PARTS = ("weights", "best", "gradients", "moments", "logits", "activations", "states", "cache", "copies", "program")
-LOOK = 128  # answers that are sampled at once for an evaluation or the reward's scale
 
 
 # ---- what stays
@@ -134,25 +133,27 @@ def of_sft(o, run, model, batches, held_out):
         stays["weights"] += held([model])
     stays["best"] = FLOAT * sum(learned(model, o))  # the weights of the lowest held-out loss so far
     steps = {(len(part), max(len(row.ids) for row in part) - 1, sum(len(row.ids) - row.prompt_length for row in part))
-             for batch in batches for part in parts(run.share(batch), o)}
+             for batch in batches for part in parts(run.share(batch) or batch, o)}
     longest = sorted(len(row.ids) - row.prompt_length for row in held_out)[-o.micro_batch_size:]
     passes = most(training(c, o, [step], 4 * logit * step[2], w, cpu) for step in steps)
     return stays, [*in_turn(passes, gradients(o, model), o.batch_size > o.micro_batch_size * run.world),
                    {"logits": 3 * logit * sum(longest)}, sampling(c, o, SHOWN, PROMPT, o.response_length, w, cpu)]
 
 
-def of_rm(o, run, model, sft, batches, prompt):
-    """batches: records of the largest, each with its rows first; prompt: tokens of the longest for the scale."""
+def of_rm(o, run, model, sft, batches, text, prompt):
+    """batches: records of the largest, each with its rows first; text, prompt: tokens of the longest that is held out,
+    and that is answered for the scale."""
     c, w, cpu = model.config, run.dtype.itemsize, run.device.type == "cpu"
     steps = set()
-    for part in (part for batch in batches for part in parts(run.share(batch), o)):
+    for part in (part for batch in batches for part in parts(run.share(batch) or batch, o)):
         lengths = sorted(len(row.ids) for record in part for row in record[0])
         together = [lengths[at:at + ROWS] for at in range(0, len(lengths), ROWS)]
         steps.add(tuple((len(group), group[-1], len(group)) for group in together))
-    passes = most(training(c, o, step, 0, w, cpu) for step in steps)
+    passes, (a, h, d) = most(training(c, o, step, 0, w, cpu) for step in steps), kept_by_block(c, o, w, cpu)
     return lasting(o, run, [model], [sft]), [
+        {"activations": ROWS * text * (a + h * text + d)},
         *in_turn(passes, gradients(o, model), o.batch_size > o.micro_batch_size * run.world),
-        sampling(c, o, min(LOOK, o.num_scale_samples), prompt, o.response_length, w, cpu)]
+        sampling(c, o, min(BATCH, o.num_scale_samples), prompt, o.response_length, w, cpu)]
 
 
 def of_ppo(o, run, policy, value, others, prompt):
@@ -166,7 +167,7 @@ def of_ppo(o, run, policy, value, others, prompt):
     update = training(c, o, [(learning, length - 1, learning * o.response_length)],
                       (5 if o.ent_coef else 3) * logits * learning, w, cpu)
     return lasting(o, run, [policy, value], others), [
-        *(sampling(c, o, n, prompt, o.response_length, w, cpu) for n in (rows, min(LOOK, o.num_eval_prompts))),
+        *(sampling(c, o, n, prompt, o.response_length, w, cpu) for n in (rows, min(BATCH, o.num_eval_prompts))),
         {"logits": 4 * logits * scored, "states": below * rows},
         *in_turn(update | {"states": below * (rows + rows // o.num_mini_batches)}, gradients(o, policy, value),
                  learning < rows // o.num_mini_batches)]
@@ -201,8 +202,8 @@ def peak(stays, phases, cpu):
 def check(run, o, stage, *about):
     """-> the line to say of what a run needs and what the device has; exits 2 where that is less, unless --force.
 
-    stage: an `of_STAGE`; about: what it takes after o and run. Keeps in run.smaller the first (changes of options,
-    bytes) that would do with clearly less, for the day when memory ends all the same.
+    stage: an `of_STAGE`; about: what it takes after o and run. run.smaller becomes the first (changes of options,
+    bytes) with clearly less, for the case that memory ends all the same.
     """
     cpu, (stays, phases) = run.device.type == "cpu", stage(o, run, *about)
     loaded = sum(stays.values()) if o.resume else stays["weights"]
@@ -214,7 +215,8 @@ def check(run, o, stage, *about):
 
     need, there = peak(stays, phases, cpu), available(run.device)
     ways = [(changes, needs(**changes)) for changes in smaller(o)]
-    run.smaller = next((way for way in ways if way[1] <= min(0.9 * need, there)), None)
+    fits, run.smaller = (next((way for way in ways if way[1] <= limit), None)
+                         for limit in (there, min(0.9 * need, there)))
     shares = {part: max(found.get(part, 0) for found in (stays, *phases)) for part in PARTS}
     line = (f"memory: {', '.join(f'{part} {size(number)}' for part, number in shares.items() if number)}; at most "
             f"{size(need)} at a time, and {run.device} has {size(there)}")
@@ -222,14 +224,15 @@ def check(run, o, stage, *about):
         return line
     if o.force:
         return f"warning: {line}: --force"
-    changes, least = run.smaller or min(ways, key=lambda way: way[1], default=({}, need))
-    fail(f"{line}: " + (f"{words(changes)} needs {size(least)}" if changes else "take a smaller model") + (
-        "" if run.smaller else "; no option makes it fit") + "; --force starts all the same")
+    changes, least = fits or min(ways, key=lambda way: way[1], default=({"micro_batch_size": 1}, need))
+    name = next(iter(changes))
+    fail(f"--{name} {getattr(o, name)}: {line}: {words(changes)} needs {size(least)}"
+         + ("" if fits else ", which is too much as well") + "; --force starts all the same")
 
 
 def size(number):
-    """"9.1 GB"."""
-    return f"{number / 1e9:.1f} GB" if number >= 1e9 else f"{number / 1e6:.0f} MB"
+    """"9.1 GB", "14.2 MB"."""
+    return f"{number / 1e9:.1f} GB" if number >= 1e9 else f"{number / 1e6:.3g} MB"
 
 
 def smaller(o):

@@ -20,6 +20,7 @@ import statistics
 import sys
 import threading
 import time
+import traceback
 import weakref
 from collections import defaultdict, deque
 from dataclasses import asdict, fields, replace
@@ -98,6 +99,7 @@ class Run:
         self.logging = False  # whether the folder's old run, if any, has gone
         self.pid, self.signals = os.getpid(), {}  # signals: what acted on them before
         self.smaller = None  # (changes of options, bytes they need), where `memory.check` found any
+        self.rescue = None  # saves what was learned up to the last whole step, while the weights are those of its end
         RUNS.add(self)
         self.rank, self.world = ranks()
         self.device = pick_device(options.device)
@@ -302,8 +304,8 @@ class Run:
     def __enter__(self):
         return self
 
-    def __exit__(self, kind, error, traceback):
-        advice = self.without_memory(error) if out_of_memory(error) else ""
+    def __exit__(self, kind, error, trace):
+        advice = self.without_memory(error, trace) if out_of_memory(error) else ""
         try:
             self.release()
             if self.world > 1 and kind is None:
@@ -319,8 +321,13 @@ class Run:
         if advice:
             raise SystemExit(one_line(advice)) from None
 
-    def without_memory(self, error):
-        """What to say where memory has ended: how much was asked for, what needs less, how to go on."""
+    def without_memory(self, error, trace):
+        """Saves what it can, and returns what to say where memory has ended: how much was asked for, what needs less,
+        how to go on."""
+        traceback.clear_frames(trace)  # which hold what the step was made of
+        if self.rescue:
+            with contextlib.suppress(MemoryError, RuntimeError, SystemExit):
+                self.rescue()
         changes, need = self.smaller or ({}, 0)
         asked = re.search(r"tried to allocate [\d.]+ \w+", str(error), re.IGNORECASE)
         ways = {"resume": True, "overwrite": False} if self.logging and self.held() else {}

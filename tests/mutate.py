@@ -27,6 +27,7 @@ NEAREST = {"minirlhf/objectives.py": ["objectives", "train_ppo"], "minirlhf/data
            "train_rm.py": ["figures", "train_rm", "state", "check"],
            "train_ppo.py": ["figures", "train_ppo", "state", "further"], "minirlhf/prepare.py": ["prepare"],
            "minirlhf/evaluate.py": ["figures", "train_ppo", "train_rm", "state"], "minirlhf/sizes.py": ["faults"],
+           "minirlhf/memory.py": ["memory"],
            "minirlhf/checkpoint.py": ["state", "checkpoint", "adapters", "further", "pretrained", "faults"],
            "minirlhf/check.py": ["check", "figures"],
            "minirlhf/runtime.py": ["runtime", "figures", "state", "train_ppo", "faults"],
@@ -288,6 +289,10 @@ CHECKPOINT = [
     ("block.attn.dropout = block.mlp.dropout = dropout", "block.attn.dropout = dropout"),
 ]
 RUNTIME = [
+    ("out_of_memory(error) else", "isinstance(error, RuntimeError) else"),
+    ("                self.rescue()\n", "                pass\n"),
+    ('if self.logging and self.held() else {}', 'if self.logging else {}'),
+    ("if options.checkpoint_activations and options.compile:", "if False:"),
     ("        if not x.isfinite().all():\n            fail_before", "        if x.isnan().any():\n            fail_before"),
     ('if row["step"] <= step and "final" not in row:', 'if row["step"] <= step:'),
     ('if row["step"] <= step and "final" not in row:', 'if "final" not in row:'),
@@ -320,6 +325,43 @@ CONFIG = [
     ('if missing := [name for name in RANKS if', 'if missing := [name for name in RANKS[:2] if'),
     ("        ranks()  # before", "        pass  # before"),
     ("places.pop(word.partition", "(lambda *a: 0)(word.partition"),  # blames the file for the command line's value
+]
+MEMORY = [
+    ('matrices = 2 if c.family == "gpt2" else 3  # of', 'matrices = 3  # of'),
+    ("c.n_layer - o.freeze_layers", "c.n_layer"),
+    ("{p.untyped_storage().data_ptr(): p", "{id(p): p"),  # what is shared is counted twice
+    ("(sum(map(sum, then)) - sum(map(sum, now)))", "(sum(map(sum, then)))"),
+    ("sum(one * a + 2 * b for a, b in then)", "sum(2 * a + 2 * b for a, b in then)"),
+    ('if model.wte.weight.requires_grad and model.head == "lm"]', 'if model.head == "scalar"]'),
+    ('norm = FLOAT * C * (1 if c.family == "gpt2" or rank else 2)', "norm = FLOAT * C"),
+    ("(C + own + 2 * shared + rank) + c.qk_norm * heads", "(C + own + 2 * shared + rank)"),
+    ("h = w * c.n_head * (3 if dropped else 1) * cpu", "h = w * c.n_head * cpu"),
+    ("h = w * c.n_head * (3 if dropped else 1) * cpu", "h = w * c.n_head * (3 if dropped else 1)"),
+    ("+ 2 * C * dropped + 3 * rank)", "+ 3 * rank)"),
+    ("kept = (blocks - 1) * block + last", "kept = blocks * block"),
+    ("for rows, length, _ in passes), 2 * block", "for rows, length, _ in passes), block"),
+    ('kept + max(0, again - logits), "logits"', 'kept + again, "logits"'),
+    ("n) for n in (rows // o.num_mini_batches, rows))", "n) for n in (rows, rows))"),
+    ("(5 if o.ent_coef else 3) * logits", "5 * logits"),
+    ("for n in (rows, min(BATCH, o.num_eval_prompts)))", "for n in (rows, BATCH))"),
+    ("return [passes | gradients] if several else", "return"),
+    ("if need <= there:", "if need < there:"),
+    ("for limit in (there, min(0.9 * need, there)))", "for limit in (there, 0.9 * need))"),
+    ("for limit in (there, min(0.9 * need, there)))", "for limit in (need, min(0.9 * need, there)))"),
+    ("    if o.resume:\n        return\n", ""),
+    (" * (not o.checkpoint_activations and not o.compile)", ""),
+    ("if size % (o.num_mini_batches * world) == 0)", ")"),
+    ("return min(free / beside + resident(), sizes.memory_of(device))", "return free / beside + resident()"),
+    ("return min(free / beside + resident(), sizes", "return min(free / beside, sizes"),
+    ("min(field(\"/proc/meminfo\", \"MemAvailable\"), group_room())", "field(\"/proc/meminfo\", \"MemAvailable\")"),
+    ("for inner in (group, *map(str, Path(group).parents)):", "for inner in (group,):"),
+    ("return most - used + int(counts.get(reclaimable, 0))", "return most - used"),
+    ("    if not torch.is_grad_enabled() or extend is not None:", "    if not torch.is_grad_enabled():"),
+    ("        random_state(x.device, ctx.random)\n", ""),
+    ("        random_state(x.device, now)\n", ""),
+    ("with torch.enable_grad(), torch.autocast(**ctx.precision):", "with torch.enable_grad():"),
+    ("cache_enabled=False,", "cache_enabled=True,"),
+    ("(found if x.requires_grad else (None, *found))", "found"),
 ]
 SIZES = [
     ("(vocab_size + block_size) * n_embd", "vocab_size * n_embd"),
@@ -363,7 +405,7 @@ STATE = [
     ("train_rm.py", 'runtime.generator(o.seed, 0, 0, "head")', 'runtime.generator(o.seed, 0, 0, "init")'),
     ("train_rm.py", 'rollout = generate(sft, part, o.response_length, tokenizer.eos,',
      'rollout = generate(sft, part, model.config.block_size - max(map(len, part)), tokenizer.eos,'),
-    ("train_rm.py", 'training.save(done, {}, finished=False)', 'training.save(done, {}, finished=True)'),
+    ("train_rm.py", 'training.save, done, {}, finished=False)', 'training.save, done, {}, finished=True)'),
     ("train_rm.py", 'if scheduled or stopping and done < steps:', 'if scheduled:'),
     ("train_rm.py", '            runtime.set_rate(optimizers, factor)\n', ''),
     ("train_rm.py", 'f"{o.preferences}.{split}.jsonl") for split', 'f"preferences.{split}.jsonl") for split'),
@@ -371,7 +413,7 @@ STATE = [
     ("train_ppo.py", 'high=guard.in_a_row)', 'high=0)'),
     ("train_ppo.py", '                    kl_coef = float(kept["kl_coef"])', '                    pass'),
     ("train_ppo.py", 'if o.kl_coef == kept["options"]["kl_coef"]:', 'if True:'),
-    ("train_ppo.py", 'training.save(done, record, kl_coef=kl_coef,', 'training.save(done, record, kl_coef=o.kl_coef,'),
+    ("train_ppo.py", 'training.save, done, record, kl_coef=kl_coef,', 'training.save, done, record, kl_coef=o.kl_coef,'),
     ("train_ppo.py", 'run.generator(step, "rollout")', 'run.generator(0, "rollout")'),
     ("train_ppo.py", 'run.generator(step, "rollout")', 'runtime.generator(o.seed, step, 0, "rollout")'),  # of all ranks
     ("train_ppo.py", 'run.generator(step, "rollout")', 'run.generator(step, "epoch 0")'),  # of the minibatches too
@@ -921,7 +963,7 @@ MUTATIONS = [(file, *pair) for file, pairs in (
     ("minirlhf/evaluate.py", EVALUATE_FIGURES), ("minirlhf/objectives.py", INTERVALS),
     ("minirlhf/runtime.py", RATES_AND_TIMES), ("minirlhf/prepare.py", PREPARE), ("minirlhf/sample.py", SAMPLE),
     ("minirlhf/check.py", CHECK), ("minirlhf/benchmark.py", BENCHMARK), ("minirlhf/config.py", CONFIG),
-    ("minirlhf/sizes.py", SIZES), ("minirlhf/pretrained.py", PRETRAINED), ("minirlhf/tokenizer.py", TOKENIZER),
+    ("minirlhf/sizes.py", SIZES), ("minirlhf/memory.py", MEMORY), ("minirlhf/pretrained.py", PRETRAINED), ("minirlhf/tokenizer.py", TOKENIZER),
     ("minirlhf/rewards.py", REWARDS)) for pair in pairs] + STATE + ADAPTERS
 
 

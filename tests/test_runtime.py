@@ -331,7 +331,8 @@ def test_the_share_of_the_forward_pass(shape, make_model):
 
 @pytest.mark.parametrize("usual, first, steps, look, left", [
     (192.5, [(181, 1.443), (49, 0.255), (168, 0.471)], 178, (12_478, 500 / 8, 1 / 2), 101.5),
-    (697.4, [(463, 0.693), (813, 0.878), (804, 1.063)], 76, (13_074, 13_074 / 697.4, 1 / 1.4), 74.6)], ids=["sft", "rm"])
+    (697.4, [(463, 0.693), (813, 0.878), (804, 1.063)], 76, (13_074, 13_074 / 697.4, 1 / 1.4), 74.6)],
+    ids=["sft", "rm"])
 def test_the_time_left_of_a_default_run(usual, first, steps, look, left):
     """After three steps within 20 % of what came then, measured on two cores: tokens and seconds of the first three,
     the steps there are, an evaluation's tokens, passes and share of a training step."""
