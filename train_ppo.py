@@ -7,11 +7,12 @@ index t means "having read tokens[:, :t+1], choose tokens[:, t+1]". Networks and
 import os
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 
-from minirlhf import adapters, checkpoint, evaluate, kernels, prepare, rewards, runtime, sizes
+from minirlhf import adapters, checkpoint, evaluate, kernels, memory, prepare, rewards, runtime, sizes
 from minirlhf.chat import Talk, about
 from minirlhf.config import RunOptions, fail, launch, parse, ranks, warn_idle
 from minirlhf.data import blank_ends, encode_prompts, endless_batch, load_parts, load_prompts, repeats
@@ -106,7 +107,7 @@ def score_rollout(batch, policy, ref, value, reward, o, run):
             logprobs, all_logprobs = policy.logprobs(part.tokens, part.decisions, o.temperature, part.below)  # (N, V)
             entropies = entropy(all_logprobs)
             del all_logprobs
-            ref_logprobs, _ = ref.logprobs(part.tokens, part.decisions, o.temperature, part.below)
+            ref_logprobs = ref.logprobs(part.tokens, part.decisions, o.temperature, part.below)[0]
             columns.append((logprobs, ref_logprobs, entropies,
                             value.values(part.tokens, part.decisions, part.value_below)))
     batch.logprobs, batch.ref_logprobs, batch.entropies, batch.values = (  # parts follow one another row by row
@@ -206,6 +207,16 @@ def make_optimizers(policy, value, o):
                           fused=True) for model, rate in zip((policy, value), rates)]
 
 
+def time_left(pace, policy, batch, done, steps, o):
+    """Seconds that the steps to come will take. As long as the policy rests, its part of an update is told by the value
+    network's: it has the head as well, on the decisions, and their softmax and entropy take as long again."""
+    blocks = sum(p.numel() for block in policy.h[policy.first:] for p in block.parameters())
+    more = 2 * policy.unembedding.numel() / blocks * float(batch.response_mask.sum() / batch.lengths.sum())
+    resting = max(0, o.value_warmup - done)  # steps
+    return (pace.left("judged", steps - done) + pace.left("warm-up", resting)
+            + pace.left("update", steps - done - resting, "warm-up", 2 + more))
+
+
 def read_options(argv):
     """-> Options, and what --resume goes on from. Exits 2 on options that exclude each other."""
     o, saved = checkpoint.resume(parse(Options, argv), "ppo", (
@@ -269,7 +280,6 @@ def main(argv=None):
         value = adapters.learner(reward.model if from_rm else start, "scalar", o,
                                  runtime.generator(o.seed, 0, 0, "value"))
         prompts, val_prompts, about_prompts, paths = read_prompts(o, tokenizer, policy.config.block_size)
-        sizes.check_rollout(f"--batch_size {o.batch_size}", policy, o.batch_size // run.world, o.response_length + 2)
         optimizers = make_optimizers(policy, value, o)
 
         # ---- a new run, or one that goes on
@@ -287,6 +297,10 @@ def main(argv=None):
                 if o.kl_coef == kept["options"]["kl_coef"]:
                     kl_coef = float(kept["kl_coef"])  # as far as it has adapted
         saved = kept = None
+        about_memory = memory.check(run, o, memory.of_ppo, policy, value, [ref, reward.model, judge and judge.model],
+                                    max(map(len, prompts + val_prompts)))
+        if o.checkpoint_activations:
+            memory.recompute(policy), memory.recompute(value)
         if o.compile:
             compile_model(policy, decode=True), compile_model(value)
         if o.check:
@@ -298,11 +312,13 @@ def main(argv=None):
             f"{o.reference or 'the same model'}",
             f"value network: from {o.reward_model if from_rm else o.init_from}; reward: {o.reward or o.reward_model}",
             f"{run.hardware}; {steps} steps of {o.batch_size} answers of up to {o.response_length} tokens, "
-            f"{o.num_ppo_epochs} epochs x {o.num_mini_batches} minibatches each"], first if first < steps else 0)
+            f"{o.num_ppo_epochs} epochs x {o.num_mini_batches} minibatches each",
+            about_memory], first if first < steps else 0)
         if first >= steps:
             run.say(f"     this run is finished ({first} steps); its closing report again:")
         against_sft = evaluate.AgainstSFT(ref, tokenizer, reward, judge, val_prompts, o, run, ref_name)
         run.start_logs(first)  # an old run stays until the reward has worked once
+        pace = runtime.Pace()
 
         for step in range(first, steps):
             began = time.perf_counter()
@@ -322,16 +338,20 @@ def main(argv=None):
             # ---- UPDATE: epochs x minibatches x microbatches of the clipped losses
             figures = evaluate.rollout_figures(batch, kl_coef, run)
             epochs = guard.epochs(figures["objective/kl"])  # one only, where the policy is far from the reference
+            judged_seconds = time.perf_counter() - began
             update_figures, update_kl = update(batch, policy, value, optimizers, step, epochs, o, run)
 
             # ---- LOOK: one log line, now and then held-out prompts and a checkpoint
             done, seconds = step + 1, time.perf_counter() - began
+            pace.add("judged", judged_seconds)
+            pace.add("warm-up" if step < o.value_warmup else "update", seconds - judged_seconds)
             scheduled, stopping = done % o.eval_interval == 0 or done == steps, run.should_stop()
             length = figures["completions/mean_length"]
             record = {"step": done, "episode": done * o.batch_size, "lr": optimizers[0].param_groups[0]["lr"],
                       "eps": o.batch_size / seconds, "tokens_per_second": o.batch_size * length / seconds,
                       "rollout_seconds": rollout_seconds, "seconds": seconds, **figures, **update_figures}
-            run.say(f"{run.progress(done, steps, first)}  {evaluate.describe_step(record)}"
+            left = time_left(pace, policy, batch, done, steps, o) + against_sft.time_left(done, steps)
+            run.say(f"{run.progress(done, steps, left)}  {evaluate.describe_step(record)}"
                     + ("  (value warm-up)" if step < o.value_warmup else ""))
             for warning in against_sft.warnings(batch, record):
                 run.say(warning)
@@ -343,8 +363,9 @@ def main(argv=None):
             if scheduled:
                 record["eval"] = against_sft.evaluation(policy, done)
             run.write("metrics.jsonl", record)
+            run.rescue = partial(training.save, done, record, kl_coef=kl_coef, high=guard.in_a_row)
             if scheduled or stopping:
-                training.save(done, record, kl_coef=kl_coef, high=guard.in_a_row)
+                run.rescue()
             if stopping:
                 run.exit_stopped()
 

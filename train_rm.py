@@ -7,11 +7,12 @@ import os
 import time
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 
-from minirlhf import adapters, checkpoint, evaluate, kernels, prepare, runtime
+from minirlhf import adapters, checkpoint, evaluate, kernels, memory, prepare, runtime
 from minirlhf.chat import about
 from minirlhf.config import RunOptions, fail, launch, parse, warn_idle
 from minirlhf.data import (Order, Row, blank_ends, doubtful_columns, encode_prompts, encode_row, load_for_training,
@@ -84,7 +85,7 @@ def batch_gradients(model, batch, eos, o, run):
             better += [len(rows) + i for i, _ in pairs]
             worse += [len(rows) + j for _, j in pairs]
             rows += record_rows
-        scores = score_all(model, run, rows, eos, 32)  # (texts,), in however many pairs
+        scores = score_all(model, run, rows, eos)  # (texts,), in however many pairs
         loss = bradley_terry_loss(scores[better], scores[worse]).sum() / n_pairs
         loss.backward()
         sums += torch.stack([loss.detach(), wins(scores[better].cpu(), scores[worse].cpu()).sum().to(loss)])
@@ -167,6 +168,16 @@ def read_scale_prompts(o, tokenizer, block_size):
     return [prompts[i % len(prompts)] for i in range(o.num_scale_samples)], [*filter(os.path.exists, [path])]
 
 
+def work_between(pace, model, records, prompts, o):
+    """What an evaluation of these records takes, and the samples that set the scale, as numbers of training steps.
+
+    A token is sampled for all rows at once, in about a quarter of the time that comes with every pass.
+    """
+    texts, share = {tuple(row.ids) for rows, _, _ in records for row in rows}, runtime.forward_share(model, o)
+    sampled = sum(map(len, prompts)) + len(prompts) * o.response_length / 2
+    return share * sum(map(len, texts)) / pace.tokens, share * pace.steps(sampled, o.response_length / 4)
+
+
 def main(argv=None):
     o, saved = checkpoint.resume(parse(Options, argv), "rm", (
         "seed", "val_share", "batch_size", "max_steps", "optimizer", "long_prompts", "lr_schedule", *adapters.OPTIONS))
@@ -201,6 +212,11 @@ def main(argv=None):
         if kept.get("finished") and not longer:
             run.say(f"{o.out_dir}: this run is finished ({first} steps)")
             return
+        about_memory = memory.check(run, o, memory.of_rm, model, sft, [
+            [train_set[i] for i in batch] for batch in memory.heaviest(order, steps)],
+            max(len(row.ids) for rows, _, _ in val_set for row in rows), max(map(len, scale_prompts)))
+        if o.checkpoint_activations:
+            memory.recompute(model)
         if o.check:
             from minirlhf import check
             check.rm(model, tokenizer, [train_set[i] for i in order.batch(0)], optimizers, o, run)
@@ -211,12 +227,14 @@ def main(argv=None):
             *about_data, f"model: {model.config.n_layer} layers x {model.config.n_embd}, "
             f"{runtime.describe_parameters(model)}, trunk from {o.init_from}",
             f"{run.hardware}; {steps} steps of {o.batch_size} records, about "
-            f"{tokens_per_epoch // order.steps_per_epoch:,} tokens each"], first)
+            f"{tokens_per_epoch // order.steps_per_epoch:,} tokens each", about_memory], first)
         prefer_longer = sum((len(rows[i].ids) > len(rows[j].ids)) - (len(rows[i].ids) < len(rows[j].ids))
                             for rows, pairs, _ in train_set for i, j in pairs) > 0
 
         model.train()
         seen, seen_seconds, right, seen_pairs = 0, 0.0, 0, 0
+        pace = runtime.Pace(tokens_per_epoch / order.steps_per_epoch)
+        look, scale = work_between(pace, model, val_set, scale_prompts, o)
         if longer:
             model.gain.fill_(1), model.bias.zero_()  # as in training; the scale is set again at the end
             training.save(first, {}, finished=False)
@@ -230,14 +248,17 @@ def main(argv=None):
             run.seed_dropout(step)
             loss, correct, n_pairs = batch_gradients(model, batch, tokenizer.eos, o, run)
             norm = runtime.optimizer_step(model, optimizers, loss, f"step {step + 1}", o)
-            seen += sum(len(row.ids) for rows, _, _ in batch for row in rows)
+            tokens, seconds = sum(len(row.ids) for rows, _, _ in batch for row in rows), time.perf_counter() - began
+            seen, seen_seconds = seen + tokens, seen_seconds + seconds
             right, seen_pairs = right + correct, seen_pairs + n_pairs
-            seen_seconds += time.perf_counter() - began
+            pace.add("steps", seconds, pace.steps(tokens))
             done, stopping = step + 1, run.should_stop()
             record = {"step": done, "epoch": done / order.steps_per_epoch, "loss": loss, "accuracy": correct / n_pairs,
                       "lr": o.learning_rate * factor, "grad_norm": norm, "tokens_per_second": seen / seen_seconds}
             if done % o.log_interval == 0 or done == steps:
-                run.say(f"{run.progress(done, steps, first)}  loss {loss:.3f} nats/pair  accuracy "
+                looks = look * runtime.looks_left(done, steps, o.eval_interval)
+                left = pace.left("steps", steps - done + scale) + pace.left("looks", looks, "steps")
+                run.say(f"{run.progress(done, steps, left)}  loss {loss:.3f} nats/pair  accuracy "
                         f"{right / seen_pairs:.3f}  lr {o.learning_rate * factor:.1e}  grad {norm:.2f}  "
                         f"{seen / seen_seconds:,.0f} tokens/s")
                 seen, seen_seconds, right, seen_pairs = 0, 0.0, 0, 0
@@ -245,13 +266,16 @@ def main(argv=None):
             # ---- now and then: held-out accuracy, a checkpoint
             scheduled = done % o.eval_interval == 0 and done < steps
             if scheduled:
+                began = time.perf_counter()
                 record["eval"], _ = evaluate.reward_model_figures(model, run, val_set, tokenizer.eos, prefer_longer)
                 run.say("  held out: " + ", ".join(f"{name} {f['accuracy']:.3f}" for name, f in record["eval"].items()
                                                    if ", margin " not in name or name.startswith('"')))
                 evaluate.show_pairs(model, run, tokenizer, val_set, done)
+                pace.add("looks", time.perf_counter() - began, look)
             run.write("metrics.jsonl", record)
+            run.rescue = partial(training.save, done, {}, finished=False)
             if scheduled or stopping and done < steps:
-                training.save(done, {}, finished=False)
+                run.rescue()
             if stopping and done < steps:  # after the last step what is left is short
                 run.exit_stopped()
 

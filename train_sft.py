@@ -6,11 +6,12 @@ import math
 import os
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
 
-from minirlhf import adapters, checkpoint, evaluate, kernels, prepare, runtime, sizes
+from minirlhf import adapters, checkpoint, evaluate, kernels, memory, prepare, runtime, sizes
 from minirlhf.chat import about
 from minirlhf.config import RunOptions, fail, launch, parse, warn_idle
 from minirlhf.data import (Order, blank_ends, collate, doubtful_columns, encode_prompts, encode_row, labels_of,
@@ -188,6 +189,10 @@ def main(argv=None):
         shown, _ = encode_prompts(tokenizer, load_prompts(prompts_path) if os.path.lexists(prompts_path) else
                                   [d.prompt for d in val], room if room >= 2 else block_size // 2, "trim")
         shown = shown[:evaluate.SHOWN]
+        about_memory = memory.check(run, o, memory.of_sft, model, [
+            [train_rows[i] for i in batch] for batch in memory.heaviest(order, steps)], val_rows)
+        if o.checkpoint_activations:
+            memory.recompute(model)
         if o.check:
             from minirlhf import check
             check.sft(model, tokenizer, [train_rows[i] for i in order.batch(0)], optimizers, o, run)
@@ -204,12 +209,15 @@ def main(argv=None):
             f"model: {model.config.n_layer} layers x {model.config.n_embd}, {model.config.n_head} heads, "
             f"{runtime.describe_parameters(model)}, from {o.init_from}",
             f"{run.hardware}; {steps} steps of {o.batch_size} rows, about "
-            f"{tokens_per_epoch // order.steps_per_epoch:,} tokens each; {o.optimizer}"], first)
+            f"{tokens_per_epoch // order.steps_per_epoch:,} tokens each; {o.optimizer}",
+            about_memory], first)
 
         byte_counts = [sum(tokenizer.count_bytes(row.ids[start:stop]) for start, stop in row.spans) for row in val_rows]
         kinds = labels_of(val, "domain", "")
         model.train()
-        seen, seen_seconds = 0, 0.0
+        seen, seen_seconds, pace = 0, 0.0, runtime.Pace(tokens_per_epoch / order.steps_per_epoch)
+        look = pace.steps(sum(len(row.ids) - 1 for row in val_rows), len(val_rows) / o.micro_batch_size
+                          ) * runtime.forward_share(model, o)  # what an evaluation takes, in steps
         run.start_logs(first)
         for step in range(first, steps):
             began = time.perf_counter()
@@ -220,19 +228,23 @@ def main(argv=None):
             run.seed_dropout(step)
             loss = batch_gradients(model, batch, tokenizer.eos, o, run)
             norm = runtime.optimizer_step(model, optimizers, loss, f"step {step + 1}", o)
-            seen += sum(len(row.ids) - 1 for row in batch)
-            seen_seconds += time.perf_counter() - began
+            tokens, seconds = sum(len(row.ids) - 1 for row in batch), time.perf_counter() - began
+            seen, seen_seconds = seen + tokens, seen_seconds + seconds
+            pace.add("steps", seconds, pace.steps(tokens))
             done, stopping = step + 1, run.should_stop()
             record = {"step": done, "epoch": done / order.steps_per_epoch, "loss": loss, "lr": o.learning_rate * factor,
                       "grad_norm": norm, "tokens_per_second": seen / seen_seconds}
             if done % o.log_interval == 0 or done == steps:
-                run.say(f"{run.progress(done, steps, first)}  loss {loss:.3f} nats/token  lr "
+                left = pace.left("steps", steps - done) + pace.left(
+                    "looks", look * runtime.looks_left(done, steps, o.eval_interval), "steps")
+                run.say(f"{run.progress(done, steps, left)}  loss {loss:.3f} nats/token  lr "
                         f"{o.learning_rate * factor:.1e}  grad {norm:.2f}  {seen / seen_seconds:,.0f} tokens/s")
                 seen, seen_seconds = 0, 0.0
 
             # ---- now and then: held-out loss, samples, a checkpoint
             scheduled = done % o.eval_interval == 0 or done == steps
             if scheduled:
+                began = time.perf_counter()
                 held_out = evaluate.held_out_loss(model, run, val_rows, byte_counts, kinds, tokenizer,
                                                   o.micro_batch_size)
                 record["eval"], now = held_out, held_out["all"]["nats_per_token"]
@@ -241,12 +253,14 @@ def main(argv=None):
                     fail(f"step {done}: the held-out loss is {now}: stopped; a checkpoint, if any, is in {o.out_dir}; "
                          f"try a --learning_rate below {o.learning_rate:g}")
                 show_samples(model, run, tokenizer, shown, done, o)
+                pace.add("looks", time.perf_counter() - began, look)
                 if now < best:
                     best, best_figures = now, held_out
                     best_weights = {k: tensor.clone() for k, tensor in checkpoint.learned_state(model).items()}
             run.write("metrics.jsonl", record)
+            run.rescue = partial(training.save, done, {"nats_per_token": best, "held_out": best_figures}, best_weights)
             if scheduled or stopping:
-                training.save(done, {"nats_per_token": best, "held_out": best_figures}, best_weights)
+                run.rescue()
             if stopping and done < steps:
                 run.exit_stopped()
         run.say(f"\nbest held-out loss: {evaluate.describe(best_figures)}")

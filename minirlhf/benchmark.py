@@ -39,6 +39,7 @@ from minirlhf import adapters, kernels, runtime, sizes
 from minirlhf.config import all_printed, fail, launch, parse, ranks, say, unprinted, warn_idle
 from minirlhf.data import Row
 from minirlhf.generate import compile_model
+from minirlhf.memory import adapter_weights, linear_weights
 from minirlhf.model import GPT, GPTConfig, outline
 from minirlhf.rewards import RewardModel
 
@@ -97,13 +98,6 @@ def config_of(w):
     return GPTConfig(w.layers, w.heads, w.width, w.vocab, max(128, w.prompt + w.response), **w.more)
 
 
-def linear_weights(c):
-    """Weights of a block's linear layers: those that make queries, keys and values, and the others."""
-    matrices = 2 if c.family == "gpt2" else 3  # of the MLP
-    return ((c.n_head + 2 * c.n_kv_head) * c.head_size * c.n_embd,
-            c.n_head * c.head_size * c.n_embd + matrices * c.n_inner * c.n_embd)
-
-
 def passes(w, rows, tokens, pairs, selected, words, layers=None):
     """FLOPs of the matmuls of one forward pass through the last `layers` blocks (None: all) and the head, 2 for a
     multiplication and its addition -> those of queries, keys and values; other linear layers; attention; head.
@@ -135,17 +129,9 @@ def blocks_of(w, o):
     return min(o.lora_layers or w.layers, w.layers) if o.lora_rank else w.layers
 
 
-def adapters_of(w, o):
-    """Numbers in one block's adapters, rank (in + out) each: those of queries, keys and values; the others."""
-    c = config_of(w)
-    own, out = c.n_head * c.head_size, (c.n_head + 2 * c.n_kv_head) * c.head_size
-    wide = c.n_inner * (1 if c.family == "gpt2" else 2)
-    return o.lora_rank * (c.n_embd + out), o.lora_rank * (own + wide + c.n_inner + 3 * c.n_embd)
-
-
 def adapter_flops(w, o, rows, tokens, selected):
     """FLOPs of a forward pass through the adapters alone."""
-    (a, b), L = adapters_of(w, o), blocks_of(w, o)
+    (a, b), L = adapter_weights(config_of(w), o.lora_rank), blocks_of(w, o)
     return 2 * rows * (L * a * tokens + (L - 1) * b * tokens + b * selected)
 
 
@@ -177,7 +163,7 @@ def learned(w, o):
     """Numbers that learn in a policy or SFT model, and in a value network or reward model."""
     if not o.lora_rank:
         return [parameters(w, head) for head in ("lm", "scalar")]
-    own = sum(adapters_of(w, o)) * blocks_of(w, o)
+    own = sum(adapter_weights(config_of(w), o.lora_rank)) * blocks_of(w, o)
     return [own, own + w.width + 1]
 
 

@@ -506,6 +506,8 @@ class Training:
 
     def __init__(self, run, tokenizer, model, optimizers, inputs, **networks):
         self.run, self.tokenizer, self.model, self.optimizers = run, tokenizer, model, optimizers
+        for optimizer in optimizers:
+            optimizer.register_step_pre_hook(lambda *_: setattr(run, "rescue", None))
         self.networks, self.environment = networks, run.environment()
         self.fingerprints = {what: fingerprint(*paths) for what, paths in inputs.items()}
         self.code = [what for what, paths in inputs.items() if any(path.endswith(".py") for path in paths)]

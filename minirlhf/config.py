@@ -56,7 +56,15 @@ def fitting(path):
     try:
         yield
     except WRONG as error:
+        if out_of_memory(error):
+            raise
         fail(f"{path}: does not fit: {type(error).__name__}: {' '.join(str(error).split())[:400]}")
+
+
+def out_of_memory(error):
+    """Whether an exception says that there is no memory left: Python's, a CPU allocation's, CUDA's."""
+    return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and bool(re.search(
+        "can't allocate memory|out of memory|bad_alloc|ALLOC_FAILED", str(error), re.IGNORECASE))
 
 
 def say(text=""):
@@ -173,6 +181,8 @@ class RunOptions:
     resume: bool = False  # go on from out_dir's checkpoint
     overwrite: bool = False  # let a new run replace what out_dir holds
     keep_checkpoints: int = 0  # keep the latest so many as ckpt.STEP.pt too; 0 = ckpt.pt and the one before it [0..]
+    checkpoint_activations: bool = False  # keep a block's input only, compute the rest again: less memory, more time
+    force: bool = False  # start although the device seems to have too little memory
     check: bool = False  # test what must hold on this model, data and device, a line for each, and write nothing
     # ---- what learns
     lora_rank: int = 16  # rank of adapters on the linear layers, all else frozen; 0 = no adapters, all learns [0..4096]

@@ -6,6 +6,7 @@ train_ppo.py prints at its end is the same code and gives the same numbers.
 import json
 import math
 import os
+import time
 from collections import Counter, defaultdict
 
 import torch
@@ -15,6 +16,7 @@ from minirlhf.config import (Parser, RunOptions, all_printed, check_spelling, fa
                              say, temperature_number, unprinted)
 from minirlhf.data import collate, divide, encode_prompts, label_of, load_prompts, number
 from minirlhf.generate import generate
+from minirlhf.memory import BATCH, ROWS
 from minirlhf.model import flat_indices
 from minirlhf.objectives import (best_of_n_kl, expected_calibration_error, explained_variance, fit_temperature, k1, k3,
                                  mean_interval, moments, sft_loss, wilson_interval, win_rate, wins)
@@ -60,7 +62,7 @@ def describe(held_out):
 
 # ---- stage 2: a reward model
 
-def score_all(model, run, rows, eos, batch_size=128):
+def score_all(model, run, rows, eos, batch_size=ROWS):
     """Scores of many rows, each different row once, rows of like length together, which saves padding: (N,)."""
     unique = sorted({tuple(row.ids): row for row in rows}.values(), key=lambda row: len(row.ids))
     scores = []
@@ -192,23 +194,27 @@ def reward_model_table(figures, calibrated):
 # ---- stage 3: answers against a baseline's answers
 
 @torch.no_grad()
-def answer(policy, ref, scorers, prompts, tokenizer, o, run, draw=0, batch_size=128):
+def answer(policy, ref, scorers, prompts, tokenizer, o, run, draw=0, batch_size=BATCH, micro_batch_size=ROWS):
     """The policy's answers to held-out prompts with fixed seeds, other ones for each `draw` -> list of dicts.
 
     scorers: {column: what scores a Rollout}, as {"score": the reward model, "judge": another}. o: seed, temperature,
-    response_length. An answer does not depend on how many prompts there are.
+    response_length. micro_batch_size: rows a forward pass. An answer does not depend on how many prompts there are.
     """
     rows = []
     for at in range(0, len(prompts), batch_size):
         with run.autocast():
             rollout = generate(policy, prompts[at:at + batch_size], o.response_length, tokenizer.eos, o.temperature,
                                runtime.generator(o.seed, at, 0, f"held-out {draw}"))
-            adapters.add_states_below(rollout, policy, getattr(scorers.get("score"), "model", None), run)
-            logprobs, ref_logprobs = (rollout.grid(m.logprobs(rollout.tokens, rollout.decisions, o.temperature,
-                                                              rollout.below)[0]) for m in (policy, ref))
+            adapters.add_states_below(rollout, policy, getattr(scorers.get("score"), "model", None), run,
+                                      micro_batch_size)
+            parts = map(rollout.take, torch.arange(len(rollout.lengths), device=run.device).split(micro_batch_size))
+            both = [[m.logprobs(part.tokens, part.decisions, o.temperature, part.below)[0] for m in (policy, ref)]
+                    for part in parts]
+            logprobs, ref_logprobs = (rollout.grid(torch.cat(column)) for column in zip(*both))
         columns = {"k1": k1(logprobs, ref_logprobs).sum(1), "k3": k3(logprobs, ref_logprobs).sum(1),
                    "ref_logprob": ref_logprobs.sum(1), "length": rollout.response_mask.sum(1),
-                   "finished": rollout.finished, **{name: scorer(rollout) for name, scorer in scorers.items()}}
+                   "finished": rollout.finished,
+                   **{name: scorer(rollout, micro_batch_size) for name, scorer in scorers.items()}}
         for i, (prompt, response) in enumerate(zip(prompts[at:at + batch_size], rollout.responses())):
             row = {name: column[i].item() for name, column in columns.items()}
             rows.append({"prompt": tokenizer.decode(prompt), "completion": tokenizer.decode(response),
@@ -282,11 +288,25 @@ class AgainstSFT:
         self.scorers = {"score": reward} | ({"judge": judge} if judge else {})
         self.prompts = prompts[:o.num_eval_prompts]
         self.few = min(max(1, o.num_eval_prompts // 4), len(self.prompts))
+        self.pace = runtime.Pace(BATCH)
         self.sft_rows = self.answers(ref, self.prompts)
         self.sft = summary(self.sft_rows, self.sft_rows)
 
     def answers(self, policy, prompts, draw=0):
-        return answer(policy, self.ref, self.scorers, prompts, self.tokenizer, self.o, self.run, draw)
+        began = time.perf_counter()
+        rows = answer(policy, self.ref, self.scorers, prompts, self.tokenizer, self.o, self.run, draw,
+                      micro_batch_size=min(self.o.micro_batch_size, ROWS))
+        self.pace.add("answers", time.perf_counter() - began, self.work(len(prompts)))
+        return rows
+
+    def work(self, prompts):
+        """Of answering so many prompts, in batches of the usual size."""
+        return self.pace.steps(prompts, math.ceil(prompts / BATCH))
+
+    def time_left(self, done, steps):
+        """Seconds that the evaluations to come and the closing report will take."""
+        looks = runtime.looks_left(done, steps, self.o.eval_interval) + BEST_OF - 1
+        return self.pace.left("answers", looks * self.work(self.few) + self.work(len(self.prompts)))
 
     def evaluation(self, policy, step):
         """Prints and keeps a few answers -> their summary."""

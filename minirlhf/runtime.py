@@ -16,15 +16,19 @@ import re
 import shlex
 import signal
 import stat
+import statistics
 import sys
 import threading
 import time
+import traceback
 import weakref
+from collections import defaultdict, deque
 from dataclasses import asdict, fields, replace
 
 import torch
 
-from minirlhf.config import fail, lines_for, one_line, preset_values, presets, ranks, say
+from minirlhf import memory
+from minirlhf.config import fail, lines_for, one_line, out_of_memory, preset_values, presets, ranks, say
 from minirlhf.data import clean
 from minirlhf.kernels import AdamW, Muon, keep_freed_memory, share_cores
 from minirlhf.sizes import check_batch
@@ -34,6 +38,7 @@ try:
 except ModuleNotFoundError:
     fail("minirlhf runs on Linux and macOS; on Windows use it within WSL")
 
+LATELY = 100  # steps by which the time left is told
 STOPS = (signal.SIGINT, signal.SIGTERM)
 LOGS = ("metrics.jsonl", "samples.jsonl", "rollouts.jsonl")
 KEPT = ("ckpt.previous.pt", "ckpt.pt", *LOGS)  # what makes a folder that of a run
@@ -92,7 +97,10 @@ class Run:
 
     def __init__(self, options, stage: str):
         self.options, self.stage, self.stop, self.lock, self.begun, self.made = options, stage, 0, None, False, []
+        self.logging = False  # whether the folder's old run, if any, has gone
         self.pid, self.signals = os.getpid(), {}  # signals: what acted on them before
+        self.smaller = None  # (changes of options, bytes they need), where `memory.check` found any
+        self.rescue = None  # saves what was learned up to the last whole step, while the weights are those of its end
         RUNS.add(self)
         self.rank, self.world = ranks()
         self.device = pick_device(options.device)
@@ -109,6 +117,9 @@ class Run:
         self.main = self.rank == 0
         self.out_dir = options.out_dir
         check_batch(options)
+        if options.checkpoint_activations and options.compile:
+            fail("--checkpoint_activations: excludes --compile, which chooses itself what to keep; leave one of them "
+                 "out")
         if self.main and not options.check:
             self._claim_out_dir()
         if threading.current_thread() is threading.main_thread():  # no other may
@@ -196,6 +207,7 @@ class Run:
         until then an old run is untouched. All ranks meet here: where one was refused, none begins.
         """
         self.total(torch.zeros(()))
+        self.logging = True
         if not self.main:
             return
         old = [*HALF, *glob.glob("ckpt.*.pt.tmp", root_dir=self.out_dir)]
@@ -294,7 +306,8 @@ class Run:
     def __enter__(self):
         return self
 
-    def __exit__(self, kind, error, traceback):
+    def __exit__(self, kind, error, trace):
+        advice = self.without_memory(error, trace) if out_of_memory(error) else ""
         try:
             self.release()
             if self.world > 1 and kind is None:
@@ -307,6 +320,23 @@ class Run:
                 signal.signal(number, before or signal.SIG_DFL)
         if kind is None and self.stop:  # it came when all was done but the last lines
             raise SystemExit(128 + self.stop)
+        if advice:
+            raise SystemExit(one_line(advice)) from None
+
+    def without_memory(self, error, trace):
+        """Saves what it can, and returns what to say where memory has ended: how much was asked for, what needs less,
+        how to go on."""
+        traceback.clear_frames(trace)  # which hold what the step was made of
+        if self.rescue:
+            with contextlib.suppress(MemoryError, RuntimeError, SystemExit):
+                self.rescue()
+        changes, need = self.smaller or ({}, 0)
+        asked = re.search(r"tried to allocate [\d.]+ \w+", str(error), re.IGNORECASE)
+        ways = {"resume": True, "overwrite": False} if self.logging and self.held() else {}
+        return (f"error: {self.device} has no memory left" + f" (torch {asked[0].lower()})" * bool(asked)
+                + (f"; {memory.words(changes)} needs {memory.size(need)}" if changes else "; take a smaller model")
+                + ("; the last checkpoint, if any, is whole: " if ways else "; nothing was written: ")
+                + command_line(self.stage, self.options, **ways, **changes))
 
     # ---- signals
 
@@ -421,11 +451,48 @@ class Run:
         self.say(f"saved {self.path('ckpt.pt')} after {clock(time.perf_counter() - self.started)}"
                  + (f"; next: {following}" if following else ""))
 
-    def progress(self, done, total, since=0):
-        """"  37/200 18% 0:12<0:54": steps, share, time used and time left. `since`: the step this process began at."""
+    def progress(self, done, total, left):
+        """"  37/200 18% 0:12<0:54": steps, share, time used and time left. left: seconds, as `Pace` tells them."""
         used = time.perf_counter() - self.started
-        left = used / max(done - since, 1) * (total - done)
         return f"{done:>{len(str(total))}}/{total} {100 * done // total:>3}% {clock(used)}<{clock(left)}"
+
+
+class Pace:
+    """What a run's work has taken so far, by kind, and so how long the rest of it will take: as long as the median of
+    what came lately, for the first of a kind and the largest so far warm up, whatever else the machine does.
+
+    Work is counted in usual steps, of `tokens` tokens each: half of a step's time goes with its tokens, the other half
+    comes with every step. What comes between and after the steps is another kind.
+    """
+
+    def __init__(self, tokens=1):
+        self.tokens, self.seconds = tokens, defaultdict(lambda: deque(maxlen=LATELY))  # {kind: a step's, of the last}
+
+    def steps(self, tokens, passes=1):
+        """Work on so many tokens, in so many passes, as a number of steps."""
+        return (passes + tokens / self.tokens) / 2
+
+    def add(self, kind, seconds, steps=1.0):
+        self.seconds[kind].append(seconds / steps)
+
+    def left(self, kind, steps, like="", share=1.0):
+        """Seconds that so many steps of a kind will take; as long as it has not come, `share` of what the kind `like`
+        takes."""
+        if not self.seconds[kind]:
+            return share * self.left(like, steps) if like else 0.0
+        found = [*self.seconds[kind]]
+        return steps * statistics.median(found[1:] or found)
+
+
+def looks_left(done, steps, interval):
+    """How many evaluations are to come, that of step `done` included: one each `interval` steps, one at the end."""
+    return steps // interval - (done - 1) // interval + (steps % interval > 0)
+
+
+def forward_share(model, o):
+    """The share of a training step that its forward pass takes: to go back through a block takes as long where it has
+    adapters, twice as long where its weights learn."""
+    return 1 / (1 + (1 if o.lora_rank else 2) * (1 - model.first / len(model.h)))
 
 
 def check_output(path):

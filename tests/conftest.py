@@ -173,19 +173,20 @@ class Command:
     """A command line, `train_sft.py --help` or `minirlhf.sample --help` for -m, running as a process in folder `cwd`.
 
     The process is forked from one that has imported torch, which saves the second that this takes, and has one thread.
-    stop_after: it gets SIGTERM when it has written so many rows of metrics, however busy the machine is.
+    stop_after: it gets SIGTERM when it has written so many rows of metrics, however busy the machine is. memory: bytes
+    that it may take beside those it has when it begins.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["minirlhf.check"])
     count, running = 0, []
 
-    def __init__(self, *argv, cwd, env=(), largest_file=None, stop_after=None):
+    def __init__(self, *argv, cwd, env=(), largest_file=None, stop_after=None, memory=None):
         Command.count += 1
         logs = [os.path.join(cwd, f".{name}.{Command.count}") for name in ("out", "err")]
         for log in logs:
             Path(log).touch()
         self.process = self.context.Process(target=self.run, daemon=True, args=(
-            [*map(str, argv)], str(cwd), logs, dict(env), largest_file, stop_after))
+            [*map(str, argv)], str(cwd), logs, dict(env), largest_file, stop_after, memory))
         threads, path = os.environ.get("OMP_NUM_THREADS"), os.environ.get("PYTHONPATH")
         os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}  # for the first process, which the others fork
         self.process.start()
@@ -195,7 +196,7 @@ class Command:
         Command.running.append(self.process)
 
     @staticmethod
-    def run(argv, cwd, logs, env, largest_file, stop_after):
+    def run(argv, cwd, logs, env, largest_file, stop_after, memory):
         for number, log in enumerate(logs, 1):
             os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), number)
         os.chdir(cwd)
@@ -203,6 +204,9 @@ class Command:
         sys.stdout.reconfigure(encoding=env.get("PYTHONIOENCODING", "utf-8"))
         if largest_file:
             resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+        if memory:
+            memory += os.sysconf("SC_PAGE_SIZE") * int(Path("/proc/self/statm").read_text().split()[0])
+            resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
         if stop_after:
             Command.stop_after(stop_after)
         sys.argv = argv

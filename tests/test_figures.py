@@ -188,8 +188,8 @@ def rm(sft):
 def ppo(rm):
     """The world after stage 3."""
     world = rm
-    for name in ("generate", "answer"):
-        world.watch(evaluate, name, before=lambda policy, *a: (copy.deepcopy(policy), *a))
+    for name, seconds in (("generate", 0.0), ("answer", 20.0)):
+        world.watch(evaluate, name, lambda n, seconds=seconds: seconds, lambda policy, *a: (copy.deepcopy(policy), *a))
     world.watch(train_ppo, "roll_out", lambda n: 1.5 + n)
     world.watch(train_ppo, "update", lambda n: 4.0, lambda batch, policy, value, *_: (
         copy.deepcopy(batch), copy.deepcopy(policy), copy.deepcopy(value)))
@@ -235,10 +235,18 @@ def clock_text(seconds):
     return f"{whole // 60}", f"{whole % 60:02}"
 
 
-def expected_progress(done, steps, used, since):
-    """Of this process's seconds a step, as many more as there are steps left."""
-    left = used * (steps - done) / (done - since)
+def expected_progress(done, steps, used, left):
     return [f"{done}", f"{steps}", f"{math.floor(100 * done / steps)}%", *clock_text(used), *clock_text(left)]
+
+
+def seconds_a_step(spent):
+    """The median of [(usual steps, seconds), ...], without the first where there are others."""
+    return statistics.median(seconds / steps for steps, seconds in spent[1:] or spent)
+
+
+def to_come(done, steps, every):
+    """How many of the steps from `done` on end with an evaluation."""
+    return sum(step % every == 0 or step == steps for step in range(done, steps + 1))
 
 
 def peak_share(step, steps, warmup):
@@ -252,10 +260,14 @@ def peak_share(step, steps, warmup):
 def expected_sft_steps(world):
     """The record of each step but its evaluation, and after each second step the numbers of its line."""
     rows, steps = 13, 8  # 14 less one that is too long, 4 a batch: 4 batches an epoch, the last of one row
-    records, lines, seen, seconds, used = [], [], 0, 0.0, 3.0
+    records, lines, seen, seconds, used, spent, looks = [], [], 0, 0.0, 3.0, [], []
+    usual, held_out = tokens_read(world, "train") / 4, tokens_read(world, "val")
+    look = (7 / 3 + held_out / usual) / 2 / 3  # 7 rows, 3 a pass; to go forward is a third of a step
     for step, ((model, batch), (_, norm), _) in enumerate(world.first["sft steps"]):
         if step == 4:  # resumed
-            seen, seconds, used = 0, 0.0, 3.0
+            seen, seconds, used, spent, looks = 0, 0.0, 3.0, [], []
+        tokens = sum(len(row.ids) - 1 for row in batch)
+        spent.append(((1 + tokens / usual) / 2, 2.25 + step + 0.125))
         nats = [x for row in batch for x in surprises(model, row.ids, row.prompt_length)]
         seen, seconds = seen + sum(len(row.ids) - 1 for row in batch), seconds + 2.25 + step + 0.125
         used += 2.25 + step + 0.125
@@ -263,11 +275,23 @@ def expected_sft_steps(world):
         records.append({"step": step + 1, "epoch": (step + 1) / math.ceil(rows / 4), "loss": sum(nats) / len(nats),
                         "lr": rate, "grad_norm": norm, "tokens_per_second": seen / seconds})
         if step % 2:
-            lines.append([*expected_progress(step + 1, steps, used, 4 if step >= 4 else 0),
+            left = seconds_a_step(spent) * (steps - step - 1) + to_come(step + 1, steps, 3) * (
+                looks[-1] if looks else look * seconds_a_step(spent))
+            lines.append([*expected_progress(step + 1, steps, used, left),
                           f"{sum(nats) / len(nats):.3f}", f"{rate:.1e}", f"{norm:.2f}", f"{seen / seconds:,.0f}"])
             seen, seconds = 0, 0.0
-        used += 47 if step in (2, 5) else 0  # an evaluation and samples
+        if step in (2, 5):
+            looks.append(47)  # an evaluation and samples
+            used += 47
     return records, lines
+
+
+def tokens_read(world, part):
+    """Of the rows that fit, each but its last."""
+    tokenizer = checkpoint.load("out/sft", ["sft"], torch.device("cpu"))[1]
+    lengths = [len(tokenizer.encode(r["prompt"])) + len(tokenizer.encode(r["completion"])) + 2
+               for r in world.records["sft", part]]
+    return sum(n - 1 for n in lengths if n <= 48)
 
 
 def test_the_steps_of_sft(sft):
@@ -381,9 +405,13 @@ def expected_rm_steps(rm):
     """The record of each step but its evaluation, and the numbers of each line, from the pairs of each batch."""
     records, lines, used, steps = [], [], 3.0, 5  # 8 records, 3 a batch: 3 batches an epoch; 1.6 epochs are 5 steps
     seen = seconds = right = pairs = 0
+    usual, look, scale = rm_work(rm)
+    spent, looks = [], []
     for step, ((model, batch), (_, norm), _) in enumerate(rm.first["rm steps"]):
         if step == 2:
-            used, seen, seconds, right, pairs = 3.0, 0, 0, 0, 0
+            used, seen, seconds, right, pairs, spent, looks = 3.0, 0, 0, 0, 0, [], []
+        tokens = sum(len(row.ids) for rows, _, _ in batch for row in rows)
+        spent.append(((1 + tokens / usual) / 2, 1.75 + step + 0.125))
         losses, won = [], 0
         for rows, index, _ in batch:
             scores = [scalar(model, row.ids) for row in rows]
@@ -396,12 +424,32 @@ def expected_rm_steps(rm):
         records.append({"step": step + 1, "epoch": (step + 1) / 3, "loss": sum(losses) / len(losses), "lr": rate,
                         "accuracy": won / len(losses), "grad_norm": norm, "tokens_per_second": seen / seconds})
         if step % 2 or step == 4:
-            lines.append([*expected_progress(step + 1, steps, used, 2 if step >= 2 else 0),
+            left = seconds_a_step(spent) * (steps - step - 1 + scale) + to_come(step + 1, steps, 2) * (
+                looks[-1] if looks else look * seconds_a_step(spent))
+            lines.append([*expected_progress(step + 1, steps, used, left),
                           f"{sum(losses) / len(losses):.3f}", f"{right / pairs:.3f}", f"{rate:.1e}", f"{norm:.2f}",
                           f"{seen / seconds:,.0f}"])
             seen = seconds = right = pairs = 0
-        used += 50 if step in (1, 3) else 0
+        if step in (1, 3):
+            looks.append(50)
+            used += 50
     return records, lines
+
+
+def rm_work(rm):
+    """Tokens of a usual step; what an evaluation takes in such steps, and what the samples for the scale do."""
+    tokenizer = checkpoint.load("out/sft", ["sft"], torch.device("cpu"))[1]
+
+    def length(*texts):
+        return sum(len(tokenizer.encode(text)) + 1 for text in texts)
+    train = [r for r in rm.records["preferences", "train"] if pairs_of(r) and max(
+        length(r["prompt"], t) for pair in pairs_of(r) for t in pair) <= 48]
+    read = sum(length(r["prompt"], t) for r in train for t in {t for pair in pairs_of(r) for t in pair})
+    texts = {t for r in rm.records["preferences", "val"] for t in (r["chosen"], r["rejected"])}
+    prompts = [length(r["prompt"]) for r in rm.records["prompts", "train"]]
+    asked = sum(prompts[i % 4] for i in range(131))
+    usual = read / 3
+    return usual, sum(length("", t) for t in texts) / usual / 3, (6 / 4 + (asked + 131 * 3) / usual) / 6
 
 
 def test_the_steps_of_a_reward_model(rm):
@@ -663,6 +711,19 @@ def naive_rollout(batch, policy, value, ref, reward, kl_coef):
             "completions/eos_rate": sum(ids[-1] == 269 for ids, *_ in rows) / n}
 
 
+def work_of(prompts):
+    """Answers to at most 128 prompts: half of the time of 128 does not depend on how many they are."""
+    return (1 + prompts / 128) / 2
+
+
+def more_for_the_policy(batch, policy):
+    """How much longer an update of the policy takes than one of the value network: the head's numbers beside those of
+    the block, twice, on the share of tokens that are responses."""
+    mask = [n - p for n, p in zip(batch.lengths.tolist(), batch.prompt_lengths.tolist())]
+    block = sum(p.numel() for name, p in policy.named_parameters() if name.startswith("h."))
+    return 2 * 270 * 8 / block * sum(mask) / sum(batch.lengths.tolist())
+
+
 def test_the_steps_of_ppo(ppo):
     """Each record, from the ids of its batch and the networks as they were: KL and the like in nats a response, all at
     the run's temperature, scores before they are clipped, the coefficient before it adapts, answers and their tokens a
@@ -671,7 +732,7 @@ def test_the_steps_of_ppo(ppo):
     found = [r for r in ppo.metrics("ppo") if "final" not in r]
     lines = [step_lines(part) for part in ppo.ppo]
     assert len(found) == 4 and [len(part) for part in lines] == [2, 2]  # 21 episodes, 6 a batch, rounded up
-    kl_coef, used = 0.1, 3.0
+    kl_coef, used, spent = 0.1, 23.0, []  # the first answers took 20 seconds
     for step, (record, line, ((batch, policy, value), _, _)) in enumerate(zip(
             found, lines[0] + lines[1], ppo.first["update"], strict=True)):
         expected = naive_rollout(batch, policy, value, ref, reward, kl_coef)
@@ -682,15 +743,21 @@ def test_the_steps_of_ppo(ppo):
                      "policy/updates": 4 if step else 0}
         assert {k: record[k] for k in expected} == close(expected, 1e-3), step
         assert 0 <= record["val/sampler_gap"] < 1e-5 and record["objective/kl_coef"] == pytest.approx(kl_coef, rel=1e-6)
-        used = (3.0 if step == 2 else used) + seconds
+        used, spent = (23.0, []) if step == 2 else (used, spent)
+        used += seconds
+        spent.append((1, 1.5 + step))  # before the update, which takes 5 seconds where both networks learn
+        update = 5.0 if step else 4.5 * (2 + more_for_the_policy(batch, policy))
+        answering = 20 / work_of(3 if step == 3 else 9)
+        left = (3 - step) * (seconds_a_step(spent) + update) + answering * (
+            (to_come(step + 1, 4, 3) + 3) * work_of(3) + work_of(9))
         shown = [f"{record['objective/scores']:+.3f}", f"{record['objective/kl']:.2f}",
                  f"{record['objective/kl_k3']:.2f}", f"{record['policy/entropy_avg']:.2f}",
                  f"{record['policy/clipfrac_avg']:.3f}", f"{record['val/explained_variance']:+.2f}",
                  f"{record['completions/mean_length']:.1f}", f"{record['completions/eos_rate']:.2f}",
                  f"{record['tokens_per_second']:,.0f}"]
-        assert numbers(line) == [*expected_progress(step + 1, 4, used, 2 if step >= 2 else 0), *shown]
+        assert numbers(line) == [*expected_progress(step + 1, 4, used, left), *shown]
         kl_coef *= 1 + min(max(expected["objective/kl"] / 0.5 - 1, -0.2), 0.2) * 6 / 10_000
-        used += 60 if step == 2 else 0
+        used += 60 + 20 if step == 2 else 0
     rates = [r["completions/eos_rate"] for r in found]
     assert 0 < sum(rates) < 4 and found[-1]["objective/kl_k3"] > 0.01
 
@@ -704,7 +771,7 @@ def test_what_ppo_begins_and_ends_with(ppo):
     assert after(ppo.ppo[1], "goes on from step")[-1] == "2"
     size = (ppo.folder / "out" / "ppo" / "ckpt.pt").stat().st_size
     assert after(ppo.ppo[1][::-1], " MB in ")[0] == f"{size / 1e6:.1f}"
-    used = 3.0 + sum(r["seconds"] for r in ppo.metrics("ppo")[2:4]) + 2 * 60
+    used = 23.0 + sum(r["seconds"] for r in ppo.metrics("ppo")[2:4]) + 2 * (60 + 20) + 4 * 20
     assert after(ppo.ppo[1], "ckpt.pt after")[:2] == [*clock_text(used)]
 
 

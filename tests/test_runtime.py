@@ -13,7 +13,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from minirlhf import kernels, runtime
+import train_ppo
+from conftest import both_families
+from minirlhf import adapters, kernels, runtime
 from minirlhf.config import RunOptions
 from minirlhf.model import GPT, GPTConfig
 from minirlhf.runtime import Run, rate_factor
@@ -293,12 +295,82 @@ def test_a_reader_that_went_away_does_not_stop_the_run(monkeypatch):
             runtime.say("a line")
 
 
+def test_the_time_left_by_hand():
+    """Steps of 100 tokens usually: one of 50 counts as three quarters, two passes over 400 as three. The first does not
+    count beside others, nor does one that was slow: 4, 6 and 40 seconds a step are 6. What has not come yet takes a
+    share of what it is like; what nothing is known of, nothing."""
+    pace = runtime.Pace(100)
+    assert [pace.steps(50), pace.steps(400, 2), pace.steps(100)] == [0.75, 3.0, 1.0]
+    assert pace.left("steps", 10) == pace.left("looks", 10, "steps") == 0.0
+    pace.add("steps", 90.0)
+    assert pace.left("steps", 10) == 900.0
+    for seconds, tokens in ((3.0, 50), (6.0, 100), (120.0, 500)):
+        pace.add("steps", seconds, pace.steps(tokens))
+    assert pace.left("steps", 10) == 60.0 and pace.left("looks", 2.5, "steps", 0.5) == 7.5
+    pace.add("looks", 30.0, 2.5)
+    assert pace.left("looks", 5.0, "steps", 0.5) == 60.0
+    for _ in range(2 * runtime.LATELY):
+        pace.add("steps", 1.0)
+    assert pace.left("steps", 10) == 10.0  # a machine that is quicker by now
+
+
+@pytest.mark.parametrize("steps, every, known", [(24, 12, {1: 2, 12: 2, 13: 1, 24: 1}), (25, 12, {12: 3, 13: 2, 25: 1}),
+                                                 (5, 100, {1: 1, 5: 1}), (3, 1, {1: 3, 2: 2, 3: 1})])
+def test_evaluations_that_are_to_come(steps, every, known):
+    """Each `every` steps and at the end; that of the step itself has not come when its line is printed."""
+    assert {done: runtime.looks_left(done, steps, every) for done in known} == known
+
+
+@both_families
+def test_the_share_of_the_forward_pass(shape, make_model):
+    """A third where all learns; with adapters in the last of four blocks four of five, in all of them half."""
+    model = make_model(n_layer=4, **shape)
+    o = SimpleNamespace(lora_rank=0, lora_alpha=1.0, lora_layers=0, freeze_layers=0)
+    shares = [runtime.forward_share(model, o)]
+    for changes in ({"lora_rank": 2, "lora_layers": 1}, {"lora_rank": 2}, {"freeze_layers": 2}):
+        own = SimpleNamespace(**{**vars(o), **changes})
+        shares.append(runtime.forward_share(adapters.learner(make_model(n_layer=4, **shape), "lm", own,
+                                                             torch.Generator()), own))
+    assert shares == pytest.approx([1 / 3, 4 / 5, 1 / 2, 1 / 2])
+
+
+@pytest.mark.parametrize("usual, first, steps, look, left", [
+    (192.5, [(181, 1.443), (49, 0.255), (168, 0.471)], 178, (12_478, 500 / 8, 1 / 2), 101.5),
+    (697.4, [(463, 0.693), (813, 0.878), (804, 1.063)], 76, (13_074, 13_074 / 697.4, 1 / 1.4), 74.6)],
+    ids=["sft", "rm"])
+def test_the_time_left_of_a_default_run(usual, first, steps, look, left):
+    """After three steps within 20 % of what came then, measured on two cores: tokens and seconds of the first three,
+    the steps there are, an evaluation's tokens, passes and share of a training step."""
+    pace = runtime.Pace(usual)
+    for tokens, seconds in first:
+        pace.add("steps", seconds, pace.steps(tokens))
+    tokens, passes, share = look
+    told = pace.left("steps", steps - 3) + pace.left("looks", share * pace.steps(tokens, passes), "steps")
+    assert told == pytest.approx(left, rel=0.2)
+
+
+def test_the_time_left_while_only_the_value_network_learns(make_model):
+    """Of 24 steps the first 4 last 9 + 3 seconds; later ones take 3 more, and as much again as the head has numbers
+    beside the blocks, twice, on 40 of 64 tokens. When such a step has come, it is what tells: 9 + 6 seconds."""
+    policy, o = make_model(n_layer=1, n_embd=16, vocab_size=200), SimpleNamespace(value_warmup=4)
+    batch = SimpleNamespace(response_mask=torch.ones(4, 10, dtype=torch.bool), lengths=torch.full((4,), 16))
+    pace, blocks = runtime.Pace(), 12 * 16 ** 2 + 13 * 16
+    for step in range(6):
+        pace.add("judged", 9.0 if step else 30.0)
+        pace.add("warm-up" if step < 4 else "update", 3.0 if step < 4 else 6.0)
+        told = train_ppo.time_left(pace, policy, batch, step + 1, 24, o)
+        more = 2 * 200 * 16 / blocks * 40 / 64
+        if step in (1, 2):
+            assert told == pytest.approx((23 - step) * 9.0 + (3 - step) * 3.0 + 20 * 3.0 * (2 + more))
+        if step == 5:
+            assert told == 18 * (9.0 + 6.0)
+
+
 def test_progress_by_hand(start, monkeypatch):
-    """Step 37 of 200 after 74 seconds, begun at step 0: 2 seconds each, so 326 are left; resumed at 27: 7.4 each."""
+    """Step 37 of 200 after 74 seconds, with 326 to come."""
     run = start()
     monkeypatch.setattr(runtime.time, "perf_counter", lambda: run.started + 74.0)
-    assert run.progress(37, 200) == " 37/200  18% 1:14<5:26"
-    assert run.progress(37, 200, since=27) == " 37/200  18% 1:14<20:06"
+    assert run.progress(37, 200, 326.0) == " 37/200  18% 1:14<5:26"
     shown = [runtime.clock(seconds) for seconds in (0, 59.4, 59.6, 3599.5, 36_061)]
     assert shown == ["0:00", "0:59", "1:00", "1:00:00", "10:01:01"]
 
