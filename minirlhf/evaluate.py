@@ -520,8 +520,8 @@ def verdict_on_policy(figures, thirds, has_judge):
 def parse(argv=None):
     parser = Parser(
         prog="python -m minirlhf.evaluate", description="Policies against a baseline on held-out "
-        "prompts, by a reward model and a judge, with 95 % intervals. Temperature, response length and seed are those "
-        "of the first policy's run unless given, so that the figures are those that train_ppo.py printed.")
+        "prompts, by a reward model and a judge, with 95 % intervals. Temperature, response length, seed and dtype are "
+        "those of the first policy's run unless given, so that the figures are those that train_ppo.py printed.")
     parser.add_argument("policies", nargs="+", metavar="POLICY", help="ckpt.pt of train_ppo.py or train_sft.py, or its "
                         "folder")
     parser.add_argument("--baseline", default="out/sft", metavar="PATH", help="the SFT model whose answers theirs are "
@@ -540,7 +540,7 @@ def parse(argv=None):
     parser.add_argument("--seed", type=int)
     parser.add_argument("--long_prompts", choices=("drop", "trim"), default="drop", help="(default: drop)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="(default: float32)")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), help="auto: bfloat16 where the chip has it")
     parser.add_argument("--output", metavar="FILE.json", help="also write all figures there")
     a = parser.parse_args(argv)
     for path in (*a.policies, a.baseline, a.reward_model, a.judge or "", a.prompts, a.output or ""):
@@ -584,7 +584,8 @@ def main(argv=None):
         policy, own_tokenizer, payload = checkpoint.load(path, ["sft", "ppo"], device)
         checkpoint.compatible((policy, own_tokenizer), path, (baseline, tokenizer), a.baseline)
         policies[path], share = policy, share or payload["options"].get("val_share", RunOptions.val_share)
-        for name, usual in (("temperature", 1.0), ("response_length", 48), ("seed", RunOptions.seed)):
+        for name, usual in (("temperature", 1.0), ("response_length", 48), ("seed", RunOptions.seed),
+                            ("dtype", "float32")):
             if getattr(a, name) is None:
                 setattr(a, name, payload["options"].get(name, usual))
     scorer = runtime.Precision(device, a.dtype)
