@@ -747,19 +747,32 @@ def test_the_oldest_turns_are_dropped(talks, monkeypatch):
     assert "turn 8" in rows[-1]["prompt"] and "xxx" not in rows[-1]["prompt"] and "turn 0" not in rows[-1]["prompt"]
 
 
-@pytest.mark.parametrize("model, shown", [("chatml", "  Yo"), ("text", " Yo")])
-def test_an_answer_is_said_as_it_was(talks, monkeypatch, model, shown):
-    """The blank that text has before an answer is the form's; in ChatML it is the answer's own. Each turn draws other
-    numbers."""
-    seeds = []
+@pytest.fixture
+def seeds(monkeypatch):
+    """Those of the answers from now on, which are all " Yo"."""
+    found = []
 
     def generate(model, prompts, limit, eos, temperature, generator):
-        seeds.append(generator.initial_seed())
+        found.append(generator.initial_seed())
         return types.SimpleNamespace(finished=torch.tensor([True]), responses=lambda: [[*b" Yo", eos]])
     monkeypatch.setattr(sample, "generate", generate)
+    return found
+
+
+@pytest.mark.parametrize("model, shown", [("chatml", "  Yo"), ("text", " Yo")])
+def test_an_answer_is_said_as_it_was(talks, seeds, model, shown):
+    """The blank that text has before an answer is the form's; in ChatML it is the answer's own. Each turn draws other
+    numbers."""
     out, rows = talks(model, b"Hi\nHi")
     assert [row["completion"] for row in rows] == [" Yo"] * 2 and len({*seeds}) == 2 and "cut" not in out
     assert rows[1]["prompt"] == f"\n\nHuman: Hi\n\nAssistant:{shown}\n\nHuman: Hi\n\nAssistant:"
+
+
+def test_a_turn_goes_with_its_answer(talks, seeds):
+    """Turns of 40 bytes, of which two fit with their openings: the third drops the first, its short answer too."""
+    out, rows = talks("text", b"a" * 40 + b"\n" + b"b" * 40 + b"\n" + b"c" * 20)
+    assert rows[2]["prompt"] == f"\n\nHuman: {'b' * 40}\n\nAssistant: Yo\n\nHuman: {'c' * 20}\n\nAssistant:"
+    assert "(the context is full: the oldest turn is dropped)" in out
 
 
 def test_input_that_is_none(talks, refused, capsys):
