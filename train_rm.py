@@ -292,8 +292,8 @@ def main(argv=None):
             run.say(line)
         training.save(steps, info, finished=True)
         path = run.path("ckpt.pt")
-        run.saved({Options.preferences: runtime.next_command("train_ppo.py", o, data_dir=o.data_dir, reward_model=path,
-                                                             val_share=o.val_share, init_from=o.init_from),
+        usual = {"data_dir": o.data_dir, "init_from": o.init_from, "reward_model": path, "val_share": o.val_share}
+        run.saved({Options.preferences: runtime.next_command("train_ppo.py", o, **usual),
                    "judge": runtime.next_command("train_ppo.py", o, judge=path) + " --resume"}.get(o.preferences, ""))
 
 

@@ -264,8 +264,8 @@ def main(argv=None):
             if stopping and done < steps:
                 run.exit_stopped()
         run.say(f"\nbest held-out loss: {evaluate.describe(best_figures)}")
-        run.saved(runtime.next_command("train_rm.py", o, data_dir=o.data_dir, val_share=o.val_share,
-                                       init_from=run.path("ckpt.pt")))
+        run.saved(runtime.next_command("train_rm.py", o, data_dir=o.data_dir, init_from=run.path("ckpt.pt"),
+                                       val_share=o.val_share))
 
 
 if __name__ == "__main__":

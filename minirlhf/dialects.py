@@ -432,7 +432,7 @@ def jsonl(rows, note, keys):
             prompt, talk = take(row.where, r, asked)
             if talk:
                 open_answer(row.where, asked, talk)  # which it must be possible to do
-            prompt = talk or prompt
+                prompt = r[asked]
         else:
             prompt = shared_prompt([texts[chosen], texts[rejected]]) if chosen in answers else ""
             values = {name: value[len(prompt):] if isinstance(value, str) else value for name, value in values.items()}

@@ -913,7 +913,7 @@ HELD_OUT = [
     ("minirlhf/evaluate.py", "_, held_out = divide(load_prompts, whole, share)",
      "_, held_out = divide(load_prompts, whole, 0.05)"),
     ("train_ppo.py", '"seed", "val_share", "reward"', '"seed", "reward"'),
-    ("train_rm.py", "val_share=o.val_share, init_from=o.init_from", "init_from=o.init_from"),
+    ("train_rm.py", '"reward_model": path, "val_share": o.val_share}', '"reward_model": path}'),
     ("train_sft.py", "*about_data, *about_parts,", "*about_data,"),
 ]
 SAMPLE = [
