@@ -667,7 +667,7 @@ def test_another_tokenizer_or_context(folder, ran, declined):
     (lambda p: p["model"].update(extra=torch.zeros(2)), ["unexpected extra"]),
     (lambda p: p["model"].update({"ln_f.bias": torch.zeros(17)}), ["ln_f.bias has shape (17,), not (16,)"]),
     (lambda p: p["model"]["ln_f.bias"].fill_(torch.nan), ["ln_f.bias", "not finite"]),
-    (lambda p: p.update(format=99), ["format 99", "up to 2"]),
+    (lambda p: p.update(format=99), ["format 99", "up to 3"]),
 ], ids=["missing", "extra", "shape", "NaN", "newer"])
 def test_contents_that_do_not_fit(folder, declined, name, change, words):
     """Rows 25-27: strict, finite, and of a format that is known."""

@@ -1161,7 +1161,7 @@ def test_the_derived_figures_of_the_benchmark(monkeypatch):
     monkeypatch.setattr(benchmark, "time_step", lambda o, w, iters, batch: (run, [4.0, 1.0, 2.0, 16.0], 50.0))
     said = []
     monkeypatch.setattr(benchmark, "say", said.append)
-    monkeypatch.setattr(benchmark.Load, "others", lambda load: 0.25)
+    monkeypatch.setattr(kernels.Load, "others", lambda load: 0.25)
     r = benchmark.measure(benchmark.Options(what="ppo"))
     assert {k: r[k] for k in ("rollout_s", "scoring_s", "update_s", "total_s", "min_total_s", "max_total_s", "first_s")
             } == {"rollout_s": 2, "scoring_s": 5, "update_s": 20, "total_s": 31, "min_total_s": 13, "max_total_s": 67,
