@@ -207,16 +207,6 @@ def make_optimizers(policy, value, o):
                           fused=True) for model, rate in zip((policy, value), rates)]
 
 
-def time_left(pace, policy, batch, done, steps, o):
-    """Seconds that the steps to come will take. As long as the policy rests, its part of an update is told by the value
-    network's: it has the head as well, on the decisions, and their softmax and entropy take as long again."""
-    blocks = sum(p.numel() for block in policy.h[policy.first:] for p in block.parameters())
-    more = 2 * policy.unembedding.numel() / blocks * float(batch.response_mask.sum() / batch.lengths.sum())
-    resting = max(0, o.value_warmup - done)  # steps
-    return (pace.left("judged", steps - done) + pace.left("warm-up", resting)
-            + pace.left("update", steps - done - resting, "warm-up", 2 + more))
-
-
 def read_options(argv):
     """-> Options, and what --resume goes on from. Exits 2 on options that exclude each other."""
     o, saved = checkpoint.resume(parse(Options, argv), "ppo", (
@@ -350,7 +340,7 @@ def main(argv=None):
             record = {"step": done, "episode": done * o.batch_size, "lr": optimizers[0].param_groups[0]["lr"],
                       "eps": o.batch_size / seconds, "tokens_per_second": o.batch_size * length / seconds,
                       "rollout_seconds": rollout_seconds, "seconds": seconds, **figures, **update_figures}
-            left = time_left(pace, policy, batch, done, steps, o) + against_sft.time_left(done, steps)
+            left = evaluate.ppo_time_left(pace, policy, batch, done, steps, o) + against_sft.time_left(done, steps)
             run.say(f"{run.progress(done, steps, left)}  {evaluate.describe_step(record)}"
                     + ("  (value warm-up)" if step < o.value_warmup else ""))
             for warning in against_sft.warnings(batch, record):

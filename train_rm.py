@@ -168,16 +168,6 @@ def read_scale_prompts(o, tokenizer, block_size):
     return [prompts[i % len(prompts)] for i in range(o.num_scale_samples)], [*filter(os.path.exists, [path])]
 
 
-def work_between(pace, model, records, prompts, o):
-    """What an evaluation of these records takes, and the samples that set the scale, as numbers of training steps.
-
-    A token is sampled for all rows at once, in about a quarter of the time that comes with every pass.
-    """
-    texts, share = {tuple(row.ids) for rows, _, _ in records for row in rows}, runtime.forward_share(model, o)
-    sampled = sum(map(len, prompts)) + len(prompts) * o.response_length / 2
-    return share * sum(map(len, texts)) / pace.tokens, share * pace.steps(sampled, o.response_length / 4)
-
-
 def main(argv=None):
     o, saved = checkpoint.resume(parse(Options, argv), "rm", (
         "seed", "val_share", "batch_size", "max_steps", "optimizer", "long_prompts", "lr_schedule", *adapters.OPTIONS))
@@ -234,7 +224,7 @@ def main(argv=None):
         model.train()
         seen, seen_seconds, right, seen_pairs = 0, 0.0, 0, 0
         pace = runtime.Pace(tokens_per_epoch / order.steps_per_epoch)
-        look, scale = work_between(pace, model, val_set, scale_prompts, o)
+        look, scale = evaluate.work_between(pace, model, val_set, scale_prompts, o)
         if longer:
             model.gain.fill_(1), model.bias.zero_()  # as in training; the scale is set again at the end
             training.save(first, {}, finished=False)

@@ -13,9 +13,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import train_ppo
 from conftest import both_families
-from minirlhf import adapters, kernels, runtime
+from minirlhf import adapters, evaluate, kernels, runtime
 from minirlhf.config import RunOptions
 from minirlhf.model import GPT, GPTConfig
 from minirlhf.runtime import Run, rate_factor
@@ -358,7 +357,7 @@ def test_the_time_left_while_only_the_value_network_learns(make_model):
     for step in range(6):
         pace.add("judged", 9.0 if step else 30.0)
         pace.add("warm-up" if step < 4 else "update", 3.0 if step < 4 else 6.0)
-        told = train_ppo.time_left(pace, policy, batch, step + 1, 24, o)
+        told = evaluate.ppo_time_left(pace, policy, batch, step + 1, 24, o)
         more = 2 * 200 * 16 / blocks * 40 / 64
         if step in (1, 2):
             assert told == pytest.approx((23 - step) * 9.0 + (3 - step) * 3.0 + 20 * 3.0 * (2 + more))
