@@ -537,13 +537,13 @@ def test_the_folder_of_a_process_at_work_is_left_alone(tmp_path):
 @pytest.mark.slow
 def test_kill_9(tmp_path):
     """A real signal at random moments: the folder is whole or not there, and the last run succeeds."""
-    rows = [hh(n, "Yes. " * 50) for n in range(20000)]
+    rows = [hh(n, "Yes. " * 50) for n in range(4000)]
     source = write(tmp_path / "x.jsonl", lines(*rows))
     argv = ["minirlhf.prepare", "hh-rlhf", "--source", source, "--data_dir", tmp_path / "data", "--overwrite"]
     began = time.monotonic()
     assert Command(*argv, cwd=tmp_path).wait()[0] == 0
     whole, seconds, rng = load(tmp_path / "data"), time.monotonic() - began, random.Random(0)
-    for _ in range(12):
+    for _ in range(8):
         process = Command(*argv, cwd=tmp_path)
         time.sleep(rng.uniform(0, 1.1 * seconds))
         with contextlib.suppress(ProcessLookupError):
