@@ -289,6 +289,7 @@ COMMON = {
     "device": row("cpu:0", "said"), "dtype": row("bfloat16", "weights", "steps"), "seed": row(5, "weights", "steps"),
     "compile": Alone("test_compile"), "resume": Alone("test_resume_and_overwrite"),
     "overwrite": Alone("test_resume_and_overwrite"), "check": Alone("test_check_is_said_to_be_one"),
+    "checkpoint_activations": row(True), "force": row(True),
     "out_dir": Alone("test_resume_and_overwrite"), "keep_checkpoints": Alone("test_further_files"),
     "lora_rank": Alone("test_a_part_learns"), "lora_alpha": Alone("test_a_part_learns"),
     "lora_layers": Alone("test_a_part_learns"), "freeze_layers": Alone("test_a_part_learns")}
@@ -347,7 +348,7 @@ def look(ended, passes):
     return {"weights": tensors({"model": payload["model"], **networks}),
             "steps": [{k: v for k, v in m.items() if k != "eval"} for m in rows if "final" not in m],
             "evals": [[m.get("eval"), m.get("final")] for m in rows], "samples": ended.rows("samples.jsonl"),
-            "said": re.sub(r"\d+:\d\d|[\d,]+ tokens/s|in [\d.]+ s", "", said).splitlines(),
+            "said": re.sub(r"\d+:\d\d|[\d,]+ tokens/s|in [\d.]+ s|memory: .*", "", said).splitlines(),
             "passes": Counter(rows for *_, rows in passes)}
 
 
