@@ -103,6 +103,7 @@ def test_what_stays_by_hand(make_model):
         "weights": 4 * (2 * 4032 + 19 + 19 + 2 * own), "moments": 4 * 2 * (2 * own + 17)}
     muon = options("rm", optimizer="muon")
     full = rm.with_head("scalar")
+    assert memory.gradients(muon, full)["gradients"] == 4 * 4049
     assert memory.lasting(muon, run_of(muon), [full])["moments"] == 4 * (12 * 256 + 2 * (4049 - 12 * 256))
 
 
