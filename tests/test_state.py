@@ -359,7 +359,7 @@ def alike(a, b):
     if isinstance(a, torch.Tensor):
         return a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=2e-6)
     if isinstance(a, float) and isinstance(b, (int, float)):
-        return math.isclose(a, b, rel_tol=1e-4, abs_tol=5e-6)
+        return math.isclose(a, b, rel_tol=3e-5, abs_tol=2e-6)
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(alike(a[k], b[k]) for k in a)
     if isinstance(a, list) and isinstance(b, list):
