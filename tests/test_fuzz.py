@@ -415,10 +415,9 @@ def test_tokenizer(numbers):
                 assert again.encode(text) == tokenizer.encode(text)
             ids = rng.choices(range(tokenizer.vocab_size), k=20)
             tokenizer.decode(ids).encode()
-            tokens = list(tokenizer.ranks)
-            said = ids[ids[0] == tokenizer.eos:]
-            said = said[:len(said) - (said[-1] == tokenizer.eos)]  # what opens and ends a text; within it shows
-            assert tokenizer.count_bytes(ids) == sum(len([*tokens, EOS][i]) for i in said)
+            tokens = [*tokenizer.ranks, EOS.encode()]
+            within = ids[ids[0] == tokenizer.eos:20 - (ids[-1] == tokenizer.eos)]  # at its ends eos says nothing
+            assert tokenizer.count_bytes(ids) == sum(len(tokens[i]) for i in within)
 
 
 @cases(40, 1500)
