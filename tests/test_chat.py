@@ -475,7 +475,7 @@ def test_what_smollm2_s_own_template_does():
 # ---- checkpoints
 
 
-def test_a_checkpoint_keeps_its_form(refused):
+def test_a_checkpoint_keeps_its_form():
     """As plain values; one of another kind, or without the tokens, is none; a state without a form has none."""
     own = tokenizer(Form("S", True, "turn"))
     state = json.loads(json.dumps(own.state()))
@@ -775,7 +775,7 @@ def test_a_turn_goes_with_its_answer(talks, seeds):
     assert "(the context is full: the oldest turn is dropped)" in out
 
 
-def test_input_that_is_none(talks, refused, capsys):
+def test_input_that_is_none(talks, refused):
     """Closed, no UTF-8, without an end of the line: one line each."""
     assert "standard input is closed: --chat takes the turns from it" in refused(talks, "text", None)
     assert "not UTF-8" in refused(talks, "text", b"a\n\xff\n")
