@@ -443,7 +443,7 @@ def test_the_peak_of_each_stage_is_as_told(tmp_path):
         for name, records in made.items():
             write(tmp_path, {f"data/{name}.{split}.jsonl": "".join(json.dumps(r) + "\n" for r in records)})
     for stage, more in (("sft", [*S, "--max_steps", "6"]), ("rm", ["--max_steps", "6"]),
-                        ("ppo", ["--total_episodes", "192", "--value_warmup", "1", "--num_eval_prompts", "60"])):
+                        ("ppo", ["--total_episodes", "384", "--value_warmup", "1", "--num_eval_prompts", "60"])):
         argv = [*scratch(stage), *more, "--data_dir", "data", "--device", "cpu", "--dtype", "float32"]
         done = subprocess.run([sys.executable, "-c", PEAK, ROOT / f"train_{stage}.py", *argv], cwd=tmp_path, text=True,
                               env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, capture_output=True)
