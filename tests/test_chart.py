@@ -82,10 +82,10 @@ def test_the_style_holds_both_palettes_and_no_colour_of_its_own():
      "&lt;script&gt;alert(&#x27;x&#x27;)&lt;/script&gt; &amp; &quot;y&quot;"),
     ("a\x00b\x1bc\x7f", r"a\x00b\x1bc\x7f"), ("\ud800", r"\ud800"), ("\u202eevil", r"\u202eevil"),
     ("\u2066x\u2069\u200f\ufeff", r"\u2066x\u2069\u200f\ufeff"), ("a\n\tb\r", "a\n\tb\\r"),
+    ("שלום é 👩‍👩‍👧 \u00a0", "שלום é 👩‍👩‍👧 \u00a0"), (3, "3"), ("\uffff\ufffe", r"\uffff\ufffe")])
+def test_a_text_shows_and_does_nothing_else(given, expected):
     """Markup is escaped, what is invisible or turns the direction is named; letters of any script stay as they are.
     The result is always well-formed XML, in an attribute too."""
-    """Markup is escaped, what is invisible or turns the direction is named; letters of any script stay as they are. The
-    result is always well-formed XML, in an attribute too."""
     assert text(given) == expected
     assert ET.fromstring(f'<a b="{text(given)}">{text(given)}</a>').tag == "a"
     text(given).encode()  # no lone surrogate
