@@ -452,7 +452,7 @@ COLUMNS = {"log p, policy": "logprobs", "log p, reference": "ref_logprobs", "KL,
 
 
 def token_viewer(run):
-    rows = [row for row in run.tokens if is_rollout(row)]
+    rows = [*filter(None, map(whole, run.tokens))]
     if not rows:
         return missing(f"{run.folder}/tokens.jsonl has no answers token by token: train_ppo.py keeps some at each "
                        "look, after --eval_interval steps.")
@@ -481,13 +481,16 @@ def token_viewer(run):
             f'<div id="rollouts">{"".join(parts)}</div>')
 
 
-def is_rollout(row):
-    """Whether all columns are there, a number or null for each token."""
-    tokens = row.get("tokens")
-    return (isinstance(tokens, list) and tokens and isinstance(row.get("prompt"), str) and all(
+def whole(row):
+    """A row of tokens.jsonl with all columns, None where a token lacks the figure; None where it is no such row."""
+    tokens, row = row.get("tokens"), {**row}
+    for key in COLUMNS.values():
+        row[key] = row.get(key, [None] * len(tokens or ()))
+    fits = isinstance(tokens, list) and tokens and isinstance(row.get("prompt"), str) and all(
         isinstance(t, str) for t in tokens) and all(
-        isinstance(row.get(key), list) and len(row[key]) == len(tokens)
-        and all(v is None or is_number(v) for v in row[key]) for key in COLUMNS.values()))
+        isinstance(row[key], list) and len(row[key]) == len(tokens)
+        and all(v is None or is_number(v) for v in row[key]) for key in COLUMNS.values())
+    return row if fits else None
 
 
 def scale(rows, key):
@@ -550,7 +553,47 @@ def visible(token):
 # ---- the frontier
 
 def frontier(folder):
-    return missing(f"There is no {folder}/frontier/frontier.json, the KL and score of several policies.")
+    """What `python -m minirlhf.frontier` has measured: for each method its points, and what it found."""
+    paths = [os.path.join(folder, *names) for names in (("frontier", "frontier.json"), ("frontier.json",))]
+    path, faults = next(filter(os.path.isfile, paths), paths[0]), []
+    state = read_object(path, faults)
+    rows, kept = get(state, "rows"), get(state, "points")
+    if faults or not isinstance(rows, dict) or not isinstance(kept, dict):
+        return missing(f"No frontier: {faults[0] if faults else f'{path} holds no rows and points.'}")
+    points = {method: [(name, get(rows, name)) for name in names if isinstance(name, str) and place(get(rows, name))]
+              for method, names in kept.items() if isinstance(names, list)}
+    charts = []
+    for key, title in (("score", "The reward model that was optimised"), ("judge_score", "A judge that looks on")):
+        start = get(state, "baseline", key, 0)
+        first = [Point(0, start, name="the SFT model")] if is_number(start) else []
+        charts.append(chart(title, {method: first + sorted(filter(None, (at_kl(row, key, name) for name, row in found)))
+                                    for method, found in points.items()},
+                            "root of the KL from the SFT model, nats a response", "mean score", "Higher and further "
+                            "left is better. Where the judge falls and the reward model rises: over-optimised.", path))
+    cells = [[method, name, ("<= " * ("kl_bound" in row)) + figure(place(row)[0]), *(
+        cell(get(row, key), form) for key, _, form in evaluate.FIGURES if key not in ("kl", "kl_k3"))]
+        for method, found in points.items() for name, row in found]
+    said = state.get("findings") if isinstance(state.get("findings"), list) else []
+    head = ["method", "run", "KL, nats", *(label for key, label, _ in evaluate.FIGURES if key not in ("kl", "kl_k3"))]
+    return (f'<div class="charts">{"".join(charts)}</div>'
+            + "".join(f"<p>{cut(line)}</p>" for line in said if isinstance(line, str))
+            + (table(head, cells, f"The points of {path}", 2) if cells else ""))
+
+
+def place(row):
+    """A row's KL and the half-width of its interval: by k1, or the bound of best-of-n; None where it has neither."""
+    kl = [get(row, "kl_bound"), 0.0] if is_number(get(row, "kl_bound")) else get(row, "kl")
+    return kl if isinstance(kl, list) and len(kl) == 2 and all(map(is_number, kl)) else None
+
+
+def at_kl(row, key, name):
+    """A row as a point of its chart, intervals on both axes; None where it lacks the figure."""
+    value, (kl, around) = get(row, key), place(row)
+    if not (isinstance(value, list) and len(value) == 2 and all(map(is_number, value))):
+        return None
+    mean, half = value
+    x = [math.sqrt(max(0.0, v)) for v in (kl, kl - around, kl + around)]
+    return Point(x[0], mean, mean - half, mean + half, *x[1:], name)
 
 
 # ---- the page

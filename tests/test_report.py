@@ -469,12 +469,84 @@ def test_the_darkest_begins_where_a_twentieth_of_the_tokens_is(tmp_path):
     assert ">1.5<" in report.legend("ratio after the update", 1.0, None)
 
 
+def test_a_column_that_a_run_has_not_is_empty(tmp_path):
+    """As the value of a run without a value network, or a figure that was not finite: no colour, an empty cell."""
+    row = rollout(kl=[None, 0.5])
+    del row["values"]
+    root = read(made(tmp_path / "ppo", tokens=[row]))
+    (section,) = root.iter("section")
+    cells = [[words(c) for c in tr] for tr in section.iter("tr")]
+    at = {name: k for k, name in enumerate(cells[0])}
+    assert [line[at["value"]] for line in cells[1:]] == ["", ""]
+    assert [line[at["KL, nats"]] for line in cells[1:]] == ["", "0.5"]
+    classes = [s.get("data-c").split() for s in section.iter("span")]
+    assert [c[2] for c in classes] == ["none"] * 2 and [c[1] for c in classes] == ["none", "high4"]
+
+
 def test_rollouts_that_have_no_room_are_left_out_and_counted(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "ROLLOUTS", 10_000)
     root = read(made(tmp_path / "ppo", tokens=[rollout(k, ["a"] * 20) for k in range(1, 9)]))
     kept = len([*root.iter("section")])
     assert 1 <= kept < 8 and f"{8 - kept} earlier answers" in words(root)
     assert [words(s.find("h3")).split(":")[0] for s in root.iter("section")][0] == "Step 8"
+
+
+# ---- the frontier
+
+def compared():
+    """A frontier.json of two methods, as `minirlhf.frontier` writes it; one run failed and one row lacks the judge."""
+    def row(kl, score, **more):
+        return {"method": "ppo", "kl": [kl, 0.5], "score": [score, 0.125], "judge_score": [score / 2, 0.25],
+                "win_rate": [0.75, 0.7, 0.8], "mean_length": 17.25, "command": "python train_ppo.py"} | more
+    best = {"method": "best-of-n", "n": 4, "kl_bound": 0.64, "score": [1.0, 0.1], "judge_score": [0.9, 0.1]}
+    return {"rows": {"a": row(4.0, 1.5), "b": row(0.25, 0.5), "c": {"failed": "x"}, "best-of-4": best,
+                     "d": row(9.0, 2.0, judge_score=None)},
+            "points": {"PPO": ["a", "b", "c", "gone", 3, "d"], "best of n": ["best-of-4"]},
+            "baseline": {"score": [0.0, 0.1], "judge_score": [-0.25, 0.1]}, "findings": ["PPO is <b>first</b>.", 3]}
+
+
+@pytest.mark.parametrize("where", ["frontier/frontier.json", "frontier.json"])
+def test_the_frontier_is_drawn_from_its_file(tmp_path, where):
+    """Each method's points at the root of their KL, from the SFT model on, with intervals on both axes: of 4 +- 0.5
+    from root 3.5 to root 4.5; best-of-n at its bound; a row that failed, is not there or lacks the figure is left
+    out."""
+    made(tmp_path / "ppo")
+    path = tmp_path / where
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(compared()))
+    root = read(tmp_path)
+    tips = [re.sub("root of the KL from the SFT model, nats a response", "x", tip)
+            for tip in tooltips(root, "The reward model that was optimised")]
+    assert tips == ["PPO, the SFT model, x 0: mean score 0", "PPO, b, x 0.5: mean score 0.5 (0.375 to 0.625)",
+                    "PPO, a, x 2: mean score 1.5 (1.375 to 1.625)", "PPO, d, x 3: mean score 2 (1.875 to 2.125)",
+                    "best of n, the SFT model, x 0: mean score 0",
+                    "best of n, best-of-4, x 0.8: mean score 1 (0.9 to 1.1)"]
+    assert len(tooltips(root, "A judge that looks on")) == 5
+    point = report.at_kl(compared()["rows"]["a"], "score", "a")
+    assert (point.left, point.right) == (pytest.approx(math.sqrt(3.5)), pytest.approx(math.sqrt(4.5)))
+    assert report.at_kl(compared()["rows"]["b"], "score", "b").left == 0  # 0.25 - 0.5 is no KL
+    cells = table_of(root, f"The points of {path}")
+    assert [row[:5] for row in cells[1:]] == [
+        ["PPO", "a", "4", "1.500 +- 0.125", "75.0% (70.0%-80.0%)"],
+        ["PPO", "b", "0.25", "0.500 +- 0.125", "75.0% (70.0%-80.0%)"],
+        ["PPO", "d", "9", "2.000 +- 0.125", "75.0% (70.0%-80.0%)"],
+        ["best of n", "best-of-4", "<= 0.64", "1.000 +- 0.100", ""]]
+    assert "PPO is <b>first</b>." in [words(p) for p in root.iter("p")]
+
+
+@pytest.mark.parametrize("content, says", [
+    (None, "frontier.json is missing"), ("{", "is no JSON"), ("[]", "is no JSON object"),
+    ("{}", "holds no rows and points"), ('{"rows": [], "points": {}}', "holds no rows and points")])
+def test_a_frontier_that_cannot_be_read_is_left_out(tmp_path, content, says):
+    """A line says so, and the rest of the page stands; rows and points of another kind are no traceback."""
+    made(tmp_path / "ppo")
+    if content is not None:
+        (tmp_path / "frontier.json").write_text(content)
+    assert any(line.startswith("No frontier: ") and says in line for line in told(read(tmp_path)))
+    (tmp_path / "frontier.json").write_text(json.dumps({
+        "rows": {"a": 3, "b": {"kl": [1, "x"]}}, "points": {"PPO": ["a", "b"], "x": 3}, "baseline": [],
+        "findings": "f"}))
+    assert any("The reward model that was optimised" in line for line in told(read(tmp_path)))
 
 
 # ---- what is missing is said
@@ -494,6 +566,7 @@ def test_a_stage_that_was_not_run_is_named(tmp_path, out):
     ({"metrics": [{"step": 1, "objective/scores": 0.5}]}, ["Entropy: ", "KL from the reference: "]),
     ({"tokens": [{"step": 1}]}, ["no answers token by token"]),
     ({"tokens": [rollout(logprobs=[0.1])]}, ["no answers token by token"]),
+    ({"tokens": [rollout(values=["x", 1])]}, ["no answers token by token"]),
     ({"samples": [{"step": 1, "final": True, "prompt": "p"}]}, ["no answers before and after"]),
     ({"config": ["no object"]}, ["config.json is no JSON object"]),
     ({"metrics": [{"step": 1, "final": {"before": [], "after": 3}}, ppo_row(2, eval="x")]}, ["Preferred"])])
