@@ -171,13 +171,25 @@ def command(run):
     return runtime.command_line(run.stage, options(**known), resume=False, overwrite=False)
 
 
+def planned(run):
+    """The steps that the run has or shall have, as its script counts them; None where that cannot be told."""
+    episodes, batch, epochs, most = (run.options.get(name) for name in (
+        "total_episodes", "batch_size", "num_train_epochs", "max_steps"))
+    if run.stage == "ppo":
+        return -(-episodes // batch) if all(is_number(n) and n > 0 for n in (episodes, batch)) else None
+    an_epoch = next((round(row["step"] / row["epoch"]) for row in run.steps
+                     if is_number(row.get("epoch")) and row["epoch"] > 0), None)
+    if an_epoch is None or not all(map(is_number, (epochs, most))):
+        return None
+    steps = max(1, round(epochs * an_epoch))
+    return min(steps, most) if most > 0 else steps
+
+
 def progress(run):
-    """"36 of 36 steps, finished"."""
-    done = max((row["step"] for row in run.metrics), default=0)
-    episodes, batch = run.options.get("total_episodes"), run.options.get("batch_size")
-    known = run.stage == "ppo" and all(is_number(n) and n > 0 for n in (episodes, batch))
-    return (f"{figure(done)}{f' of {figure(-(-episodes // batch))}' if known else ''} steps, "
-            f"{'finished' if run.final else 'without closing figures'}")
+    """"36 of 36 steps", and whether the closing figures are still to come."""
+    done, steps = max((row["step"] for row in run.metrics), default=0), planned(run)
+    ended = run.final if run.stage in ("rm", "ppo") else steps is None or done >= steps
+    return f"{figure(done)}{'' if steps is None else f' of {figure(steps)}'} steps{'' if ended else ', not finished'}"
 
 
 def result(run):

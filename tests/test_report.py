@@ -222,7 +222,7 @@ def test_steps_and_seconds_add_up(out, root):
         rows = rows_of(out[0] / stage / "metrics.jsonl")
         total = int(sum(r["elapsed"] for r in rows) + 0.5)
         assert row[0].endswith(f"/{stage}") and row[-1] == f"{total // 60}:{total % 60:02}"
-        assert row[-2] == f"{rows[-1]['step']}{' of 3' if stage == 'ppo' else ''} steps, finished"
+        assert row[-2] == f"{rows[-1]['step']} of {rows[-1]['step']} steps"
         assert all(r["elapsed"] >= r.get("seconds", 0) >= 0 for r in rows)
 
 
@@ -604,6 +604,22 @@ def test_an_older_run_without_clock_tells_its_steps_alone(tmp_path):
     for row in rows:
         del row["seconds"]
     assert table_of(read(made(tmp_path / "ppo", metrics=rows)), "Runs")[1][-1] == "not recorded"
+
+
+@pytest.mark.parametrize("stage, options, rows, expected", [
+    ("sft", {"num_train_epochs": 1.5, "max_steps": 0}, [{"step": 4, "epoch": 0.4}], "4 of 15 steps, not finished"),
+    ("sft", {"num_train_epochs": 4, "max_steps": 12}, [{"step": 12, "epoch": 1.2}], "12 of 12 steps"),
+    ("sft", {"num_train_epochs": 0.01, "max_steps": 0}, [{"step": 1, "epoch": 0.1}], "1 of 1 steps"),
+    ("sft", {}, [{"step": 4, "epoch": 0.4}], "4 steps"), ("sft", {"max_steps": "x"}, [], "0 steps"),
+    ("rm", {"num_train_epochs": 1, "max_steps": 5}, [{"step": 5, "epoch": 0.5}], "5 of 5 steps, not finished"),
+    ("rm", {"num_train_epochs": 1, "max_steps": 5}, [{"step": 5, "epoch": 0.5}, {"step": 5, "final": {"figures": {}}}],
+     "5 of 5 steps"),
+    ("ppo", {"total_episodes": 100, "batch_size": 8}, [{"step": 7}], "7 of 13 steps, not finished"),
+    ("ppo", {"total_episodes": 100, "batch_size": 0}, [{"step": 7}, {"step": 7, "final": {"after": {}}}], "7 steps")])
+def test_how_far_a_run_is(stage, options, rows, expected):
+    """As the scripts count steps: epochs rounded, one at least, max_steps at most; batches rounded up. A reward model
+    and a policy are finished with their closing figures, an SFT model with its last step."""
+    assert report.progress(report.Run("", stage, options, rows, [], [], [])) == expected
 
 
 def test_of_several_runs_of_a_stage_the_one_of_its_name_is_shown(tmp_path):
