@@ -166,9 +166,12 @@ def command(run):
     """The command line that repeats the run, of the options that its script knows today; None without a script."""
     if run.stage not in STAGES or not run.options:
         return None
-    options = importlib.import_module(f"train_{run.stage}").Options
-    known = {f.name: run.options[f.name] for f in fields(options) if type(run.options.get(f.name)) is type(f.default)}
-    return runtime.command_line(run.stage, options(**known), resume=False, overwrite=False)
+    script = importlib.import_module(f"train_{run.stage}")
+    known = {f.name: run.options[f.name] for f in fields(script.Options)
+             if type(run.options.get(f.name)) is type(f.default)}
+    if run.stage == "sft" and known.get("init_from", "scratch") != "scratch":  # whose sizes the run has noted
+        known = {name: value for name, value in known.items() if name not in script.SIZES[:-1]}
+    return runtime.command_line(run.stage, script.Options(**known), resume=False, overwrite=False)
 
 
 def planned(run):
@@ -259,9 +262,10 @@ def steps_table(run, columns):
 
 def what_was_run(runs, shown):
     out = ["<h2 id=run>What was run</h2>"]
-    out.append(table(["folder", "stage", "data", "result", "steps", "time, h:min:s"], [
-        [run.folder, STAGES.get(run.stage, run.stage), data_of(run), result(run), progress(run), seconds(run)]
-        for run in runs], "Runs", 4))
+    out.append(table(["folder", "stage", "data", "steps", "time, h:min:s"], [
+        [run.folder, STAGES.get(run.stage, run.stage), data_of(run), progress(run), seconds(run)]
+        for run in runs], "Runs", 3))
+    out += [f"<p><b>{text(run.folder)}</b>: {text(result(run))}</p>" for run in runs]
     found = [command(run) for run in runs]
     out.append('<h3>The commands</h3><pre class="panel">' + re.sub(  # an option's name is not broken
         r"(--\w+)", r"<span>\1</span>", "\n".join(map(text, filter(None, found)))) + "</pre>")
@@ -614,7 +618,7 @@ STYLE = """
 nav a { margin-right: 1rem; white-space: nowrap; }
 [hidden] { display: none !important; }
 .missing { border-left: 4px solid var(--line1); padding: .25rem .75rem; background: var(--panel); }
-.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 24rem), 1fr)); gap: 1.5rem;
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)); gap: 1.5rem;
   align-items: start; }
 figure { margin: 0; max-width: 36rem; }
 figure svg { width: 100%; }
@@ -622,11 +626,10 @@ figcaption { font-size: .9rem; color: var(--faint); min-height: 4.5em; }
 figcaption output { display: block; color: var(--ink); }
 .now { stroke: var(--ink); stroke-width: 3; }
 caption { text-align: left; font-weight: 600; padding: .25rem 0; max-width: calc(100vw - 3rem); }
-td { white-space: nowrap; }
-.text { white-space: pre-wrap; min-width: 7rem; max-width: 28rem; }
+th, td { overflow-wrap: normal; }
+.text { white-space: pre-wrap; overflow-wrap: anywhere; min-width: 9rem; max-width: 28rem; }
 .text.long { min-width: 16rem; }
-section .text:first-child { min-width: 0; }
-th { overflow-wrap: normal; }
+section .text { min-width: 3rem; }
 summary { cursor: pointer; margin: .5rem 0; }
 pre { margin: .5rem 0; white-space: pre-wrap; }
 pre span { white-space: nowrap; }

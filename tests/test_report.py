@@ -245,6 +245,18 @@ def test_commands_repeat_the_runs(out, root):
     assert not re.search("--(resume|overwrite)", " ".join(lines))
 
 
+def test_the_command_of_a_pretrained_model_leaves_its_sizes_out(tmp_path):
+    """The run notes the sizes of the model that it began with, which the script would refuse as options; a value of
+    another kind, and an option that is unknown today, are left out too."""
+    config = {"stage": "sft", "init_from": "smollm2", "n_layer": 30, "vocab_size": 49152, "family": "llama", "seed": 7,
+              "block_size": 512, "batch_size": "8", "gone": 3}
+    made(tmp_path / "sft", config=config)
+    line = words(next(read(tmp_path).iter("pre")))
+    assert line.split()[2:] == ["--seed", "7", "--block_size", "512"]
+    made(tmp_path / "sft", config=config | {"init_from": "scratch"})
+    assert "--n_layer 30" in words(next(read(tmp_path).iter("pre")))
+
+
 def test_every_answer_is_there_with_its_scores(tmp_path):
     """The first twelve in sight, the others hidden; prompt, both answers, both scores as in samples.jsonl."""
     rows = [answer(k) for k in range(30)]
