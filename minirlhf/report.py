@@ -405,8 +405,8 @@ def before_and_after(run):
             for key, label, form in evaluate.FIGURES if get(final, "after", key) is not None]
     if rows:
         n = get(final, "after", "prompts")
-        out.append(table(["figure", "before", "after"], rows, "Held-out prompts, with 95 % intervals"
-                         + (f": {figure(n)}" if is_number(n) else "")))
+        caption = "Held-out prompts, with 95 % intervals" + (f": {figure(n)}" if is_number(n) else "")
+        out.append(f'<div class="compared">{table(["figure", "before", "after"], rows, caption)}</div>')
     answers = [row for row in run.samples if row.get("final") and is_number(row.get("score"))
                and is_number(row.get("sft_score")) and all(isinstance(row.get(k), str) for k in (
                    "prompt", "completion", "sft_completion"))]
@@ -627,9 +627,12 @@ figcaption output { display: block; color: var(--ink); }
 .now { stroke: var(--ink); stroke-width: 3; }
 caption { text-align: left; font-weight: 600; padding: .25rem 0; max-width: calc(100vw - 3rem); }
 th, td { overflow-wrap: normal; }
+td { white-space: nowrap; }
 .text { white-space: pre-wrap; overflow-wrap: anywhere; min-width: 9rem; max-width: 28rem; }
 .text.long { min-width: 16rem; }
-section .text { min-width: 3rem; }
+section .text { white-space: pre; min-width: 0; }
+.compared td { white-space: normal; }
+.compared .text { min-width: 7rem; }
 summary { cursor: pointer; margin: .5rem 0; }
 pre { margin: .5rem 0; white-space: pre-wrap; }
 pre span { white-space: nowrap; }
