@@ -628,11 +628,10 @@ figcaption output { display: block; color: var(--ink); }
 caption { text-align: left; font-weight: 600; padding: .25rem 0; max-width: calc(100vw - 3rem); }
 th, td { overflow-wrap: normal; }
 td { white-space: nowrap; }
-.text { white-space: pre-wrap; overflow-wrap: anywhere; min-width: 9rem; max-width: 28rem; }
-.text.long { min-width: 16rem; }
-section .text { white-space: pre; min-width: 0; }
-.compared td { white-space: normal; }
-.compared .text { min-width: 7rem; }
+.text { white-space: pre; }
+.text.long { white-space: pre-wrap; overflow-wrap: anywhere; min-width: 16rem; max-width: 28rem; }
+.compared th, .compared td { white-space: normal; min-width: 5rem; }
+@media (max-width: 30rem) { th, td { padding: .2rem .3rem; } }
 summary { cursor: pointer; margin: .5rem 0; }
 pre { margin: .5rem 0; white-space: pre-wrap; }
 pre span { white-space: nowrap; }
@@ -648,7 +647,7 @@ article p { margin: .25rem 0; white-space: pre-wrap; }
 .tokens .now { outline: 2px solid var(--ink); }
 tr.now { background: var(--panel); outline: 2px solid var(--focus); outline-offset: -2px; }
 @media print { body { max-width: none; font-size: 9pt; } .scroll { overflow: visible; }
-  .text, .text.long { min-width: 0; } th, td { padding: .1rem .25rem; } }
+  .text.long { min-width: 0; } th, td { padding: .1rem .25rem; } }
 """ + "".join(f".{end}{k} {{ background: var(--{end}{k}); border-bottom: 2px {line} var(--ink); }}\n"
               for end, line in (("low", "dashed"), ("high", "solid")) for k in range(1, SHADES + 1))
 
