@@ -73,6 +73,7 @@ def read_rows(path, faults):
     if bad:
         torn = len(bad) == 1 and not bad[0][1].endswith(b"\n")
         faults.append(f"{path}: " + ("the last line is torn, as where a run was killed; it is left out." if torn else
+                                     f"1 line is no row and is left out: {bad[0][0]}." if len(bad) == 1 else
                                      f"{len(bad)} lines are no rows and are left out, the first is {bad[0][0]}."))
     return rows
 
@@ -117,9 +118,9 @@ def find_runs(folder):
 def shown_in_full(runs):
     """{stage: the run that is shown}: the folder of the stage's name, or the one that was written last."""
     def rank(run):
+        log = os.path.join(run.folder, "metrics.jsonl")
         return (os.path.basename(os.path.abspath(run.folder)) == run.stage,
-                max((os.path.getmtime(path) for path in (os.path.join(run.folder, "metrics.jsonl"),)
-                     if os.path.exists(path)), default=0.0))
+                os.path.getmtime(log) if os.path.exists(log) else 0.0)
     return {stage: max(found, key=rank) for stage in STAGES
             if (found := [run for run in runs if run.stage == stage])}
 
@@ -134,6 +135,12 @@ def get(value, *path):
         else:
             value = value[key] if isinstance(value, list) and isinstance(key, int) and key < len(value) else None
     return value
+
+
+def entries(value, *path):
+    """The dict that stands there, {} where none does."""
+    found = get(value, *path)
+    return found if isinstance(found, dict) else {}
 
 
 def points(rows, *path):
@@ -283,7 +290,7 @@ def data_of(run):
 
 def sft_curves(run):
     log = f"{run.folder}/metrics.jsonl"
-    kinds = [k for k in dict.fromkeys(k for row in run.steps for k in get(row, "eval") or {}) if k != "all"][:8]
+    kinds = [k for k in dict.fromkeys(k for row in run.steps for k in entries(row, "eval")) if k != "all"][:8]
     return [
         chart("SFT loss", {"training batch": points(run.steps, "loss"),
                            "held out": points(run.steps, "eval", "all", "nats_per_token")}, "step",
@@ -322,7 +329,7 @@ def reliability_points(bins):
 
 def rm_curves(run):
     log, final = f"{run.folder}/metrics.jsonl", run.final or {}
-    figures = {k: f for k, f in (get(final, "figures") or {}).items() if isinstance(f, dict)}
+    figures = {k: f for k, f in entries(final, "figures").items() if isinstance(f, dict)}
     kept = {"as it is": get(final, "reliability", "as_is"),
             "divided by the temperature": get(final, "reliability", "with_temperature")}
     return [
@@ -344,7 +351,7 @@ def rm_figures(run):
     """The closing table of a reward model, as the script printed it."""
     final = run.final or {}
     rows = []
-    for name, f in (get(final, "figures") or {}).items():
+    for name, f in entries(final, "figures").items():
         value = {k: get(f, k) for k in ("pairs", "accuracy", "low", "high", "length_only", "ceiling")}
         if all(is_number(value[k]) for k in ("pairs", "accuracy", "low", "high")):
             rows.append([name, figure(value["pairs"]), f"{value['accuracy']:.3f}",
@@ -499,13 +506,12 @@ def token_viewer(run):
 
 def whole(row):
     """A row of tokens.jsonl with all columns, None where a token lacks the figure; None where it is no such row."""
-    tokens, row = row.get("tokens"), {**row}
-    for key in COLUMNS.values():
-        row[key] = row.get(key, [None] * len(tokens or ()))
-    fits = isinstance(tokens, list) and tokens and isinstance(row.get("prompt"), str) and all(
-        isinstance(t, str) for t in tokens) and all(
-        isinstance(row[key], list) and len(row[key]) == len(tokens)
-        and all(v is None or is_number(v) for v in row[key]) for key in COLUMNS.values())
+    tokens = row.get("tokens")
+    if not (isinstance(tokens, list) and tokens and all(isinstance(t, str) for t in [*tokens, row.get("prompt")])):
+        return None
+    row = {key: [None] * len(tokens) for key in COLUMNS.values()} | row
+    fits = all(isinstance(row[key], list) and len(row[key]) == len(tokens)
+               and all(v is None or is_number(v) for v in row[key]) for key in COLUMNS.values())
     return row if fits else None
 
 
@@ -570,8 +576,7 @@ def visible(token):
 
 def frontier(folder):
     """What `python -m minirlhf.frontier` has measured: for each method its points, and what it found."""
-    paths = [os.path.join(folder, *names) for names in (("frontier", "frontier.json"), ("frontier.json",))]
-    path, faults = next(filter(os.path.isfile, paths), paths[0]), []
+    path, faults = frontier_file(folder), []
     state = read_object(path, faults)
     rows, kept = get(state, "rows"), get(state, "points")
     if faults or not isinstance(rows, dict) or not isinstance(kept, dict):
@@ -594,6 +599,11 @@ def frontier(folder):
     return (f'<div class="charts">{"".join(charts)}</div>'
             + "".join(f"<p>{cut(line)}</p>" for line in said if isinstance(line, str))
             + (table(head, cells, f"The points of {path}", 2) if cells else ""))
+
+
+def frontier_file(folder):
+    paths = [os.path.join(folder, *names) for names in (("frontier", "frontier.json"), ("frontier.json",))]
+    return next(filter(os.path.isfile, paths), paths[0])
 
 
 def place(row):
@@ -745,7 +755,7 @@ def page(folder):
         runs = find_runs(folder)
     except OSError as error:
         fail(f"{folder}: cannot be read ({error.strerror}); name the folder that holds the runs, as out")
-    if not runs:
+    if not runs and not os.path.isfile(frontier_file(folder)):
         fail(f"{folder}: holds no run, nor do the folders in it; name the one in which train_sft.py, train_rm.py and "
              "train_ppo.py have written, as out")
     shown = shown_in_full(runs)
