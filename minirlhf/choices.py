@@ -134,7 +134,7 @@ class Choices:
     def close(self):
         """Leaves no file and no folder that it made where nothing was chosen."""
         runtime.RUNS.discard(self)
-        if self.file:
+        if self.file and not self.file.closed:
             empty = not os.fstat(self.file.fileno()).st_size and self.is_there()
             for path in self.made if empty else []:
                 with contextlib.suppress(OSError):
@@ -169,7 +169,7 @@ class Pair(NamedTuple):
         texts, writers, finished = ([column[i] for i in order] for column in (self.texts, self.writers, self.finished))
         return self._replace(texts=texts, writers=writers, finished=finished)
 
-    def record(self, scores, judge, seed, **more):
+    def record(self, scores, judge, seed, /, **more):
         """As a line of the output, best answer first. scores: a number an answer; equal ones are tied."""
         pair = self.ordered(sorted(range(len(scores)), key=lambda i: -scores[i]))
         scores = sorted(scores, reverse=True)
@@ -209,7 +209,8 @@ class Pair(NamedTuple):
 
 
 def visible(text):
-    return chart.HIDDEN.sub(lambda c: c[0].encode("unicode_escape").decode(), text)
+    """U+FFFD, in place of bytes that are no character, is a sign of its own."""
+    return chart.HIDDEN.sub(lambda c: c[0] if c[0] == "\ufffd" else c[0].encode("unicode_escape").decode(), text)
 
 
 # ---- figures: functions of the records
@@ -229,7 +230,7 @@ def figures(records, a):
                         (f"{a.against} preferred to {a.policy}", preferred(fresh, a.against, a.policy))):
         if rates:
             share, (low, high) = sum(rates) / len(rates), wilson_interval(sum(rates), len(rates))
-            found.append((name, f"{share:.1%} ({low:.1%}-{high:.1%}) of {len(rates):,}"))
+            found.append((name, f"{share:.1%} (95% {low:.1%}-{high:.1%}) of {len(rates):,}"))
     return found
 
 

@@ -215,19 +215,21 @@ class Session:
     def look(self):
         """All that is to be seen, for JSON."""
         with self.lock:
-            if self.pair is None and not self.complete():
+            over, problem, news = self.ended.is_set(), self.problem, self.news
+            waits = self.pair is None and not over and not self.complete()
+            if waits:
                 with contextlib.suppress(queue.Empty):
                     self.show(self.undone.pop() if self.undone else self.repeated() or self.ahead.ready.get_nowait())
-            waits = self.pair is None and not self.complete() and not self.ahead.problem
-            problem = self.problem or self.ahead.problem and (
-                f"No more answers can be written ({self.ahead.problem}). All choices are saved; end, and see to it.")
-            news = self.news
-            if self.complete():
-                news += " All are done: undo takes the last one back, end ends."
+                    waits = False
+            if waits and self.ahead.problem and self.ahead.ready.empty():
+                waits = False
+                problem = f"No more answers can be written ({self.ahead.problem}). All choices are saved."
             elif waits:
                 news += " One moment: answers are being written."
-            return {"turn": self.turn, "pair": self.pair and self.pair.shown(), "waits": waits, "news": news.strip(),
-                    "problem": visible(problem), "undo": self.undoable(), "ended": self.ended.is_set(),
+            elif self.pair is None and not over:
+                news += " All are done: undo takes the last one back, end ends."
+            return {"turn": self.turn, "pair": self.pair.shown() if self.pair and not over else None, "waits": waits,
+                    "undo": self.undoable(), "ended": over, "news": news.strip(), "problem": visible(problem),
                     "file": visible(self.choices.path),
                     "figures": [[visible(name), text] for name, text in figures(self.choices.records, self.a)]}
 
@@ -246,7 +248,7 @@ class Session:
                     more |= {"again": self.pair.again} | self.agreement(choice)
                 with self.saving():
                     self.choices.add(self.pair.record(CHOICES[choice], PERSON, self.a.seed, **more))
-                    self.news = f"Choice {len(self.own())} is saved: {SAID[choice]}."
+                    self.news = f"Saved in line {len(self.choices.records)}: {SAID[choice]}."
                     self.show(None)
             return self.look()
 
@@ -262,7 +264,7 @@ class Session:
                 with self.saving():
                     record = self.choices.undo()
                     self.undone += [self.pair] if self.pair else []
-                    self.news = f"Choice {len(self.own()) + 1} is taken back: {SAID[record['choice']]}."
+                    self.news = f"Line {len(self.choices.records) + 1} is taken back: {SAID[record['choice']]}."
                     self.show(Pair.of(record))
             elif not self.undoable():
                 self.news = "There is nothing to undo."
