@@ -209,8 +209,7 @@ class Pair(NamedTuple):
 
 
 def visible(text):
-    """U+FFFD, in place of bytes that are no character, is a sign of its own."""
-    return chart.HIDDEN.sub(lambda c: c[0] if c[0] == "\ufffd" else c[0].encode("unicode_escape").decode(), text)
+    return chart.HIDDEN.sub(lambda c: c[0].encode("unicode_escape").decode(), text)
 
 
 # ---- figures: functions of the records

@@ -1,4 +1,4 @@
-"""A person for tests of `python -m minirlhf.label`: presses the keys of its page by a rule, over HTTP as a browser does.
+"""A person for tests of `python -m minirlhf.label`: presses the keys of its page by a rule, over HTTP like a browser.
 
 `python tests/player.py RULE SFT DATA FOLDER CHOICES ROUNDS` goes round the loop from choices to a policy, and says how
 far the policy follows the rule.
@@ -94,8 +94,9 @@ def run(*words):
 
 def label(policy, prompts, output, rule, count):
     """The command, its page, and somebody who goes by a rule, until the file has so many choices."""
-    process = subprocess.Popen([sys.executable, "-m", "minirlhf.label", policy, "--prompts", prompts, "--output", output,
-                                "--num_pairs", str(count), "--no_browser"], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    words = [policy, "--prompts", prompts, "--output", output, "--num_pairs", str(count), "--no_browser"]
+    process = subprocess.Popen([sys.executable, "-m", "minirlhf.label", *words], stdout=subprocess.PIPE, text=True,
+                               cwd=ROOT)
     url = next(filter(None, map(address, process.stdout)))
     play(Page(url), lambda prompt, text: rule([prompt], [text])[0])
     said = process.stdout.read()
@@ -118,11 +119,12 @@ def loop(folder, sft, data, rule, count, rounds, held_out=256, rm=(), ppo=()):
         run("train_ppo.py", *ppo, "--data_dir", data, "--init_from", policy, "--reference", sft, "--reward_model",
             folder / f"rm{n}", "--out_dir", folder / f"ppo{n}")
         policy = folder / f"ppo{n}"
-        told = run("-m", "minirlhf.label", sft, "--against", policy, "--prompts", f"{data}/prompts.val.jsonl", "--output",
-                   folder / f"held_out{n}.jsonl", "--num_pairs", held_out, "--judge", f"{__file__}:{rule.__name__}")
-        share = re.search(r"preferred to .*: ([\d.]+)% \((.*)\) of \d+", told)
-        print(f"{count * n} choices: the rule prefers the policy's answer in {share[0].rpartition(': ')[2]}", flush=True)
-        found.append(float(share[1]) / 100)
+        told = run("-m", "minirlhf.label", sft, "--against", policy, "--prompts", f"{data}/prompts.val.jsonl",
+                   "--output", folder / f"held_out{n}.jsonl", "--num_pairs", held_out, "--judge",
+                   f"{__file__}:{rule.__name__}")
+        share = re.search(r"preferred to .*: (([\d.]+)% \(.*\) of \d+)", told)
+        print(f"{count * n} choices: the rule prefers the policy's answer in {share[1]}", flush=True)
+        found.append(float(share[2]) / 100)
     return found
 
 

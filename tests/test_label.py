@@ -21,7 +21,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import train_rm
 from conftest import ROOT
 from minirlhf import chart, checkpoint, choices, label, rewards, runtime, server
 from minirlhf.choices import Choices, Pair
@@ -30,9 +29,9 @@ from minirlhf.generate import generate
 from player import Page, address, play
 
 POLICY = "out/sft"
-HOSTILE = ["<script>document.title='x'</script><img src=x onerror=alert(1)>", "&lt;b&gt; \" ' `${1}`", "\u202egnp.exe\u2066",
-           "\u05e9\u05dc\u05d5\u05dd \u0645\u0631\u062d\u0628\u0627", "x" * 10_000, "a\0b\x1b[31mred\x07\r", "\ud800 half",
-           "line\nbreak\u2028and\ttab", "</script><style>*{display:none}</style>", "-->", "{{7*7}}"]
+HOSTILE = ["<script>document.title='x'</script><img src=x onerror=alert(1)>", "&lt;b&gt; \" ' `${1}`",
+           "\u202egnp.exe\u2066", "\u05e9\u05dc\u05d5\u05dd \u0645\u0631\u062d\u0628\u0627", "x" * 10_000,
+           "a\0b\x1b[31mred\x07\r", "\ud800 half", "line\nbreak\u2028and\ttab", "</script><style>*{display:none}</style>", "-->", "{{7*7}}"]
 
 
 def pair(k=0, left=" a", right=" b", prompt="p", again=None, writers=(POLICY, POLICY)):
@@ -123,7 +122,8 @@ def test_whatever_part_of_the_file_is_there_whole_lines_are_kept_and_it_goes_on(
     whole = path.read_bytes()
     ends = [at + 1 for at, byte in enumerate(whole) if byte == 10]
     assert len(ends) == 3
-    for cut in sorted({*range(0, len(whole), 29), *(end + k for end in [0, *ends] for k in (-1, 0, 1))} & {*range(ends[2])}):
+    cuts = {*range(0, len(whole), 29), *(end + k for end in [0, *ends] for k in (-1, 0, 1))}
+    for cut in sorted(cuts & {*range(len(whole) + 1)}):
         path.write_bytes(whole[:cut])
         opened = file()
         kept = sum(end <= cut for end in ends)
@@ -438,7 +438,7 @@ def test_hostile_text_is_shown_as_text_and_kept_as_it_is(text, file, tmp_path):
     session = session_of(file(), pair(0, text, "other", prompt=text))
     shown = session.look()["pair"]
     assert shown["prompt"] == shown["texts"][0] or "\ud800" in text
-    assert not chart.HIDDEN.search(json.dumps(shown, ensure_ascii=False).replace("\ufffd", ""))
+    assert not chart.HIDDEN.search(json.dumps(shown, ensure_ascii=False))
     if not chart.HIDDEN.search(text):
         assert shown["texts"][0] == text
     press(session, "left")
@@ -454,7 +454,7 @@ def folder(tiny, tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
     for name, real in (("sft", "sft"), ("ppo", "other_sft"), ("rm", "rm")):
         os.symlink(tiny.folder / real, tmp_path / "out" / name)
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": a + b}) + "\n" for a in "abc" for b in "defg"))
+    (tmp_path / "prompts.jsonl").write_text("".join(f'{{"prompt": "{a}{b}"}}\n' for a in "abc" for b in "defg"))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -603,7 +603,7 @@ def test_a_session_through_the_page(folder, monkeypatch):
             won, lost = won + (record["writers"][0] == "out/ppo"), lost + (record["writers"][0] == "out/sft")
     assert won + lost == 20 and not any("out/ppo" in json.dumps(shown) for shown in seen)
     found = dict(map(tuple, state["figures"]))
-    assert found["choices"] == "20 of 20" and found["agreement with yourself"].startswith("100.0% (95% 34.2%-100.0%) of 2")
+    assert found["choices"] == "20 of 20" and found["agreement with yourself"] == "100.0% (95% 34.2%-100.0%) of 2"
     assert found["out/ppo preferred to out/sft"].startswith(f"{won / 20:.1%} (95% ")
     assert found["pairs an hour"] == f"{3600 / max(0.1, statistics.median(r['seconds'] for r in records)):,.0f}"
     assert all(f"{name}: {text}" in said for name, text in found.items())
@@ -623,8 +623,8 @@ def test_the_reward_model_learns_from_the_file(folder, monkeypatch, tiny):
         line.endswith("train_rm.py --data_dir mine --init_from out/sft") for line in said)
     ended = tiny.train("rm", "--data_dir", "mine", "--init_from", "out/sft", "--val_share", "0.3")
     assert ended.code == 0, ended.error
-    dropped = sum(map(int, re.findall(r"records dropped, no two texts that differ and are not tied: (\d+)", ended.said)))
-    assert dropped == ties + sum("again" in r and r["choice"] != "tie" for r in records)
+    dropped = re.findall(r"records dropped, no two texts that differ and are not tied: (\d+)", ended.said)
+    assert sum(map(int, dropped)) == ties + sum("again" in r and r["choice"] != "tie" for r in records)
 
 
 def test_two_sessions_on_one_file_are_refused_and_the_first_goes_on(folder, monkeypatch, refused):
@@ -718,8 +718,8 @@ def test_keys_in_a_terminal(folder, monkeypatch):
     given back as it was."""
     ours, theirs = pty.openpty()
     monkeypatch.setattr(label.sys, "stdin", os.fdopen(theirs))
-    before, looks, keys = termios.tcgetattr(theirs), [], [b"\x1b[D", b"\x1b[C", b"T", b"x", b"s", b"u", b"lll", b"\x1b[D", b"q"]
-    real, read, flush = label.Session.look, os.read, termios.tcflush
+    before, read = termios.tcgetattr(theirs), os.read
+    keys = [b"\x1b[D", b"\x1b[C", b"T", b"x", b"s", b"u", b"lll", b"\x1b[D", b"q"]
 
     def reading(descriptor, n):
         if descriptor == theirs and keys:
@@ -793,11 +793,11 @@ def test_a_judge_of_two_writes_pairs_and_the_win_rate(folder, capsys):
 
 
 def test_a_judge_that_fails_keeps_what_it_has_judged_and_goes_on_as_if_it_had_not(folder, refused, capsys):
-    (folder / "judge.py").write_text("def score(prompts, completions):\n    return [c.count('d') for c in completions]\n")
+    good = "def score(prompts, completions):\n    return [c.count('d') for c in completions]\n"
+    (folder / "judge.py").write_text(good)
     judged("--judge", "judge.py:score", "--n", "3", "--num_pairs", "20")
     whole = (folder / "c.jsonl").read_text()
     (folder / "c.jsonl").unlink()
-    good = (folder / "judge.py").read_text()
     (folder / "judge.py").write_text("calls = []\n" + good.replace(
         "    return", "    calls.append(1)\n    assert len(calls) < 3, 'the server is gone'\n    return"))
     error = refused(judged, "--judge", "judge.py:score", "--n", "3", "--num_pairs", "20")
@@ -871,7 +871,8 @@ def test_the_reference_s_judge_asks_a_local_server_that_is_slow_wrong_and_rude(f
 
 @pytest.mark.parametrize("argv, why", [
     (["--against", POLICY], "is POLICY itself"), (["--n", "3"], "only a --judge can order more"),
-    (["--n", "1"], "two or more"), (["--temperature", "0"], "would all be the same"), (["--port", "65536"], "--port 65536"),
+    (["--n", "1"], "two or more"), (["--temperature", "0"], "would all be the same"),
+    (["--port", "65536"], "--port 65536"),
     (["--terminal", "--no_browser"], "--no_browser: has no effect with --terminal"),
     (["--judge", "out/rm", "--terminal"], "--terminal: has no effect with --judge"),
     (["--response_length", "11"], "leaves no room"), (["--output", "prompts.jsonl"], "which this command reads"),
@@ -922,11 +923,11 @@ def test_a_request_needs_token_host_origin_and_method(served):
     page, token, port = served.page, served.server.token, served.server.server_port
     good = {"turn": 1}
     assert len(token) >= 32 and page.url == f"http://127.0.0.1:{port}/{token}/"
-    for url in (f"http://127.0.0.1:{port}/", f"http://127.0.0.1:{port}/{token[:-1]}/", f"http://127.0.0.1:{port}/{token}x/",
-                f"http://127.0.0.1:{port}/./{token}/", f"http://127.0.0.1:{port}/%2e/{token}/"):
-        assert Page(url).refusal() == Page(url).refusal("state") == Page(url).refusal("choose", good) == 404
+    for path in ("", f"{token[:-1]}/", f"{token}x/", f"./{token}/", f"%2e/{token}/", f"{token.swapcase()}/"):
+        other = Page(f"http://127.0.0.1:{port}/{path}")
+        assert other.refusal() == other.refusal("state") == other.refusal("choose", good) == 404
     for host in ("evil.example", f"evil.example:{port}", "127.0.0.1", f"127.0.0.1:{port + 1}", f"[::1]:{port}", ""):
-        assert page.refusal(Host=host) == page.refusal("state", Host=host) == page.refusal("choose", good, Host=host) == 403
+        assert page.refusal(Host=host) == page.refusal("choose", good, Host=host) == 403
     for origin in ("http://evil.example", "null", f"https://127.0.0.1:{port}", f"http://127.0.0.1:{port}.evil.example",
                    f"http://127.0.0.1:{port + 1}", ""):
         assert page.refusal("choose", good, Origin=origin) == page.refusal("state", Origin=origin) == 403
@@ -937,7 +938,8 @@ def test_a_request_needs_token_host_origin_and_method(served):
     for body in (b"", b"[]", b"1", b"{", b'{"turn": 1}}', b"\xff", b"[" * 4000, b"{}"):
         assert page.refusal("choose", body) == 400
     for method in ("PUT", "DELETE", "OPTIONS", "HEAD", "TRACE", "PATCH"):
-        assert speak(port, f"{method} /{token}/choose HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n\r\n".encode()).split()[1] == b"501"
+        request = f"{method} /{token}/choose HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n\r\n"
+        assert speak(port, request.encode()).split()[1] == b"501"
     assert served.changes == []
     for host in (f"127.0.0.1:{port}", f"localhost:{port}"):
         assert json.loads(page.ask("choose", good, Host=host, Origin=f"http://{host}"))["changes"]
@@ -968,7 +970,7 @@ def test_what_is_no_http_is_survived(served):
 
 
 def test_slow_and_silent_clients_in_hundreds_keep_nobody_waiting(served, monkeypatch):
-    """200 connections that say nothing or a byte now and then: the person's choices go through meanwhile, and when their
+    """200 connections that say nothing or a byte now and then: the person's choices go through meanwhile; when their
     time is over they are closed."""
     monkeypatch.setattr(server, "SECONDS", 0.5)
     port, slow = served.server.server_port, []
@@ -1095,7 +1097,8 @@ def test_text_and_borders_of_controls_stand_out():
     def contrast(a, b):
         high, low = sorted((luminance(a), luminance(b)), reverse=True)
         return (high + 0.05) / (low + 0.05)
-    assert contrast("#ffffff", "#000000") == pytest.approx(21) and contrast("#777777", "#ffffff") == pytest.approx(4.48, abs=0.01)
+    assert contrast("#ffffff", "#000000") == pytest.approx(21)
+    assert contrast("#777777", "#ffffff") == pytest.approx(4.478, abs=0.001)
     for palette in (chart.LIGHT, chart.DARK):
         for ground in ("paper", "panel"):
             assert all(contrast(palette[text], palette[ground]) >= 4.5 for text in ("ink", "faint"))

@@ -1,4 +1,5 @@
 """The label page in a real Chromium, kill -9 again and again, and the loop from choices to a policy, twice round."""
+import http.client
 import json
 import os
 import random
@@ -12,19 +13,17 @@ import pytest
 import player
 from browser import Browser, needs_browser
 from conftest import ROOT, scratch
-from minirlhf import chart
+from minirlhf import chart, label, server
+from minirlhf.choices import Choices, visible
 from minirlhf.data import load_preferences
 from player import Page, address
-from test_label import HOSTILE, lines, options, pair
-from minirlhf import label, server
-from minirlhf.choices import Choices
+from test_label import HOSTILE, POLICY, lines, options, pair
 
 pytestmark = pytest.mark.slow
-SAID = ("choices 4", "pairs an hour")
 CONTRASTS = """
 const rgb = text => text.match(/[\\d.]+/g).map(Number);
-const luminance = ([r, g, b]) => [r, g, b].map(c => c / 255).map(c => c <= .04045 ? c / 12.92 : ((c + .055) / 1.055) ** 2.4)
-  .reduce((sum, c, i) => sum + c * [.2126, .7152, .0722][i], 0);
+const linear = c => c <= .04045 ? c / 12.92 : ((c + .055) / 1.055) ** 2.4;
+const luminance = ([r, g, b]) => .2126 * linear(r / 255) + .7152 * linear(g / 255) + .0722 * linear(b / 255);
 const ground = e => { while (e) { const c = rgb(getComputedStyle(e).backgroundColor); if (c.length < 4 || c[3] > 0)
   return c; e = e.parentElement; } return [255, 255, 255]; };
 const found = [];
@@ -131,15 +130,15 @@ def test_the_focus_can_be_seen_and_every_control_has_a_name(browser, tmp_path):
         for _ in range(7):
             browser.press("Tab")
             seen.append(browser.run(
-                "const e = document.activeElement, c = getComputedStyle(e); return [e.innerText || e.labels[0].innerText, "
-                "c.outlineStyle, parseFloat(c.outlineWidth), e.getBoundingClientRect().height]"))
+                "const e = document.activeElement, c = getComputedStyle(e);"
+                "return [e.innerText || e.labels[0].innerText, c.outlineStyle, parseFloat(c.outlineWidth)]"))
         assert len({name for name, *_ in seen}) == 7 and all(name.strip() for name, *_ in seen)
-        assert all(style == "solid" and width >= 2 for _, style, width, _ in seen)
+        assert all(style == "solid" and width >= 2 for _, style, width in seen)
         tree = browser.devtools("Accessibility.getFullAXTree")["nodes"]
         named = {(n["role"]["value"], n["name"]["value"]) for n in tree if n.get("name", {}).get("value")}
-        assert {("button", "\u2190 Left is better"), ("button", "Right is better \u2192"), ("button", "\u2193 Equally good"),
-                ("button", "S Skip"), ("button", "U Undo"), ("button", "Q End"), ("checkbox", "These keys choose"),
-                ("region", "Prompt"), ("region", "Left answer"), ("region", "Right answer")} <= named
+        buttons = "\u2190 Left is better", "Right is better \u2192", "\u2193 Equally good", "S Skip", "U Undo", "Q End"
+        assert {*(("button", name) for name in buttons), ("checkbox", "These keys choose"), ("region", "Prompt"),
+                ("region", "Left answer"), ("region", "Right answer")} <= named
 
 
 @needs_browser
@@ -165,27 +164,27 @@ def test_hostile_text_is_text(browser, tmp_path):
     folder = tmp_path / "<img src=x onerror=alert(1)> \u202e"
     folder.mkdir()
     bad = "<script>document.title='bad'</script>"
-    shown = [pair(k, text, f" r{k}", text) for k, text in enumerate(HOSTILE)]
-    with Session(folder / "c.jsonl", shown, against=bad) as s:
-        browser.open(s.server.url)
-        browser.wait("return !document.querySelector('main').hidden")
-        count = browser.run("return document.querySelectorAll('*').length")
-        for k, text in enumerate(HOSTILE):
-            expected = s.session.look()["pair"]
-            browser.wait("return document.querySelector('#right').textContent === ' r%d'" % k)
-            got = browser.run("return [document.querySelector('#prompt'), document.querySelector('#left')]"
-                              ".map(e => [e.textContent, e.children.length])")
-            assert got == [[expected["prompt"], 0], [expected["texts"][0], 0]]
-            assert browser.run("return document.title") == "Which answer is better?"
-            browser.press("ArrowLeft")
-        browser.wait("return document.querySelector('main').hidden")
-        assert "<img src=x onerror=alert(1)> \\u202e" in browser.run("return document.querySelector('#file').textContent")
-        assert browser.run("return document.querySelectorAll('img').length") == 0
-        assert browser.run("return document.querySelectorAll('*').length") >= count - 4
-        assert browser.console() == []
-    read = load_preferences(str(folder / "c.jsonl"))
-    assert [p.completions[0].replace("\ufffd", "\ud800") for p in read if p.pairs()] == [
-        text for text, p in zip(HOSTILE, read) if p.pairs()]
+    for part in (HOSTILE[:6], HOSTILE[6:]):  # fewer than are shown before one is shown again
+        shown = [pair(k, text, f" r{k}", text, writers=(POLICY, bad)) for k, text in enumerate(part)]
+        with Session(folder / "c.jsonl", shown, against=bad) as s:
+            browser.open(s.server.url)
+            for k, text in enumerate(part):
+                browser.wait("return document.querySelector('#right').textContent === ' r%d' && !busy" % k)
+                expected = s.session.look()["pair"]
+                got = browser.run("return [document.querySelector('#prompt'), document.querySelector('#left')]"
+                                  ".map(e => [e.textContent, e.children.length])")
+                assert got == [[expected["prompt"], 0], [expected["texts"][0], 0]]
+                assert browser.run("return document.title") == "Which answer is better?"
+                browser.press("ArrowLeft")
+            browser.wait("return document.querySelector('main').hidden")
+            assert "<img src=x onerror=alert(1)> \\u202e" in browser.run(
+                "return document.querySelector('#file').textContent")
+            assert bad in browser.run("return document.querySelector('#figures').textContent")
+            assert browser.run("return document.querySelectorAll('img, #figures script').length") == 0
+            assert browser.console() == []
+        read = load_preferences(str(folder / "c.jsonl"))
+        assert [p.completions[0] for p in read] == [text.replace("\ud800", "\ufffd") for text in part]
+        os.remove(folder / "c.jsonl")
 
 
 @needs_browser
@@ -210,9 +209,10 @@ def test_the_picture_of_the_page_in_the_readme(browser, tmp_path):
     texts = [("The film is", " a warm and funny story, well told to its last scene.",
               " not as clever as it would like to be, and far too long."),
              ("I bought this", " for my father, who uses it every day.", " and it broke.")]
-    made = [pair(k, *texts[k % 2][1:], texts[k % 2][0], writers=("out/sft", "out/ppo")) for k in range(20)]
+    made = [pair(k, *texts[k % 2][1:], texts[k % 2][0], writers=("out/sft", "out/ppo"))._replace(finished=[True, True])
+            for k in range(20)]
     with Session(tmp_path / "preferences.train.jsonl", made, against="out/ppo", num_pairs=50) as s:
-        browser.resize(960, 560)
+        browser.resize(760, 500)
         browser.scheme("light")
         for k in range(14):
             turn = s.session.look()["turn"]
@@ -228,10 +228,10 @@ def test_the_picture_of_the_page_in_the_readme(browser, tmp_path):
 
 
 def test_kill_9_at_random_moments_loses_at_most_one_choice(tiny, tmp_path):
-    """Thirty times, while choices and undos go on as fast as they can; the file always holds what was acknowledged."""
+    """Twelve times, while choices and undos go on as fast as they can; the file always holds what was acknowledged."""
     rng, path = random.Random(0), tmp_path / "c.jsonl"
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": a + b}) + "\n" for a in "abc" for b in "defg"))
-    for _ in range(30):
+    (tmp_path / "prompts.jsonl").write_text("".join(f'{{"prompt": "{a}{b}"}}\n' for a in "abc" for b in "defg"))
+    for _ in range(12):
         process = subprocess.Popen(
             [sys.executable, "-m", "minirlhf.label", tiny.sft, "--prompts", "prompts.jsonl", "--output", "c.jsonl",
              "--no_browser", "--temperature", "2"], stdout=subprocess.PIPE, text=True, cwd=tmp_path,
@@ -247,7 +247,7 @@ def test_kill_9_at_random_moments_loses_at_most_one_choice(tiny, tmp_path):
                     undo = rng.random() < 0.2 and page.state["undo"]
                     page.press("undo" if undo else rng.choice(["left", "right", "tie"]))
                     told += -1 if undo else 1
-        except (OSError, ValueError):
+        except (OSError, ValueError, http.client.HTTPException):
             pass
         killer.wait()
         assert process.wait() == -signal.SIGKILL
@@ -268,6 +268,6 @@ def test_the_loop_goes_twice_round_with_tiny_models(tiny, tmp_path):
     fresh = [r for r in records if "again" not in r]
     assert len(fresh) == 40 and {w for r in fresh[:20] for w in r["writers"]} == {tiny.sft}
     assert {w for r in fresh[20:] for w in r["writers"]} == {str(tmp_path / "ppo1")}
-    assert all(len(r["chosen"]) < len(r["rejected"]) for r in fresh if "chosen" in r)
+    assert all(len(visible(r["chosen"])) < len(visible(r["rejected"])) for r in fresh if "chosen" in r)
     config = json.loads((tmp_path / "ppo2" / "config.json").read_text())
     assert config["init_from"] == str(tmp_path / "ppo1") and config["reference"] == tiny.sft
