@@ -463,7 +463,7 @@ def main(argv=None):
     ahead = Ahead(answers, first)
     try:
         if begun:
-            say(f"{a.output}: goes on behind the {begun:,} that it holds")
+            say(escaped(f"{a.output}: goes on behind the {begun:,} lines that it holds"))
         if a.judge:
             ask_judge(choices, answers, first, a)
         else:
@@ -478,7 +478,7 @@ def main(argv=None):
         choices.close()
         if choices.records:
             for line in closing(choices, begun, a):
-                say(line)
+                say(escaped(line))
     if ahead.problem:
         raise SystemExit(one_line(f"error: no more answers could be written: {ahead.problem}"))
 

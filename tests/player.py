@@ -133,7 +133,7 @@ def main():
     rule, sft, data, folder, count, rounds = sys.argv[1:]
     loop(folder, os.path.abspath(sft), os.path.abspath(data), globals()[rule], int(count), int(rounds),
          rm="@scratch --val_share 0.2 --num_train_epochs 8 --batch_size 8 --num_scale_samples 256".split(),
-         ppo="@scratch --total_episodes 1536 --batch_size 96 --num_eval_prompts 16 --eval_interval 100".split())
+         ppo="@scratch --total_episodes 768 --batch_size 64 --value_warmup 2 --num_eval_prompts 16".split())
 
 
 if __name__ == "__main__":

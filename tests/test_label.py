@@ -24,14 +24,17 @@ import torch
 from conftest import ROOT
 from minirlhf import chart, checkpoint, choices, label, rewards, runtime, server
 from minirlhf.choices import Choices, Pair
-from minirlhf.data import Message, Talk, load_preferences
+from minirlhf.data import Message, Talk, encode_row, load_preferences
 from minirlhf.generate import generate
+from minirlhf.model import GPT, GPTConfig
 from player import Page, address, play
+from test_chat import END, FORMS, STOP, tokenizer
 
 POLICY = "out/sft"
 HOSTILE = ["<script>document.title='x'</script><img src=x onerror=alert(1)>", "&lt;b&gt; \" ' `${1}`",
            "\u202egnp.exe\u2066", "\u05e9\u05dc\u05d5\u05dd \u0645\u0631\u062d\u0628\u0627", "x" * 10_000,
-           "a\0b\x1b[31mred\x07\r", "\ud800 half", "line\nbreak\u2028and\ttab", "</script><style>*{display:none}</style>", "-->", "{{7*7}}"]
+           "a\0b\x1b[31mred\x07\r", "\ud800 half", "line\nbreak\u2028and\ttab",
+           "</script><style>*{display:none}</style>", "-->", "{{7*7}}"]
 
 
 def pair(k=0, left=" a", right=" b", prompt="p", again=None, writers=(POLICY, POLICY)):
@@ -522,6 +525,36 @@ def test_answers_to_messages_are_kept_as_messages(folder):
     assert one.shown()["prompt"] == f"Human: {one.prompt[0]['content']}"
 
 
+@pytest.mark.parametrize("name", FORMS)
+def test_answers_in_a_model_s_own_form_train_behind_the_ids_that_they_were_sampled_after(name, tmp_path, monkeypatch):
+    """ChatML's tokens are no part of a text; what stage 2 reads has the prompt's ids and, byte for byte, the answer."""
+    own = tokenizer(FORMS[name], STOP if name == "chatml" else END)
+    model = GPT(GPTConfig(1, 2, 16, own.vocab_size, 128))
+    model.init_weights(torch.Generator().manual_seed(0))
+    asked = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "<|im_end|> who?"}]
+    (tmp_path / "m.jsonl").write_text(json.dumps({"messages": asked}) + "\n")
+    a = options(prompts=str(tmp_path / "m.jsonl"), long_prompts="drop", response_length=8)
+    prompts = label.read_prompts(a, own, 128)
+
+    def answer(model, rows, limit, eos, temperature, generator):
+        texts = [f" Yo{k} <|im_end|>" for k in range(len(rows))]
+        return SimpleNamespace(responses=lambda: [[*own.encode(text), row.end] for text, row in zip(texts, rows)],
+                               finished=torch.ones(len(rows), dtype=bool))
+    monkeypatch.setattr(label, "generate", answer)
+    run = runtime.Precision(torch.device("cpu"), "float32")
+    one = label.Answers([label.Writer(POLICY, model, 2)], own, prompts, None, run, a).block(0)[0]
+    blank = "" if name == "text" else " "
+    assert sorted(one.texts) == [f"{blank}Yo{k} <|im_end|>" for k in range(2)]
+    assert one.shown()["prompt"] == "be kind\n\nHuman: <|im_end|> who?"
+    (tmp_path / "c.jsonl").write_text(json.dumps(one.record([1, 0], "person", 1, choice="left", seconds=1.0)) + "\n")
+    (read,) = load_preferences(str(tmp_path / "c.jsonl"))
+    for text, shown in zip(read.completions, one.texts):
+        row = encode_row(own, read.prompt, text, 128, "drop")
+        assert row.ids[:row.prompt_length] == [*prompts[0][1]]
+        assert own.decode(row.ids[row.prompt_length:]).removeprefix(" ") == shown.removeprefix(" ")
+        assert row.ids[-1] == prompts[0][1].end
+
+
 def test_the_sampler_ends_at_once_when_it_is_asked_to(folder, monkeypatch):
     """Within a block, too; and says why it cannot go on."""
     answers = answers_of(response_length=4)
@@ -702,7 +735,7 @@ def test_a_session_by_lines(folder, monkeypatch, capsys):
     for r in records:
         assert f"prompt:\n    {r['prompt']}\n" in out
     in_terminal(monkeypatch, b"left\nq\nleft\n")
-    assert len(lines(folder / "c.jsonl")) == 6 and "goes on behind the 5 that it holds" in capsys.readouterr().out
+    assert len(lines(folder / "c.jsonl")) == 6 and "goes on behind the 5 lines that it holds" in capsys.readouterr().out
 
 
 def test_hostile_text_does_not_steer_the_terminal(capsys):
