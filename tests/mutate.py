@@ -1195,6 +1195,7 @@ LABEL = [
     ("if not isinstance(choice, str) or choice not in CHOICES:", "if not isinstance(choice, str):"),
     ("same = choice != first[\"choice\"]", "same = choice == first[\"choice\"]"),
     ('{"agrees": 0.5 if choice == "tie" else float(same)}', '{"agrees": float(same)}'),
+    ('if choice == "skip" or "chosen" not in first else', 'if choice == "skip" else'),
     ("return pair.ordered([1, 0])._replace(again=pair.number)", "return pair._replace(again=pair.number)"),
     ("if since < EVERY - 1 or not known:", "if since < EVERY or not known:"),
     ("known = [r for r in own[:-RECENT] if", "known = [r for r in own if"),

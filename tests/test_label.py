@@ -370,6 +370,17 @@ def test_agreement_of_ties_and_skips(file, tmp_path):
     assert not any("again" in r for r in lines(tmp_path / "c.jsonl"))
 
 
+def test_what_is_repeated_and_then_taken_back_says_nothing_of_agreement(file, tmp_path):
+    """The tenth pair repeats one of the nine; all ten are taken back, and the one is tied the second time."""
+    session = session_of(file(), *(pair(k) for k in range(10)))
+    press(session, *["left"] * 9)
+    again = session.look()["turn"] and session.pair.again
+    press(session, *["undo"] * 9, *["tie" if k == again else "left" for k in range(9)], "left")
+    last = lines(tmp_path / "c.jsonl")[-1]
+    assert last["again"] == again and "agrees" not in last
+    assert "agreement with yourself" not in dict(session.look()["figures"])
+
+
 def test_an_interrupted_session_goes_on_as_one_that_was_not(file, tmp_path):
     """Also what is repeated is the same, and what was undone comes again first."""
     def pairs(first):
@@ -689,7 +700,7 @@ def test_a_sampler_that_fails_is_told_on_the_page_and_ends_the_command_with_1(fo
     assert len(lines(folder / "c.jsonl")) > 4 and "the weights are <gone>" in ended[0]
 
 
-def test_kill_9_loses_at_most_one_choice_and_the_next_start_goes_on(folder, tiny):
+def test_kill_9_loses_nothing_that_was_told_as_saved_and_the_next_start_goes_on(folder, tiny):
     """What the page was told is saved is in the file; the same command then shows the pair that was shown."""
     from conftest import Command
     argv = ["minirlhf.label", POLICY, "--prompts", "prompts.jsonl", "--output", "c.jsonl", "--no_browser",
@@ -712,9 +723,9 @@ def test_kill_9_loses_at_most_one_choice_and_the_next_start_goes_on(folder, tiny
     assert len(lines(folder / "c.jsonl")) == 13
     process, page = start()
     assert page.look()["pair"] == shown and page.press("undo")["undo"]
-    page.press("end")
+    os.kill(process.pid, signal.SIGTERM)  # ends it as Ctrl-C does
     status, out, error = process.wait()
-    assert status == 0 and "12 lines" in out and error == "" and len(lines(folder / "c.jsonl")) == 12
+    assert status == 143 and "12 lines" in out and error == "" and len(lines(folder / "c.jsonl")) == 12
 
 
 # ---- a terminal
