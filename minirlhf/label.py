@@ -509,10 +509,9 @@ def closing(choices, begun, a):
     yield f"{a.output}: {len(choices.records):,} lines, {len(choices.records) - begun:,} of them new"
     folder, name = os.path.split(a.output)
     if name.endswith(".train.jsonl"):
-        stem = name.removesuffix(".train.jsonl")
-        words = [runtime.option("data_dir", folder or "."), runtime.option("init_from", a.policy),
-                 *([runtime.option("preferences", stem)] if stem != "preferences" else [])]
-        yield f"next: {runtime.start_of('train_rm.py')} {' '.join(words)}"
+        words = {"data_dir": folder or ".", "preferences": name.removesuffix(".train.jsonl"), "init_from": a.policy,
+                 "val_share": 0.2, "out_dir": os.path.join("out", os.path.basename(os.path.abspath(folder)), "rm")}
+        yield f"next: {runtime.start_of('train_rm.py')} {' '.join(runtime.option(*word) for word in words.items())}"
 
 
 if __name__ == "__main__":

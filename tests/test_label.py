@@ -664,8 +664,10 @@ def test_the_reward_model_learns_from_the_file(folder, monkeypatch, tiny):
     records = lines(folder / "mine" / "preferences.train.jsonl")
     ties = sum(r["choice"] == "tie" for r in records)
     assert ties and sum("again" in r for r in records) and any(
-        line.endswith("train_rm.py --data_dir mine --init_from out/sft") for line in said)
-    ended = tiny.train("rm", "--data_dir", "mine", "--init_from", "out/sft", "--val_share", "0.3")
+        line.startswith("next: ") for line in said)
+    words = next(line for line in said if line.startswith("next: ")).split("train_rm.py ")[1].split()
+    assert words[:4] == ["--data_dir", "mine", "--preferences", "preferences"] and words[-1] == "out/mine/rm"
+    ended = tiny.train("rm", *words, "--val_share", "0.4", out="out/mine/rm")
     assert ended.code == 0, ended.error
     dropped = re.findall(r"records dropped, no two texts that differ and are not tied: (\d+)", ended.said)
     assert sum(map(int, dropped)) == ties + sum("again" in r and r["choice"] != "tie" for r in records)
