@@ -51,6 +51,9 @@ NEAREST = {
     "minirlhf/memory.py": ["memory"],
     "minirlhf/chart.py": ["chart"],
     "minirlhf/report.py": ["report"],
+    "minirlhf/label.py": ["label"],
+    "minirlhf/choices.py": ["label"],
+    "minirlhf/server.py": ["label"],
 }
 
 OBJECTIVES = [
@@ -1230,6 +1233,92 @@ REPORT = [
     ("k * (len(rows) - 1) // (most - 1)", "k * len(rows) // most"),
     ("default-src \\'none\\';", "default-src *;"),
     ("<title>RLHF report: {text(folder)}", "<title>RLHF report: {folder}"),
+LABEL_CHOICES = [
+    ("fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass"),
+    ("runtime.RUNS.add(self)", "pass"),  # a fork keeps the lock
+    ("self.file.truncate(sum(map(len, lines[:-1])))", "pass"),  # a torn line stays
+    ("            os.fsync(self.file.fileno())\n", "            pass\n"),
+    ("        except OSError:\n            with contextlib.suppress(OSError):\n                self.file.truncate(self.ends[-1])",
+     "        except OSError:\n            with contextlib.suppress(OSError):\n                pass"),
+    ("if not self.is_there() or os.fstat(self.file.fileno()).st_size != self.ends[-1]:", "if not self.is_there():"),
+    ("if not self.is_there() or os.fstat(self.file.fileno()).st_size != self.ends[-1]:",
+     "if os.fstat(self.file.fileno()).st_size != self.ends[-1]:"),
+    ("data = data[self.file.write(data):]", "data = data[self.file.write(data) and len(data):]"),
+    ("self.file.truncate(self.ends[-2])", "self.file.truncate(self.ends[-1])"),
+    ("            if not is_choice(record):", "            if False:"),
+    ("if os.path.exists(path) and os.path.samefile(path, read):", "if path == read:"),
+    ("for path in self.made if empty else []:", "for path in []:"),
+    ("scores[0] > scores[1] and self.again is None:", "scores[0] > scores[1]:"),  # second showings train
+    ("len(scores) == 2 and scores[0] > scores[1]", "len(scores) == 2 and scores[0] >= scores[1]"),  # ties train
+    ("scores if self.again is None else [0, 0]", "scores"),
+    ("key=lambda i: -scores[i]", "key=lambda i: scores[i]"),
+    ('[1, 0] if record["choice"] == "right" else [0, 1]', "[0, 1]"),
+    ('again=record.get("again"))', "again=None)"),
+    ('fresh = [r for r in own if "again" not in r]', "fresh = own"),
+    ('own = [r for r in records if r["judge"] == (a.judge or PERSON)]', "own = records"),
+    ("statistics.median(seconds)", "statistics.mean(seconds)"),
+    ('if "seconds" in r][-LATELY:]', 'if "seconds" in r]'),
+    ("(x > y) + 0.5 * (x == y)", "(x > y) + 1.0 * (x == y)"),
+    ('if wins and r.get("choice") != "skip":', "if wins:"),
+    ("if (by, than) == (writer, other)]", "if (than, by) == (writer, other)]"),
+    ("rates.append(sum(wins) / len(wins))", "rates += wins"),
+    ("done = len(fresh) - sum(r.get(\"choice\") == \"skip\" for r in fresh)", "done = len(fresh)"),
+    ('"(an empty answer)" if not text.strip() else', ""),
+    ("== [text.removeprefix(\" \") for text in self.texts]", "!= []"),
+    ('c[0].encode("unicode_escape").decode()', "c[0]"),
+]
+LABEL = [
+    ("if asked[\"turn\"] != self.turn or self.ended.is_set():", "if self.ended.is_set():"),
+    ('        if type(asked.get("turn")) is not int:', "        if False:"),
+    ("if not isinstance(choice, str) or choice not in CHOICES:", "if not isinstance(choice, str):"),
+    ("same = choice != first[\"choice\"]", "same = choice == first[\"choice\"]"),
+    ('{"agrees": 0.5 if choice == "tie" else float(same)}', '{"agrees": float(same)}'),
+    ('if choice == "skip" or "chosen" not in first else', 'if choice == "skip" else'),
+    ("return pair.ordered([1, 0])._replace(again=pair.number)", "return pair._replace(again=pair.number)"),
+    ("if since < EVERY - 1 or not known:", "if since < EVERY or not known:"),
+    ("known = [r for r in own[:-RECENT] if", "known = [r for r in own if"),
+    ('"chosen" in r and r["pair"] not in told]', '"chosen" in r]'),
+    ("done = sum(\"again\" not in r and r[\"choice\"] != \"skip\" for r in self.own())", "done = len(self.own())"),
+    ("self.undone += [self.pair] if self.pair else []", "pass"),
+    ("self.show(self.undone.pop() if self.undone else self.repeated()", "self.show(self.repeated()"),
+    ("if self.current(asked) and self.undoable():", "if self.undoable():"),
+    ("            self.problem = \"\"\n", "            pass\n"),
+    ("if first <= pair.number < stop and", "if pair.number < stop and"),
+    ("and len(set(pair.texts)) > 1", ""),
+    ("                     and pair.reads_back()]", "                     ]"),
+    ("if idle == PATIENCE:", "if False:"),
+    ('random.Random(f"sides {a.seed} {k}").shuffle(rows)', "pass"),
+    ('runtime.generator(a.seed, n, w, "label"))', 'runtime.generator(a.seed, 0, w, "label"))'),
+    ("text = text.removeprefix(\" \")  #", "pass  #"),
+    ("            writer.model.h[0].register_forward_pre_hook(self.end_if_asked)", "            pass"),
+    ("termios.tcflush(terminal, termios.TCIFLUSH)", "pass"),
+    ("        termios.tcsetattr(terminal, termios.TCSADRAIN, before)", "        pass"),
+    ("if len(line) == LONGEST_LINE:", "if False:"),
+    ("pairs = pairs[:left] if a.num_pairs else pairs", "pass"),
+    ('done = sum(r["judge"] == a.judge for r in choices.records)', "done = 0"),
+    ("first = len(choices.records), 1 + max([-1,", "first = len(choices.records), max([0,"),
+    ("Writer(a.policy, first, a.n - a.n // 2 if a.against else a.n)", "Writer(a.policy, first, a.n)"),
+    ("    if ahead.problem:\n", "    if False:\n"),
+]
+LABEL_SERVER = [
+    ("if not hmac.compare_digest(self.path[:len(behind)].encode(\"latin-1\"), behind.encode()):", "if False:"),
+    ("if len(self.headers.get_all(\"Host\", [])) != 1 or self.headers[\"Host\"] not in hosts or any(", "if any("),
+    ("origin not in [f\"http://{host}\" for host in hosts] for origin in origins):", "False for origin in origins):"),
+    ('        elif self.headers.get_content_type() != "application/json":', "        elif False:"),
+    ('elif "Transfer-Encoding" in self.headers or not', "elif not"),
+    ("elif int(length) > LARGEST:", "elif False:"),
+    ("            if len(body) == int(length):", "            if True:"),
+    ("        if left <= 0:", "        if False:"),
+    ("        self.socket.settimeout(left)\n", ""),
+    ("        self.connection.settimeout(SECONDS)\n", "        self.connection.settimeout(None)\n"),
+    ("if len(self.busy) >= CONNECTIONS:", "if False:"),
+    ("        self.busy.discard(request)\n", "        pass\n"),
+    ("    except RecursionError:\n        value = None", "    except ZeroDivisionError:\n        value = None"),
+    ("    if not isinstance(value, dict):", "    if False:"),
+    ('super().__init__(("127.0.0.1", port), Handler)', 'super().__init__(("", port), Handler)'),
+    ('(("Content-Security-Policy", self.server.policy), ', "("),
+    ("frame-ancestors 'none'\")", "\")"),
+    ("request_queue_size = True, 128", "request_queue_size = True, 1"),
 ]
 MUTATIONS = [(file, *pair) for file, pairs in (
     ("minirlhf/chart.py", CHART), ("minirlhf/report.py", REPORT),
@@ -1243,7 +1332,8 @@ MUTATIONS = [(file, *pair) for file, pairs in (
     ("minirlhf/check.py", CHECK), ("minirlhf/benchmark.py", BENCHMARK), ("minirlhf/config.py", CONFIG),
     ("minirlhf/sizes.py", SIZES), ("minirlhf/pretrained.py", PRETRAINED), ("minirlhf/tokenizer.py", TOKENIZER),
     ("minirlhf/rewards.py", REWARDS), ("minirlhf/export.py", EXPORT), ("minirlhf/sentiment.py", SENTIMENT),
-    ("minirlhf/dialects.py", DIALECTS), ("minirlhf/chat.py", CHAT), ("minirlhf/memory.py", MEMORY)) for pair in pairs] + STATE + ADAPTERS + HELD_OUT
+    ("minirlhf/dialects.py", DIALECTS), ("minirlhf/chat.py", CHAT), ("minirlhf/memory.py", MEMORY),
+    ("minirlhf/choices.py", LABEL_CHOICES), ("minirlhf/label.py", LABEL), ("minirlhf/server.py", LABEL_SERVER)) for pair in pairs] + STATE + ADAPTERS + HELD_OUT
 
 
 def misplaced():
