@@ -216,7 +216,7 @@ class Run:
             old += [name for number, name in self.numbered().items() if number > step]
         else:
             old += ["config.json", *self.held()]  # in this order a death halfway leaves the old run, or none
-            old += trackers.left_by(self.out_dir)
+            old += trackers.left_by(self.out_dir, self.options)
         for name in old:
             with contextlib.suppress(FileNotFoundError):
                 os.remove(self.path(name))

@@ -101,24 +101,26 @@ def read_known(name, folder):
     return uuid.uuid4().hex[:12], [0, False]
 
 
-def left_by(folder):
-    """Names of what the trackers of an earlier run in a folder go on from, which a new one must not."""
+def left_by(folder, options):
+    """Names of what trackers of an earlier run in a folder go on from, and what they show, if nothing takes its
+    place."""
     return [*(f"{name}.json" for name in NAMES if os.path.exists(os.path.join(folder, f"{name}.json"))),
-            *glob.glob(EVENTS, root_dir=folder)]
+            *([] if options.tensorboard else glob.glob(EVENTS, root_dir=folder))]
 
 
 # ---- the two trackers: known, options, first figures, say -> a function that tells (figures, step), one that ends
 
 def to_tensorboard(folder, known, options, first, say):
-    """Events in out_dir/tensorboard. They are made again from the first row on: what a resumed run has cut from its
-    metrics must not stay, and the files of an earlier process cannot be cut. Values are float32 there."""
+    """Events in out_dir/tensorboard, values in float32. A run that goes on writes them again from its first row on: what
+    it has cut from its metrics must not stay. Files of earlier processes are emptied, as an open TensorBoard that finds
+    one gone looks for no other."""
     known.save([0, False])
     from tensorboard.compat.proto.event_pb2 import Event, SessionLog
     from tensorboard.compat.proto.summary_pb2 import Summary
     from tensorboard.plugins.hparams import summary_v2 as hparams
     from tensorboard.summary.writer.event_file_writer import EventFileWriter
     for name in glob.glob(EVENTS, root_dir=folder):
-        os.remove(os.path.join(folder, name))
+        os.truncate(os.path.join(folder, name), 0)
     writer = EventFileWriter(os.path.join(folder, "tensorboard"))
 
     def write(step=0, **content):

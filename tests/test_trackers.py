@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,6 +19,8 @@ import torch
 
 from conftest import ROOT
 from minirlhf import config, trackers
+from minirlhf.config import RunOptions
+from minirlhf.runtime import Run
 from test_state import EVERY, LONGER, equal, without_clocks
 
 PLAYED = '''
@@ -67,6 +70,11 @@ def init(**given):
 
 misbehave("import")
 '''
+
+
+@dataclass
+class Options(RunOptions):
+    out_dir: str = ""
 
 
 @pytest.fixture
@@ -330,13 +338,25 @@ def test_one_process_at_a_time_tells(run_folder, heard, refused):
     assert once(folder) == 1
 
 
-def test_a_forked_child_of_the_run_has_no_trackers(tiny):
+def test_a_forked_child_of_the_run_has_no_trackers():
     """It would end them, or wait for them, when it ends."""
-    from minirlhf.runtime import Run
     run = Run.__new__(Run)
     run.signals, run.lock, run.trackers = {}, None, [object()]
     run.disown()
     assert run.trackers == []
+
+
+def test_one_rank_has_trackers_and_no_terminal_reaches_them(tmp_path, played, capfd):
+    """The first, whose metrics they read. Ctrl-C goes to the processes of a session; theirs is another."""
+    played()
+    for rank in (1, 0):
+        run = Run(Options(out_dir=str(tmp_path / "out"), device="cpu", wandb=True), "sft")
+        run.main = rank == 0
+        run.start_logs(0)
+        sessions = [os.getsid(tracker.process.pid) for tracker in run.trackers]
+        assert len(sessions) == (rank == 0) and os.getsid(0) not in sessions
+        run.__exit__(None, None, None)
+    assert not (tmp_path / "out").exists()
 
 
 # ---- a package that is missing
@@ -447,19 +467,33 @@ def test_an_open_tensorboard_forgets_what_a_run_takes_again(run_folder, tmp_path
         "stage": "ppo", "out_dir": "out/ppo", "seed": 7, "judge": 0}
 
 
+def log_records(data):
+    """The records of LevelDB's log format, after seven bytes of the package's own: blocks of 32 kB, in each of them
+    checksum (4 bytes), length (2), kind (1: whole; 2, 3, 4: first, middle, last part), content."""
+    at, parts = 7, b""
+    while at + 7 <= len(data):
+        if 32768 - at % 32768 < 7:
+            at += 32768 - at % 32768
+            continue
+        length, kind = int.from_bytes(data[at + 4:at + 6], "little"), data[at + 6]
+        parts += data[at + 7:at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):
+            yield parts
+            parts = b""
+
+
 @pytest.mark.slow
 def test_weights_and_biases_gets_the_metrics(tiny, monkeypatch):
     """The real package, which sends nothing: its file of the run holds each value of metrics.jsonl."""
     pytest.importorskip("wandb")
     from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setattr(trackers, "PATIENCE", 60)
     ended = tiny.train("ppo", "--wandb", "--eval_interval", "1")
     (path,) = ended.folder.glob("wandb/offline-run-*/*.wandb")
-    store, found = DataStore(), []
-    store.open_for_scan(str(path))
-    while data := store.scan_data():
+    found = []
+    for data in log_records(path.read_bytes()):
         record = wandb_internal_pb2.Record.FromString(data)
         if record.WhichOneof("record_type") == "history":
             items = {item.key or "/".join(item.nested_key): json.loads(item.value_json)
