@@ -37,7 +37,7 @@ NEAREST = {
     "minirlhf/runtime.py": ["runtime", "figures", "state", "train_ppo", "faults"],
     "minirlhf/sample.py": ["figures", "state", "sample", "chat"],
     "minirlhf/benchmark.py": ["figures", "benchmark"],
-    "minirlhf/config.py": ["config"],
+    "minirlhf/config.py": ["config", "trackers"],
     "minirlhf/adapters.py": ["adapters", "state", "train_ppo"],
     "minirlhf/rewards.py": ["rewards", "adapters", "train_ppo"],
     "minirlhf/fetch.py": ["fetch", "hub"],
@@ -49,6 +49,7 @@ NEAREST = {
     "minirlhf/dialects.py": ["dialects", "prepare"],
     "minirlhf/chat.py": ["chat"],
     "minirlhf/memory.py": ["memory"],
+    "minirlhf/trackers.py": ["trackers"],
 }
 
 OBJECTIVES = [
@@ -1152,6 +1153,58 @@ HUB_IN_CHECKPOINT = [
     ("+ did_you_mean(os.path.basename(path.rstrip(\"/\")), hub.NAMES))", ")"),
     ("if saved and o.init_from not in hub.NAMES and not", "if saved and not"),
 ]
+TRACKERS = [
+    ('{2: ("", "_half_width"), 3: ("", "_low", "_high")}', '{2: ("_half_width", ""), 3: ("", "_low", "_high")}'),
+    ('3: ("", "_low", "_high")}', '3: ("", "_high", "_low")}'),
+    ("elif type(value) in (int, float):", "elif isinstance(value, (int, float)):"),  # True is 1
+    ('return [row["step"], "final" in row]', 'return [row["step"], False]'),
+    ("f.seek(at)", "f.seek(0)"),
+    ('*lines, rest = f.read().split(b"\\n")', '*lines, rest = f.read().split(b"\\n") + [b""]'),  # takes half a row
+    ("return [json.loads(line) for line in lines], f.tell() - len(rest)",
+     "return [json.loads(line) for line in lines], f.tell()"),
+    ("(0 if wait else fcntl.LOCK_NB)", "0"),
+    ("self.file.truncate(0)", "pass"),
+    ("        self.file.flush()", "        pass"),
+    ("contextlib.suppress(OSError, ValueError, LookupError, TypeError)", "contextlib.suppress(OSError)"),
+    ("return uuid.uuid4().hex[:12], [0, False]", 'return "run", [0, False]'),
+    ('return [*(f"{name}.json" for name in NAMES if', 'return [*(f"{name}.json" for name in () if'),
+    ('("NAME", options["out_dir"]), ("CONSOLE", "off")', '("NAME", options["out_dir"])'),
+    ('resume="allow"', "resume=None"),
+    ("return lambda numbers, step: run.log(numbers, step=step), run.finish",
+     "return lambda numbers, step: run.log(numbers, step=step), lambda: None"),
+    ("more = going_on()  #", "if not (more := going_on()): break  #"),  # what came last is not told
+    ("if rows and known is None:", "if known is None:"),
+    ("if place(row) > known.sent:", "if place(row) >= known.sent:"),
+    ("if place(row) > known.sent:", "if True:"),
+    ("shutil.disk_usage(folder).free < FREE:", "False:"),
+    ('if k != "step"}', '}'),
+    ("known.save(place(row))", "pass"),
+    ("path = os.pathsep.join([root, *filter(None, sys.path)])", "path = root"),
+    ("start_new_session=True", "start_new_session=False"),
+    ("os.set_blocking(self.process.stdout.fileno(), False)", "pass"),
+    ("except (OSError, ValueError) as error:\n            self.say(", "except ValueError as error:\n            self.say("),
+    ("if status not in (0, SAID):", "if status != 0:"),
+    ("if status not in (0, SAID):", "if status != status:"),
+    ("os.killpg(self.process.pid, signal.SIGKILL)", "os.killpg(self.process.pid, signal.SIGTERM)"),
+    ("if missing := sum(place(row) > sent for row in rows):", "if missing := 0:"),
+    ("        follower.ask()", "        pass"),
+    ("os.dup2(null, number)  #", "pass  #"),
+    ("resource.setrlimit(resource.RLIMIT_FSIZE", "print(resource.RLIMIT_FSIZE"),
+    (" and os.getppid() == run", ""),
+    ("not select.select([asked], [], [], 1.0)[0] and", "not time.sleep(1) and"),
+    ("except BaseException as error:\n        say", "except Exception as error:\n        say"),
+    ("        os._exit(SAID)", "        os._exit(0)"),
+    ("    os._exit(0)  #", "    raise SystemExit(9)  #"),
+    ("    for name in chosen:\n        installed(name)", "    for name in ():\n        installed(name)"),
+]
+TRACKERS_IN_RUNS = [
+    ("minirlhf/config.py", "    if found is None or found.origin is None:", "    if found is None:"),
+    ("minirlhf/config.py", '        for name in ("tensorboard", "wandb"):', '        for name in ("wandb",):'),
+    ("minirlhf/runtime.py", "old += trackers.left_by(self.out_dir, self.options)", "pass"),
+    ("minirlhf/runtime.py", "                tracker.look()", "                pass"),
+    ("minirlhf/runtime.py", "self.main, self.trackers = {}, None, False, []", "self.main = {}, None, False"),
+    ("minirlhf/runtime.py", "            trackers.end(self.trackers)\n", ""),
+]
 MUTATIONS = [(file, *pair) for file, pairs in (
     ("minirlhf/fetch.py", FETCH), ("minirlhf/hub.py", HUB), ("minirlhf/checkpoint.py", HUB_IN_CHECKPOINT),
     ("minirlhf/objectives.py", OBJECTIVES), ("minirlhf/generate.py", GENERATE), ("minirlhf/model.py", MODEL),
@@ -1163,7 +1216,8 @@ MUTATIONS = [(file, *pair) for file, pairs in (
     ("minirlhf/check.py", CHECK), ("minirlhf/benchmark.py", BENCHMARK), ("minirlhf/config.py", CONFIG),
     ("minirlhf/sizes.py", SIZES), ("minirlhf/pretrained.py", PRETRAINED), ("minirlhf/tokenizer.py", TOKENIZER),
     ("minirlhf/rewards.py", REWARDS), ("minirlhf/export.py", EXPORT), ("minirlhf/sentiment.py", SENTIMENT),
-    ("minirlhf/dialects.py", DIALECTS), ("minirlhf/chat.py", CHAT), ("minirlhf/memory.py", MEMORY)) for pair in pairs] + STATE + ADAPTERS + HELD_OUT
+    ("minirlhf/dialects.py", DIALECTS), ("minirlhf/chat.py", CHAT), ("minirlhf/memory.py", MEMORY),
+    ("minirlhf/trackers.py", TRACKERS)) for pair in pairs] + STATE + ADAPTERS + HELD_OUT + TRACKERS_IN_RUNS
 
 
 def misplaced():
