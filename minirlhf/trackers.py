@@ -111,9 +111,9 @@ def left_by(folder, options):
 # ---- the two trackers: known, options, first figures, say -> a function that tells (figures, step), one that ends
 
 def to_tensorboard(folder, known, options, first, say):
-    """Events in out_dir/tensorboard, values in float32. A run that goes on writes them again from its first row on: what
-    it has cut from its metrics must not stay. Files of earlier processes are emptied, as an open TensorBoard that finds
-    one gone looks for no other."""
+    """Events in out_dir/tensorboard, values in float32. A run that goes on writes them again from its first row on:
+    what it has cut from its metrics must not stay. Files of earlier processes are emptied, as an open TensorBoard that
+    finds one gone looks for no other."""
     known.save([0, False])
     from tensorboard.compat.proto.event_pb2 import Event, SessionLog
     from tensorboard.compat.proto.summary_pb2 import Summary

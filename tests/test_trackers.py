@@ -192,6 +192,15 @@ def test_a_process_that_cannot_start_is_said(tiny, played, monkeypatch):
         "wandb: the run goes on without it: its process cannot be started ([Errno 2] No such file")
 
 
+def test_what_a_tracker_has_to_say_is_asked_for_at_each_step(tiny, played, monkeypatch):
+    """So that a run of hours says at once that it goes on without one."""
+    look, looks = trackers.Follower.look, []
+    monkeypatch.setattr(trackers.Follower, "look", lambda self: (looks.append(self.name), look(self)))
+    played()
+    rows = tiny.train("sft", "--wandb").rows()
+    assert len(looks) > len(rows)  # and once at the end
+
+
 def test_nothing_is_told_unasked(tiny, played):
     notes = played()
     assert not {"wandb.json", "tensorboard.json", "wandb", "tensorboard"} & {
@@ -258,7 +267,8 @@ def test_steps_that_are_taken_again_are_not_told_twice(run_folder, heard):
     assert len({run for run, _ in heard}) == 1
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"id": "x"}', '{"id": "x", "sent": [null]}', '{"id": 1, "sent": 2}'])
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"id": "x"}', '{"id": "x", "sent": [null]}',
+                                     '{"id": 1, "sent": 2}'])
 def test_what_is_known_of_a_tracker_may_be_torn(run_folder, heard, content):
     """Then all is told again, as another run."""
     folder = run_folder(1, 2)
@@ -279,9 +289,14 @@ def test_a_disk_that_is_nearly_full_is_left_to_the_run(run_folder, heard, monkey
 
 def test_all_is_read_once_more_when_the_run_has_ended(run_folder, heard):
     """What it wrote between the last look and its end is told too; before the first row nothing is made."""
-    folder = run_folder()
-    asked = iter([lambda: True, lambda: run_folder(1, 2), lambda: run_folder(1, 2, 3), lambda: run_folder(1, 2, 3, 4) and 0])
-    assert trackers.tell("wandb", folder, lambda: (os.path.exists(f"{folder}/wandb.json"), next(asked)())[1], print) == 4
+    folder, written = run_folder(), iter([[], [1, 2], [1, 2, 3], [1, 2, 3, 4]])
+
+    def going_on():
+        steps = next(written)
+        assert os.path.exists(f"{folder}/wandb.json") == (len(steps) > 2)
+        run_folder(*steps)
+        return len(steps) < 4
+    assert trackers.tell("wandb", folder, going_on, print) == 4
     assert heard == [[heard[0][0], [1, 2, 3, 4]]]
     empty = run_folder()
     os.remove(f"{empty}/wandb.json")
