@@ -50,6 +50,7 @@ NEAREST = {
     "minirlhf/chat.py": ["chat"],
     "minirlhf/memory.py": ["memory"],
     "minirlhf/trackers.py": ["trackers"],
+    "minirlhf/picture.py": ["picture"],
 }
 
 OBJECTIVES = [
@@ -1162,7 +1163,7 @@ TRACKERS = [
     ('*lines, rest = f.read().split(b"\\n")', '*lines, rest = f.read().split(b"\\n") + [b""]'),  # takes half a row
     ("return [json.loads(line) for line in lines], f.tell() - len(rest)",
      "return [json.loads(line) for line in lines], f.tell()"),
-    ("(0 if wait else fcntl.LOCK_NB)", "0"),
+    ("(0 if wait else fcntl.LOCK_NB)", "fcntl.LOCK_NB"),
     ("self.file.truncate(0)", "pass"),
     ("        self.file.flush()", "        pass"),
     ("contextlib.suppress(OSError, ValueError, LookupError, TypeError)", "contextlib.suppress(OSError)"),
@@ -1197,6 +1198,34 @@ TRACKERS = [
     ("    os._exit(0)  #", "    raise SystemExit(9)  #"),
     ("    for name in chosen:\n        installed(name)", "    for name in ():\n        installed(name)"),
 ]
+PICTURE = [
+    ('row["step"] < end)', 'row["step"] <= end)'),  # the last look twice
+    ('looks = [(0, final["before"])', 'looks = [(0, final["after"])'),
+    ('(end, final["after"])]', '(end, steps[-1].get("eval", {}))]'),
+    ("mean - half, mean + half", "mean - half, mean + 2 * half"),
+    ("if is_number(half) else ()", "if True else ()"),
+    ('("judge_score", "judge\'s score", "")', '("score", "judge\'s score", "")'),
+    ('("kl", "KL, nats", "objective/kl")', '("kl", "KL, nats", "objective/scores")'),
+    ('row["score"] - row["sft_score"], n', 'row["score"], n'),
+    ("(len(gains) - 1) // 2", "len(gains) // 2"),
+    ("(len(gains) - 1) // 2", "-1"),  # the best one
+    ('row.get("final") is True and ', ""),
+    ("thinned(own or held_out, 120)", "(own or held_out)"),
+    ("(y - y0) / (y1 - y0) * (bottom - top)", "(y - y0) / y1 * (bottom - top)"),
+    ("inner + x / x1", "left + x / x1"),
+    ("{bottom - (y", "{top + (y"),  # upside down
+    ("for title in found if", "for title in [*found][:1] if"),
+    ('scores if "score" in title else span(heights[title], [0])', "span(heights[title], [0])"),
+    ("shortened(visible(", "shortened(str("),
+    ("most // 2 if wide else most", "most"),
+    ("else text(line)\n", "else line\n"),
+    ("<desc id=\"desc\">{text(described(", "<desc id=\"desc\">{str(described("),
+    ("figure(held_out[0].y)} → {figure(held_out[-1].y)", "figure(held_out[0].y)} → {figure(own[-1].y if own else 0)"),
+    ("with fitting(a.run):", "if True:"),
+    ('if "judge\'s score" not in found:', 'if False:'),
+    ('not {"before", "after"} <= final.keys() or', ""),
+    ("runtime.check_output(a.output)", "pass"),
+]
 TRACKERS_IN_RUNS = [
     ("minirlhf/config.py", "    if found is None or found.origin is None:", "    if found is None:"),
     ("minirlhf/config.py", '        for name in ("tensorboard", "wandb"):', '        for name in ("wandb",):'),
@@ -1217,7 +1246,7 @@ MUTATIONS = [(file, *pair) for file, pairs in (
     ("minirlhf/sizes.py", SIZES), ("minirlhf/pretrained.py", PRETRAINED), ("minirlhf/tokenizer.py", TOKENIZER),
     ("minirlhf/rewards.py", REWARDS), ("minirlhf/export.py", EXPORT), ("minirlhf/sentiment.py", SENTIMENT),
     ("minirlhf/dialects.py", DIALECTS), ("minirlhf/chat.py", CHAT), ("minirlhf/memory.py", MEMORY),
-    ("minirlhf/trackers.py", TRACKERS)) for pair in pairs] + STATE + ADAPTERS + HELD_OUT + TRACKERS_IN_RUNS
+    ("minirlhf/trackers.py", TRACKERS), ("minirlhf/picture.py", PICTURE)) for pair in pairs] + STATE + ADAPTERS + HELD_OUT + TRACKERS_IN_RUNS
 
 
 def misplaced():

@@ -119,8 +119,8 @@ def test_the_answers_are_those_of_median_gain(run_folder):
         "prompt p1before +0.50 before 1after +1.00 after 1"] * 2
     assert [g.get("class") for g in root.iter(f"{SVG}g")] == ["wide", "narrow"]
     words = root.find(f"{SVG}desc").text
-    assert words == ("On held-out prompts, score: 0.0625 before, 1.75 after; judge's score: -0.5 before, 1.5 after; KL, "
-                     "nats: 0 before, 6.5 after. Prompt: p1 Before: before 1 After: after 1")
+    assert words == ("On held-out prompts, score: 0.0625 before, 1.75 after; judge's score: -0.5 before, 1.5 after; "
+                     "KL, nats: 0 before, 6.5 after. Prompt: p1 Before: before 1 After: after 1")
     assert root.get("role") == "img" and root.get("aria-labelledby") == "title desc"
     assert root.find(f"{SVG}title").text == "PPO, 4 steps, 32 answers"
 
