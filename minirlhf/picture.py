@@ -53,7 +53,7 @@ def read(folder):
             fail(f"{path}: no such file; name the folder of a run of train_ppo.py")
     (metrics, samples) = ([record for _, record in read_records(path)] for path in held.values())
     final = next((row["final"] for row in metrics if isinstance(row.get("final"), dict)), {})
-    answers = [row for row in samples if row.get("final") is True and "sft_completion" in row]
+    answers = [row for row in samples if "sft_completion" in row]
     steps = [row for row in metrics if "final" not in row and is_number(row.get("objective/scores"))]
     if not {"before", "after"} <= final.keys() or not answers or not steps:
         fail(f"{folder}: holds no closing report of PPO: wait for the end of the run, or go on with --resume")
@@ -97,7 +97,7 @@ def panel(k, title, own, held_out, y_range, left, right):
 
     yield (f'<text class="name" x="{left}" y="{TOP + 18}">{text(title)}</text><text class="at{k}" x="{left}" '
            f'y="{TOP + 46}">{figure(held_out[0].y)} → {figure(held_out[-1].y)}</text>')
-    for y, label in ticks(y0, y1, 3):
+    for y, label in next(found for about in (3, 4, 5) if len(found := ticks(y0, y1, about)) > 1):
         yield (f'<path class="grid" d="M{at(0, y)}H{right}"/><text x="{inner - 7}" y="{at(0, y).split()[1]}" '
                f'dy=".35em" text-anchor="end">{label}</text>')
     yield (f'<text x="{inner}" y="{bottom + 24}">0</text><text x="{right}" y="{bottom + 24}" text-anchor="end">{x1} '

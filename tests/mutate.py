@@ -1209,7 +1209,7 @@ PICTURE = [
     ('row["score"] - row["sft_score"], n', 'row["score"], n'),
     ("(len(gains) - 1) // 2", "len(gains) // 2"),
     ("(len(gains) - 1) // 2", "-1"),  # the best one
-    ('row.get("final") is True and ', ""),
+    ("for about in (3, 4, 5) if", "for about in (3, 4, 5) if 1 or"),  # 0 alone may be left
     ("thinned(own or held_out, 120)", "(own or held_out)"),
     ("(y - y0) / (y1 - y0) * (bottom - top)", "(y - y0) / y1 * (bottom - top)"),
     ("inner + x / x1", "left + x / x1"),

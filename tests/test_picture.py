@@ -36,9 +36,10 @@ def run_folder(tmp_path):
         rows[-1]["eval"] = summary(9.0, 9.0 if judge else None, 9.0)
         final = {"before": summary(0.0625, -0.5 if judge else None, 0.0), "after": summary(1.75, 1.5 if judge else None,
                                                                                          6.5)}
-        answers = [{"step": steps, "final": True, "prompt": f"p{n}", "completion": f"after {n}", "score": 1.0 * gain,
-                    "sft_completion": f"before {n}", "sft_score": 0.5} for n, gain in enumerate((3, 1, 2, 0))]
-        answers[1] |= answer  # its gain, 0.5, is the lower one in the middle of 2.5, 0.5, 1.5, -0.5
+        answers = [{"step": steps, "final": True, "prompt": f"p{n}", "completion": f"after {n}", "score": score,
+                    "sft_completion": f"before {n}", "sft_score": sft_score}
+                   for n, (score, sft_score) in enumerate([(3.0, 0.0), (1.0, 0.5), (1.5, 0.0), (2.0, 3.0)])]
+        answers[1] |= answer  # its gain, 0.5, is the lower one in the middle of 3, 0.5, 1.5, -1
         folder = tmp_path / "run"
         folder.mkdir(exist_ok=True)
         write(folder / "metrics.jsonl", [*rows, {"step": steps, "final": final}])
@@ -65,6 +66,13 @@ def drawn(folder):
 def pairs(element):
     """The points of a path: what stands after M and each L."""
     return [tuple(map(float, point.split())) for point in re.split("[ML]", element.get("d").split("m")[0])[1:]]
+
+
+def frame_of(k, panels):
+    """Where the k-th of so many panels draws: left, top, right, bottom."""
+    width = (720 - 2 * 20 - (panels - 1) * 14) / panels
+    left = round(20 + k * (width + 14))
+    return left + 46, 56 + 70, round(20 + k * (width + 14) + width), 56 + 232 - 30
 
 
 def check(folder):
@@ -100,6 +108,14 @@ def check(folder):
             assert abs(y0 + (value - v0) * (y1 - y0) / (v1 - v0) - y) < 0.2
         scales.append((y1 - y0) / (v1 - v0))
         assert scales[-1] < 0  # up is more
+        left, top, right, bottom = frame_of(len(scales) - 1, len(names))
+        assert all(left <= x <= right + 0.1 and top - 0.1 <= y <= bottom + 0.1 for x, y in there)
+        labels = [t for t in root.iter(f"{SVG}text") if left - 60 < float(t.get("x")) <= right and t.get("dy")]
+        assert 2 <= len(labels) <= 5 and all(abs(y0 + (float(t.text) - v0) * scales[-1] - float(t.get("y"))) < 0.3
+                                             for t in labels)
+        ends = {t.text: float(t.get("x")) for t in root.iter(f"{SVG}text") if left <= float(t.get("x")) <= right
+                and float(t.get("y")) == bottom + 24}
+        assert ends == {"0": there[0][0], f"{steps[-1]['step']} steps": there[len(held_out) - 1][0]}
     return scales
 
 
@@ -108,6 +124,18 @@ def test_every_number_is_one_of_the_run(run_folder, judge):
     """Also that the last look is the closing report's, on all prompts; score and judge share a scale."""
     scales = check(run_folder(judge))
     assert len(scales) == 2 + judge and (not judge or abs(scales[0] / scales[1] - 1) < 0.01)
+
+
+@pytest.mark.parametrize("kl", [0.004, 0.9, 1.9, 4.1, 8.0, 950.0])
+def test_each_axis_has_two_labels_or_more(run_folder, kl):
+    """Whatever it reaches, above and below 0."""
+    folder = run_folder()
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+    for row, value in zip(rows, (-kl, kl, 0.0, 0.0)):
+        row["objective/kl"] = value
+    rows[1]["eval"]["kl"] = rows[-1]["final"]["before"]["kl"] = rows[-1]["final"]["after"]["kl"] = [0.0, kl / 4]
+    write(folder / "metrics.jsonl", rows)
+    check(folder)
 
 
 def test_the_answers_are_those_of_median_gain(run_folder):
