@@ -316,7 +316,8 @@ class Run:
     def __exit__(self, kind, error, trace):
         advice = self.without_memory(error, trace) if out_of_memory(error) else ""
         try:
-            trackers.end(self.trackers)
+            with contextlib.suppress(KeyboardInterrupt):  # of a person who waits no longer
+                trackers.end(self.trackers)
             self.release()
             if self.world > 1 and kind is None:
                 with self.together():

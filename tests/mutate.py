@@ -1193,6 +1193,7 @@ TRACKERS = [
     ("resource.setrlimit(resource.RLIMIT_FSIZE", "print(resource.RLIMIT_FSIZE"),
     (" and os.getppid() == run", ""),
     ("not select.select([asked], [], [], 1.0)[0] and", "not time.sleep(1) and"),
+    ("signal.alarm(HANGS)", "pass"),
     ("except BaseException as error:\n        say", "except Exception as error:\n        say"),
     ("        os._exit(SAID)", "        os._exit(0)"),
     ("    os._exit(0)  #", "    raise SystemExit(9)  #"),
@@ -1232,7 +1233,7 @@ TRACKERS_IN_RUNS = [
     ("minirlhf/runtime.py", "old += trackers.left_by(self.out_dir, self.options)", "pass"),
     ("minirlhf/runtime.py", "                tracker.look()", "                pass"),
     ("minirlhf/runtime.py", "self.main, self.trackers = {}, None, False, []", "self.main = {}, None, False"),
-    ("minirlhf/runtime.py", "            trackers.end(self.trackers)\n", ""),
+    ("minirlhf/runtime.py", "                trackers.end(self.trackers)\n", "                pass\n"),
 ]
 MUTATIONS = [(file, *pair) for file, pairs in (
     ("minirlhf/fetch.py", FETCH), ("minirlhf/hub.py", HUB), ("minirlhf/checkpoint.py", HUB_IN_CHECKPOINT),

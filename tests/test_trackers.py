@@ -345,6 +345,21 @@ def test_a_process_ends_after_its_run_was_killed(run_folder, played):
         run.stdout.close()
 
 
+def test_a_call_that_does_not_return_ends_its_process(run_folder, played, monkeypatch):
+    """After ten minutes, here one second, whatever it waits for; the run says so at its next step."""
+    played("hangs=log")
+    process = subprocess.Popen([sys.executable, "-c", (
+        "import os\nfrom minirlhf import trackers\ntrackers.HANGS = 1\n"
+        f"trackers.follow('wandb', {run_folder(1)!r}, os.getppid())")], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])})
+    assert process.wait(60) == -signal.SIGALRM
+    said, follower = [], trackers.Follower.__new__(trackers.Follower)
+    follower.name, follower.say, follower.process = "wandb", said.append, process
+    follower.look(), follower.look()
+    assert said[-1:] == ["wandb: the run goes on without it: its process was ended by signal 14, as a call took 600 "
+                         "seconds"] and sum("signal" in line for line in said) == 1
+
+
 def test_one_process_at_a_time_tells(run_folder, heard, refused):
     """The command beside a run that is telling is refused; the process of the next run waits."""
     folder = run_folder(1)
