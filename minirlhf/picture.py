@@ -21,7 +21,7 @@ CURVES = (("score", "score", "objective/scores"), ("judge_score", "judge's score
           ("kl", "KL, nats", "objective/kl"))  # a summary's name, what it is called here, a step's name
 WIDTH, EDGE, GAP, TOP, PANEL = 720, 20, 14, 56, 232  # the picture's, its margin, between panels, where they begin, high
 LONGEST = 170  # characters of a text
-FORMS = {"wide": (19, 27, 66), "narrow": (23, 30, 53)}  # of texts: size of letters, from line to line, letters a line
+FORMS = {"wide": (19, 30, 66), "narrow": (23, 29, 53)}  # of texts: size of letters, from line to line, letters a line
 NOTES = {"wide": "line: training answers; dots: answers to held-out prompts, 95 % intervals",
          "narrow": "line: training; dots: held out, 95 % intervals"}
 NARROW = 540  # CSS pixels below which the second form shows
@@ -96,8 +96,8 @@ def panel(k, title, own, held_out, y_range, left, right):
                 f"{bottom - (y - y0) / (y1 - y0) * (bottom - top):.1f}")
 
     yield (f'<text class="name" x="{left}" y="{TOP + 18}">{text(title)}</text><text class="at{k}" x="{left}" '
-           f'y="{TOP + 46}">{figure(held_out[0].y)} → {figure(held_out[-1].y)}</text>')
-    for y, label in next(found for about in (3, 4, 5) if len(found := ticks(y0, y1, about)) > 1):
+           f'y="{TOP + 46}">{held_out[0].y:.2f} → {held_out[-1].y:.2f}</text>')
+    for y, label in ticks(y0, y1):
         yield (f'<path class="grid" d="M{at(0, y)}H{right}"/><text x="{inner - 7}" y="{at(0, y).split()[1]}" '
                f'dy=".35em" text-anchor="end">{label}</text>')
     yield (f'<text x="{inner}" y="{bottom + 24}">0</text><text x="{right}" y="{bottom + 24}" text-anchor="end">{x1} '
@@ -136,8 +136,7 @@ def visible(value):
 
 def described(steps, found, row):
     """The same in words, for who does not see it."""
-    said = [f"{title}: {figure(points[0].y)} before, {figure(points[-1].y)} after" for title, (_, points) in
-            found.items()]
+    said = [f"{title}: {points[0].y:.2f} before, {points[-1].y:.2f} after" for title, (_, points) in found.items()]
     return (f"On held-out prompts, {'; '.join(said)}. Prompt: {row['prompt']} Before: {row['sft_completion']} After: "
             f"{row['completion']}")
 

@@ -1181,12 +1181,10 @@ TRACKERS = [
     ('if k != "step"}', '}'),
     ("known.save(place(row))", "pass"),
     ("path = os.pathsep.join([root, *filter(None, sys.path)])", "path = root"),
-    ("start_new_session=True", "start_new_session=False"),
     ("os.set_blocking(self.process.stdout.fileno(), False)", "pass"),
     ("except (OSError, ValueError) as error:\n            self.say(", "except ValueError as error:\n            self.say("),
     ("if status not in (0, SAID):", "if status != 0:"),
     ("if status not in (0, SAID):", "if status != status:"),
-    ("os.killpg(self.process.pid, signal.SIGKILL)", "os.killpg(self.process.pid, signal.SIGTERM)"),
     ("if missing := sum(place(row) > sent for row in rows):", "if missing := 0:"),
     ("        follower.ask()", "        pass"),
     ("os.dup2(null, number)  #", "pass  #"),
@@ -1210,7 +1208,7 @@ PICTURE = [
     ('row["score"] - row["sft_score"], n', 'row["score"], n'),
     ("(len(gains) - 1) // 2", "len(gains) // 2"),
     ("(len(gains) - 1) // 2", "-1"),  # the best one
-    ("for about in (3, 4, 5) if", "for about in (3, 4, 5) if 1 or"),  # 0 alone may be left
+    ("ticks(y0, y1):", "ticks(y0, y1, 3):"),  # 0 alone may be left
     ("thinned(own or held_out, 120)", "(own or held_out)"),
     ("(y - y0) / (y1 - y0) * (bottom - top)", "(y - y0) / y1 * (bottom - top)"),
     ("inner + x / x1", "left + x / x1"),
@@ -1221,7 +1219,7 @@ PICTURE = [
     ("most // 2 if wide else most", "most"),
     ("else text(line)\n", "else line\n"),
     ("<desc id=\"desc\">{text(described(", "<desc id=\"desc\">{str(described("),
-    ("figure(held_out[0].y)} → {figure(held_out[-1].y)", "figure(held_out[0].y)} → {figure(own[-1].y if own else 0)"),
+    ("{held_out[0].y:.2f} → {held_out[-1].y:.2f}", "{held_out[0].y:.2f} → {own[-1].y if own else 0:.2f}"),
     ("with fitting(a.run):", "if True:"),
     ('if "judge\'s score" not in found:', 'if False:'),
     ('not {"before", "after"} <= final.keys() or', ""),

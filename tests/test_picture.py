@@ -90,7 +90,7 @@ def check(folder):
         held_out = [(step, *figures[name]) for step, figures in looks.items()]
         own = {"score": "objective/scores", "kl": "objective/kl"}.get(name)
         line = [(row["step"], row[own]) for row in steps] if own else [(step, mean) for step, mean, _ in held_out]
-        assert group["words"] == [f"{figure(held_out[0][1])} → {figure(held_out[-1][1])}"]
+        assert group["words"] == [f"{held_out[0][1]:.2f} → {held_out[-1][1]:.2f}"]
         assert [mark.find(f"{SVG}title").text for mark in group["marks"]] == [
             f"step {step}: {figure(mean)}" + (
                 f" ({figure(mean - half)} to {figure(mean + half)})" if half is not None else "")
@@ -111,7 +111,7 @@ def check(folder):
         left, top, right, bottom = frame_of(len(scales) - 1, len(names))
         assert all(left <= x <= right + 0.1 and top - 0.1 <= y <= bottom + 0.1 for x, y in there)
         labels = [t for t in root.iter(f"{SVG}text") if left - 60 < float(t.get("x")) <= right and t.get("dy")]
-        assert 2 <= len(labels) <= 5 and all(abs(y0 + (float(t.text) - v0) * scales[-1] - float(t.get("y"))) < 0.3
+        assert 2 <= len(labels) <= 6 and all(abs(y0 + (float(t.text) - v0) * scales[-1] - float(t.get("y"))) < 0.3
                                              for t in labels)
         ends = {t.text: float(t.get("x")) for t in root.iter(f"{SVG}text") if left <= float(t.get("x")) <= right
                 and float(t.get("y")) == bottom + 24}
@@ -147,8 +147,8 @@ def test_the_answers_are_those_of_median_gain(run_folder):
         "prompt p1before +0.50 before 1after +1.00 after 1"] * 2
     assert [g.get("class") for g in root.iter(f"{SVG}g")] == ["wide", "narrow"]
     words = root.find(f"{SVG}desc").text
-    assert words == ("On held-out prompts, score: 0.0625 before, 1.75 after; judge's score: -0.5 before, 1.5 after; "
-                     "KL, nats: 0 before, 6.5 after. Prompt: p1 Before: before 1 After: after 1")
+    assert words == ("On held-out prompts, score: 0.06 before, 1.75 after; judge's score: -0.50 before, 1.50 after; "
+                     "KL, nats: 0.00 before, 6.50 after. Prompt: p1 Before: before 1 After: after 1")
     assert root.get("role") == "img" and root.get("aria-labelledby") == "title desc"
     assert root.find(f"{SVG}title").text == "PPO, 4 steps, 32 answers"
 
