@@ -22,7 +22,7 @@ from minirlhf.tokenizer import Tokenizer
 
 SCRIPTS = {"sft": train_sft, "rm": train_rm, "ppo": train_ppo}
 EVERY = pytest.mark.parametrize("stage", SCRIPTS)
-CLOCKS = ("tokens_per_second", "eps", "seconds", "rollout_seconds")
+CLOCKS = ("tokens_per_second", "eps", "seconds", "rollout_seconds", "elapsed")
 DROPOUT = {"sft": ["--dropout", "0.5"], "rm": ["--dropout", "0.5"], "ppo": []}
 LONGER = {"sft": ["--num_train_epochs", "2"], "rm": ["--num_train_epochs", "2"], "ppo": ["--total_episodes", "12"]}
 
@@ -441,7 +441,8 @@ def test_resume_and_overwrite(tiny, stage):
     before = {*tiny.folder.rglob("*")}
     first = tiny.train(stage)
     new = {*tiny.folder.rglob("*")} - before
-    assert {p.name for p in new} == {first.folder.name, "ckpt.pt", "config.json", "metrics.jsonl", "samples.jsonl"}
+    assert {p.name for p in new} == {first.folder.name, "ckpt.pt", "config.json", "metrics.jsonl", "samples.jsonl",
+                                     *["tokens.jsonl"] * (stage == "ppo")}
     assert all(first.folder in (path, path.parent) for path in new)
     weights = first.payload()["model"]
     again = tiny.train(stage, out=first.folder)
@@ -480,12 +481,13 @@ def test_a_part_learns(tiny, deep, passes, monkeypatch, stage):
 
 @EVERY
 def test_further_files(tiny, stage):
-    """--keep_checkpoints 1 leaves the last step's under its number too, --save_rollouts the answers; nothing else."""
+    """--keep_checkpoints 1 leaves the last step's under its number too, --save_rollouts the answers, and stage 3 some
+    of them token by token; nothing else."""
     ended = tiny.train(stage, "--keep_checkpoints", "1", *["--save_rollouts"] * (stage == "ppo"))
     names = {path.name for path in ended.folder.iterdir()} - {"ckpt.pt", "config.json", "metrics.jsonl", "samples.jsonl",
                                                               "ckpt.previous.pt"}
     last = f"ckpt.{ended.payload()['training']['step']:06}.pt"
-    assert names == {last} | ({"rollouts.jsonl"} if stage == "ppo" else set())
+    assert names == {last} | ({"rollouts.jsonl", "tokens.jsonl"} if stage == "ppo" else set())
 
 
 def test_check_is_said_to_be_one(tiny):
@@ -735,7 +737,7 @@ def test_what_is_on_the_disk_when(tiny, calls, stage):
     events = tidy(calls)
     begun = whole("config.json", name) + [("fsync", "out/")]  # the folder itself, whose name its parent holds
     assert events[:len(begun)] == begun
-    logged, saves = {"metrics.jsonl", "samples.jsonl"}, 0
+    logged, saves = {"metrics.jsonl", "samples.jsonl", "tokens.jsonl"}, 0
     for at, event in enumerate(events):
         if event == ("open", "ckpt.pt.tmp"):
             save = whole("ckpt.pt", name)

@@ -352,7 +352,10 @@ def test_a_call_that_does_not_return_ends_its_process(run_folder, played, monkey
         "import os\nfrom minirlhf import trackers\ntrackers.HANGS = 1\n"
         f"trackers.follow('wandb', {run_folder(1)!r}, os.getppid())")], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])})
-    assert process.wait(60) == -signal.SIGALRM
+    try:
+        assert process.wait(20) == -signal.SIGALRM
+    finally:
+        process.kill()
     said, follower = [], trackers.Follower.__new__(trackers.Follower)
     follower.name, follower.say, follower.process = "wandb", said.append, process
     follower.look(), follower.look()
