@@ -20,6 +20,7 @@ import argparse
 import contextlib
 import difflib
 import functools
+import importlib.util
 import inspect
 import math
 import os
@@ -184,11 +185,27 @@ class RunOptions:
     checkpoint_activations: bool = False  # keep a block's input only, compute the rest again: less memory, more time
     force: bool = False  # start although the device seems to have too little memory
     check: bool = False  # test what must hold on this model, data and device, a line for each, and write nothing
+    tensorboard: bool = False  # what metrics.jsonl gets, TensorBoard shows, from out_dir (pip install tensorboard)
+    wandb: bool = False  # what metrics.jsonl gets, and the options, go to Weights & Biases (pip install wandb)
     # ---- what learns
     lora_rank: int = 16  # rank of adapters on the linear layers, all else frozen; 0 = no adapters, all learns [0..4096]
     lora_alpha: float = 32.0  # what adapters add is multiplied by alpha / rank (0..]
     lora_layers: int = 0  # adapters in the last so many blocks, where there are more; 0 = in all [0..]
     freeze_layers: int = 0  # embeddings and the first so many blocks stay as they are, the rest learns in full [0..]
+
+    def __post_init__(self):
+        for name in ("tensorboard", "wandb"):
+            if getattr(self, name):
+                installed(name)
+
+
+def installed(name):
+    """Exits 2 where a package of an option's name is not there. A folder of that name alone, as a tracker makes one for
+    its files, is no package."""
+    found = importlib.util.find_spec(name)
+    if found is None or found.origin is None:
+        fail(f"--{name}: the package {name} is not installed; get it by: pip install {name}; or leave the option out "
+             f"(--{name} false, where a run that goes on has it)")
 
 
 class Parser(argparse.ArgumentParser):

@@ -27,7 +27,7 @@ from dataclasses import asdict, fields, replace
 
 import torch
 
-from minirlhf import memory
+from minirlhf import memory, trackers
 from minirlhf.config import fail, lines_for, one_line, out_of_memory, preset_values, presets, ranks, say
 from minirlhf.data import clean
 from minirlhf.kernels import AdamW, Muon, keep_freed_memory, share_cores
@@ -100,6 +100,7 @@ class Run:
         self.logging = False  # whether the folder's old run, if any, has gone
         self.pid, self.signals = os.getpid(), {}  # signals: what acted on them before
         self.smaller = None  # (changes of options, bytes they need), where `memory.check` found any
+        self.trackers = []  # processes that tell TensorBoard and the like
         self.rescue = None  # saves what was learned up to the last whole step, while the weights are those of its end
         RUNS.add(self)
         self.rank, self.world = ranks()
@@ -215,6 +216,7 @@ class Run:
             old += [name for number, name in self.numbered().items() if number > step]
         else:
             old += ["config.json", *self.held()]  # in this order a death halfway leaves the old run, or none
+            old += trackers.left_by(self.out_dir, self.options)
         for name in old:
             with contextlib.suppress(FileNotFoundError):
                 os.remove(self.path(name))
@@ -231,6 +233,9 @@ class Run:
         self.replace("config.json", json.dumps({"stage": self.stage, **asdict(self.options)}, indent=2).encode())
         for folder in self.made:
             sync_folder(os.path.dirname(folder))
+        self.trackers = [trackers.Follower(name, self.out_dir, self.say, " ".join([
+            start_of("minirlhf.trackers"), as_path(self.out_dir), f"--{name}"]))
+            for name in trackers.NAMES if getattr(self.options, name)]
 
     def replace(self, name, content):
         """Write out_dir/name whole: whenever the process dies, the old content or the new one is there."""
@@ -251,6 +256,8 @@ class Run:
                 records = [record | {"elapsed": self.told - before} for record in records]
             with self.writing(name), open(self.path(name), "a", encoding="utf-8") as f:
                 f.write("".join(json.dumps(finite(record), ensure_ascii=False) + "\n" for record in records))
+            for tracker in self.trackers:
+                tracker.look()
 
     def sync(self):
         """The logs on the disk, before a checkpoint is that counts on them."""
@@ -305,7 +312,7 @@ class Run:
                 signal.signal(number, before or signal.SIG_DFL)
         if self.lock is not None:
             self.lock.close()  # it would keep the lock when the run is dead
-        self.signals, self.lock, self.main = {}, None, False
+        self.signals, self.lock, self.main, self.trackers = {}, None, False, []
 
     def __enter__(self):
         return self
@@ -313,6 +320,8 @@ class Run:
     def __exit__(self, kind, error, trace):
         advice = self.without_memory(error, trace) if out_of_memory(error) else ""
         try:
+            with contextlib.suppress(KeyboardInterrupt):  # of a person who waits no longer
+                trackers.end(self.trackers)
             self.release()
             if self.world > 1 and kind is None:
                 with self.together():

@@ -37,7 +37,7 @@ NEAREST = {
     "minirlhf/runtime.py": ["runtime", "figures", "state", "train_ppo", "faults"],
     "minirlhf/sample.py": ["figures", "state", "sample", "chat"],
     "minirlhf/benchmark.py": ["figures", "benchmark"],
-    "minirlhf/config.py": ["config"],
+    "minirlhf/config.py": ["config", "trackers"],
     "minirlhf/adapters.py": ["adapters", "state", "train_ppo"],
     "minirlhf/rewards.py": ["rewards", "adapters", "train_ppo"],
     "minirlhf/fetch.py": ["fetch", "hub"],
@@ -49,6 +49,8 @@ NEAREST = {
     "minirlhf/dialects.py": ["dialects", "prepare"],
     "minirlhf/chat.py": ["chat"],
     "minirlhf/memory.py": ["memory"],
+    "minirlhf/trackers.py": ["trackers"],
+    "minirlhf/picture.py": ["picture"],
     "minirlhf/chart.py": ["chart"],
     "minirlhf/report.py": ["report"],
     "minirlhf/label.py": ["label"],
@@ -1175,6 +1177,84 @@ HUB_IN_CHECKPOINT = [
     ("+ did_you_mean(os.path.basename(path.rstrip(\"/\")), hub.NAMES))", ")"),
     ("if saved and o.init_from not in hub.NAMES and not", "if saved and not"),
 ]
+TRACKERS = [
+    ('{2: ("", "_half_width"), 3: ("", "_low", "_high")}', '{2: ("_half_width", ""), 3: ("", "_low", "_high")}'),
+    ('3: ("", "_low", "_high")}', '3: ("", "_high", "_low")}'),
+    ("elif type(value) in (int, float):", "elif isinstance(value, (int, float)):"),  # True is 1
+    ('return [row["step"], "final" in row]', 'return [row["step"], False]'),
+    ("f.seek(at)", "f.seek(0)"),
+    ('*lines, rest = f.read().split(b"\\n")', '*lines, rest = f.read().split(b"\\n") + [b""]'),  # takes half a row
+    ("return [json.loads(line) for line in lines], f.tell() - len(rest)",
+     "return [json.loads(line) for line in lines], f.tell()"),
+    ("(0 if wait else fcntl.LOCK_NB)", "fcntl.LOCK_NB"),
+    ("self.file.truncate(0)", "pass"),
+    ("        self.file.flush()", "        pass"),
+    ("contextlib.suppress(OSError, ValueError, LookupError, TypeError)", "contextlib.suppress(OSError)"),
+    ("return uuid.uuid4().hex[:12], [0, False]", 'return "run", [0, False]'),
+    ('return [*(f"{name}.json" for name in NAMES if', 'return [*(f"{name}.json" for name in () if'),
+    ('("NAME", options["out_dir"]), ("CONSOLE", "off")', '("NAME", options["out_dir"])'),
+    ('resume="allow"', "resume=None"),
+    ("return lambda numbers, step: run.log(numbers, step=step), run.finish",
+     "return lambda numbers, step: run.log(numbers, step=step), lambda: None"),
+    ("more = going_on()  #", "if not (more := going_on()): break  #"),  # what came last is not told
+    ("if rows and known is None:", "if known is None:"),
+    ("if place(row) > known.sent:", "if place(row) >= known.sent:"),
+    ("if place(row) > known.sent:", "if True:"),
+    ("shutil.disk_usage(folder).free < FREE:", "False:"),
+    ('if k != "step"}', '}'),
+    ("known.save(place(row))", "pass"),
+    ("path = os.pathsep.join([root, *filter(None, sys.path)])", "path = root"),
+    ("except (OSError, ValueError) as error:\n            self.say(", "except ValueError as error:\n            self.say("),
+    ("if status not in (0, SAID):", "if status != 0:"),
+    ("if status not in (0, SAID):", "if status != status:"),
+    ("if missing := sum(place(row) > sent for row in rows):", "if missing := 0:"),
+    ("        follower.ask()", "        pass"),
+    ("os.dup2(null, number)  #", "pass  #"),
+    ("resource.setrlimit(resource.RLIMIT_FSIZE", "print(resource.RLIMIT_FSIZE"),
+    (" and os.getppid() == run", ""),
+    ("not select.select([asked], [], [], 1.0)[0] and", "not time.sleep(1) and"),
+    ("signal.alarm(HANGS)", "pass"),
+    ("except BaseException as error:\n        say", "except Exception as error:\n        say"),
+    ("        os._exit(SAID)", "        os._exit(0)"),
+    ("    os._exit(0)  #", "    raise SystemExit(9)  #"),
+    ("    for name in chosen:\n        installed(name)", "    for name in ():\n        installed(name)"),
+]
+PICTURE = [
+    ('row["step"] < end)', 'row["step"] <= end)'),  # the last look twice
+    ('looks = [(0, final["before"])', 'looks = [(0, final["after"])'),
+    ('(end, final["after"])]', '(end, steps[-1].get("eval", {}))]'),
+    ("mean - half, mean + half", "mean - half, mean + 2 * half"),
+    ("if is_number(half) else ()", "if True else ()"),
+    ('("judge_score", "judge\'s score", "")', '("score", "judge\'s score", "")'),
+    ('("kl", "KL, nats", "objective/kl")', '("kl", "KL, nats", "objective/scores")'),
+    ('row["score"] - row["sft_score"], n', 'row["score"], n'),
+    ("(len(gains) - 1) // 2", "len(gains) // 2"),
+    ("(len(gains) - 1) // 2", "-1"),  # the best one
+    ("ticks(y0, y1):", "ticks(y0, y1, 3):"),  # 0 alone may be left
+    ("thinned(own or held_out, 120)", "(own or held_out)"),
+    ("(y - y0) / (y1 - y0) * (bottom - top)", "(y - y0) / y1 * (bottom - top)"),
+    ("inner + x / x1", "left + x / x1"),
+    ("{bottom - (y", "{top + (y"),  # upside down
+    ("for title in found if", "for title in [*found][:1] if"),
+    ('scores if "score" in title else span(heights[title], [0])', "span(heights[title], [0])"),
+    ("shortened(visible(", "shortened(str("),
+    ("most // 2 if wide else most", "most"),
+    ("else text(line)\n", "else line\n"),
+    ("<desc id=\"desc\">{text(described(", "<desc id=\"desc\">{str(described("),
+    ("{held_out[0].y:.2f} → {held_out[-1].y:.2f}", "{held_out[0].y:.2f} → {own[-1].y if own else 0:.2f}"),
+    ("with fitting(a.run):", "if True:"),
+    ('if "judge\'s score" not in found:', 'if False:'),
+    ('not {"before", "after"} <= final.keys() or', ""),
+    ("runtime.check_output(a.output)", "pass"),
+]
+TRACKERS_IN_RUNS = [
+    ("minirlhf/config.py", "    if found is None or found.origin is None:", "    if found is None:"),
+    ("minirlhf/config.py", '        for name in ("tensorboard", "wandb"):', '        for name in ("wandb",):'),
+    ("minirlhf/runtime.py", "old += trackers.left_by(self.out_dir, self.options)", "pass"),
+    ("minirlhf/runtime.py", "                tracker.look()", "                pass"),
+    ("minirlhf/runtime.py", "self.main, self.trackers = {}, None, False, []", "self.main = {}, None, False"),
+    ("minirlhf/runtime.py", "                trackers.end(self.trackers)\n", "                pass\n"),
+]
 CHART = [
     ("html.escape(HIDDEN", "str(HIDDEN"),
     ("\\ud800-\\udfff", "\\ud800-\\udbff"),
@@ -1334,6 +1414,7 @@ MUTATIONS = [(file, *pair) for file, pairs in (
     ("minirlhf/rewards.py", REWARDS), ("minirlhf/export.py", EXPORT), ("minirlhf/sentiment.py", SENTIMENT),
     ("minirlhf/dialects.py", DIALECTS), ("minirlhf/chat.py", CHAT), ("minirlhf/memory.py", MEMORY),
     ("minirlhf/choices.py", LABEL_CHOICES), ("minirlhf/label.py", LABEL), ("minirlhf/server.py", LABEL_SERVER)) for pair in pairs] + STATE + ADAPTERS + HELD_OUT
+    ("minirlhf/trackers.py", TRACKERS), ("minirlhf/picture.py", PICTURE)) for pair in pairs] + STATE + ADAPTERS + HELD_OUT + TRACKERS_IN_RUNS
 
 
 def misplaced():

@@ -173,7 +173,7 @@ def test_files_that_are_named_exist(name):
 
 
 def test_options_that_are_named_exist():
-    options = {"help", "nproc_per_node"}  # argparse's, torchrun's
+    options = {"help", "nproc_per_node", "logdir"}  # argparse's, torchrun's, TensorBoard's
     for path in SCRIPTS + PACKAGE:
         module = import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
         options |= set(re.findall(r'add_argument\([^)]*?"--(\w+)"', path.read_text("utf-8")))
