@@ -1313,6 +1313,7 @@ REPORT = [
     ("k * (len(rows) - 1) // (most - 1)", "k * len(rows) // most"),
     ("default-src \\'none\\';", "default-src *;"),
     ("<title>RLHF report: {text(folder)}", "<title>RLHF report: {folder}"),
+]
 LABEL_CHOICES = [
     ("fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass"),
     ("runtime.RUNS.add(self)", "pass"),  # a fork keeps the lock
@@ -1401,20 +1402,20 @@ LABEL_SERVER = [
     ("request_queue_size = True, 128", "request_queue_size = True, 1"),
 ]
 MUTATIONS = [(file, *pair) for file, pairs in (
-    ("minirlhf/chart.py", CHART), ("minirlhf/report.py", REPORT),
-    ("minirlhf/fetch.py", FETCH), ("minirlhf/hub.py", HUB), ("minirlhf/checkpoint.py", HUB_IN_CHECKPOINT),
-    ("minirlhf/objectives.py", OBJECTIVES), ("minirlhf/generate.py", GENERATE), ("minirlhf/model.py", MODEL),
-    ("minirlhf/data.py", DATA), ("train_ppo.py", PPO), ("minirlhf/evaluate.py", EVALUATE),
-    ("minirlhf/kernels.py", KERNELS), ("minirlhf/checkpoint.py", CHECKPOINT), ("minirlhf/runtime.py", RUNTIME),
-    ("train_sft.py", SFT), ("train_rm.py", RM), ("train_ppo.py", PPO_FIGURES),
-    ("minirlhf/evaluate.py", EVALUATE_FIGURES), ("minirlhf/objectives.py", INTERVALS),
-    ("minirlhf/runtime.py", RATES_AND_TIMES), ("minirlhf/prepare.py", PREPARE), ("minirlhf/sample.py", SAMPLE),
-    ("minirlhf/check.py", CHECK), ("minirlhf/benchmark.py", BENCHMARK), ("minirlhf/config.py", CONFIG),
-    ("minirlhf/sizes.py", SIZES), ("minirlhf/pretrained.py", PRETRAINED), ("minirlhf/tokenizer.py", TOKENIZER),
-    ("minirlhf/rewards.py", REWARDS), ("minirlhf/export.py", EXPORT), ("minirlhf/sentiment.py", SENTIMENT),
-    ("minirlhf/dialects.py", DIALECTS), ("minirlhf/chat.py", CHAT), ("minirlhf/memory.py", MEMORY),
-    ("minirlhf/choices.py", LABEL_CHOICES), ("minirlhf/label.py", LABEL), ("minirlhf/server.py", LABEL_SERVER)) for pair in pairs] + STATE + ADAPTERS + HELD_OUT
-    ("minirlhf/trackers.py", TRACKERS), ("minirlhf/picture.py", PICTURE)) for pair in pairs] + STATE + ADAPTERS + HELD_OUT + TRACKERS_IN_RUNS
+    ("minirlhf/chart.py", CHART), ("minirlhf/report.py", REPORT), ("minirlhf/fetch.py", FETCH),
+    ("minirlhf/hub.py", HUB), ("minirlhf/checkpoint.py", HUB_IN_CHECKPOINT), ("minirlhf/objectives.py", OBJECTIVES),
+    ("minirlhf/generate.py", GENERATE), ("minirlhf/model.py", MODEL), ("minirlhf/data.py", DATA),
+    ("train_ppo.py", PPO), ("minirlhf/evaluate.py", EVALUATE), ("minirlhf/kernels.py", KERNELS),
+    ("minirlhf/checkpoint.py", CHECKPOINT), ("minirlhf/runtime.py", RUNTIME), ("train_sft.py", SFT),
+    ("train_rm.py", RM), ("train_ppo.py", PPO_FIGURES), ("minirlhf/evaluate.py", EVALUATE_FIGURES),
+    ("minirlhf/objectives.py", INTERVALS), ("minirlhf/runtime.py", RATES_AND_TIMES), ("minirlhf/prepare.py", PREPARE),
+    ("minirlhf/sample.py", SAMPLE), ("minirlhf/check.py", CHECK), ("minirlhf/benchmark.py", BENCHMARK),
+    ("minirlhf/config.py", CONFIG), ("minirlhf/sizes.py", SIZES), ("minirlhf/pretrained.py", PRETRAINED),
+    ("minirlhf/tokenizer.py", TOKENIZER), ("minirlhf/rewards.py", REWARDS), ("minirlhf/export.py", EXPORT),
+    ("minirlhf/sentiment.py", SENTIMENT), ("minirlhf/dialects.py", DIALECTS), ("minirlhf/chat.py", CHAT),
+    ("minirlhf/memory.py", MEMORY), ("minirlhf/choices.py", LABEL_CHOICES), ("minirlhf/label.py", LABEL),
+    ("minirlhf/server.py", LABEL_SERVER), ("minirlhf/trackers.py", TRACKERS), ("minirlhf/picture.py", PICTURE)
+) for pair in pairs] + STATE + ADAPTERS + HELD_OUT + TRACKERS_IN_RUNS
 
 
 def misplaced():
