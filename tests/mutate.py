@@ -1261,6 +1261,7 @@ LABEL_SERVER = [
     ('(("Content-Security-Policy", self.server.policy), ', "("),
     ("frame-ancestors 'none'\")", "\")"),
     ("request_queue_size = True, 128", "request_queue_size = True, 1"),
+]
 CHART = [
     ("html.escape(HIDDEN", "str(HIDDEN"),
     ("\\ud800-\\udfff", "\\ud800-\\udbff"),
@@ -1333,7 +1334,8 @@ MUTATIONS = [(file, *pair) for file, pairs in (
     ("minirlhf/sizes.py", SIZES), ("minirlhf/pretrained.py", PRETRAINED), ("minirlhf/tokenizer.py", TOKENIZER),
     ("minirlhf/rewards.py", REWARDS), ("minirlhf/export.py", EXPORT), ("minirlhf/sentiment.py", SENTIMENT),
     ("minirlhf/dialects.py", DIALECTS), ("minirlhf/chat.py", CHAT), ("minirlhf/memory.py", MEMORY),
-    ("minirlhf/choices.py", LABEL_CHOICES), ("minirlhf/label.py", LABEL), ("minirlhf/server.py", LABEL_SERVER)) for pair in pairs] + STATE + ADAPTERS + HELD_OUT
+    ("minirlhf/choices.py", LABEL_CHOICES), ("minirlhf/label.py", LABEL), ("minirlhf/server.py", LABEL_SERVER)
+) for pair in pairs] + STATE + ADAPTERS + HELD_OUT
 
 
 def misplaced():
