@@ -1416,6 +1416,81 @@ MUTATIONS = [(file, *pair) for file, pairs in (
     ("minirlhf/memory.py", MEMORY), ("minirlhf/choices.py", LABEL_CHOICES), ("minirlhf/label.py", LABEL),
     ("minirlhf/server.py", LABEL_SERVER), ("minirlhf/trackers.py", TRACKERS), ("minirlhf/picture.py", PICTURE)
 ) for pair in pairs] + STATE + ADAPTERS + HELD_OUT + TRACKERS_IN_RUNS
+]
+CHART = [
+    ("html.escape(HIDDEN", "str(HIDDEN"),
+    ("\\ud800-\\udfff", "\\ud800-\\udbff"),
+    ("\\u2028-\\u202e", "\\u2028-\\u2029"),
+    ('"faint": "#56606a"', '"faint": "#86909a"'),
+    ('"high": "#1c659f"', '"high": "#5aa7e8"'),
+    ("mixed(palette[\"paper\"], palette[end], k / SHADES)", "mixed(palette[end], palette[\"paper\"], k / SHADES)"),
+    ("@media screen and (prefers", "@media (prefers"),  # dark on paper
+    ("for k in (1, 2, 5, 10) if", "for k in (1, 3, 5, 10) if"),
+    ("math.ceil(low / step - 1e-9)", "math.floor(low / step)"),
+    ("(low if low in least else low - room)", "low - room"),
+    ("or 0.04 * abs(high) or 1.0", "or 0.04 * abs(high)"),
+    ("{min(part, key=lambda p: p.y), max(part, key=lambda p: p.y)}", "{min(part, key=lambda p: p.y)}"),
+    ("return [points[0], *kept, points[-1]]", "return [points[0], *kept]"),
+    ('f"{bottom - (y - y0) / (y1 - y0)', 'f"{top + (y - y0) / (y1 - y0)'),
+    ("if is_number(p.x)]", "if True]"),
+    ("and abs(x) < 1e100", ""),
+    ("        elif stretches[-1]:\n            stretches.append([])\n", ""),  # a line over a gap
+    ("{x} {at(p.x, p.low)[1]}V", "{x} {y}V"),
+    ("{at(p.left, p.y)[0]} {y}H", "{x} {y}H"),
+    ("{text(before)}{text(x_label)}", "{before}{text(x_label)}"),
+    ('aria-label="{text(title)}:', 'aria-label="{title}:'),
+    ("y=\"{y}\">{text(label)}</text>", "y=\"{y}\">{label}</text>"),
+    ("if x > 6 and x + 34 + 7.2 * len(label) > width:", "if False:"),
+    ("f\"{x + 0.0:.0f}\"", "f\"{x:.0f}\""),
+]
+REPORT = [
+    ("if isinstance(row, dict) and is_number(row.get(\"step\")):", "if isinstance(row, dict):"),
+    ("except (ValueError, RecursionError):\n                    row", "except ValueError:\n                    row"),
+    ("torn = len(bad) == 1 and not bad[0][1].endswith(b\"\\n\")", "torn = len(bad) == 1"),
+    ('if "final" not in row]', "]"),
+    ("return (os.path.basename(os.path.abspath(run.folder)) == run.stage,", "return (False,"),
+    ("[mean - ends[0], mean + ends[0]] if", "[mean, mean + ends[0]] if"),
+    ("            if not all(map(is_number, ends)):  #", "            if False:  #"),
+    ('(("elapsed", ""), ("seconds", " in steps"))', '(("seconds", " in steps"), ("elapsed", ""))'),
+    ("resume=False, overwrite=False)", ")"),
+    ("-(-episodes // batch) if", "episodes // batch if"),
+    ("min(steps, most) if most > 0 else steps", "steps"),
+    ("run.final if run.stage in", "True if run.stage in"),
+    ("kind, _, margin = name.rpartition", "kind, _, margin = name.partition"),
+    ("3 if n >= evaluate.FEW else 1", "3"),
+    ("wilson_interval(share * n, n)", "wilson_interval(share, n)"),
+    ("[*range(SHOWN), *ranked[:SHOWN], *ranked[-SHOWN:],", "[*range(SHOWN), *ranked[:SHOWN],"),
+    ("        if i < len(answers) and used < ANSWERS:", "        if i < len(answers):"),
+    ("article(answers[i], k >= SHOWN)", "article(answers[i], False)"),
+    ("for k, row in enumerate(rows[::-1]):", "for k, row in enumerate(rows):"),
+    ("if used + len(part) > ROLLOUTS and parts:", "if False:"),
+    ("abs(v - (key == \"ratios\"))", "abs(v)"),
+    ("sizes[int(0.95 * (len(sizes) - 1))]", "sizes[-1]"),
+    ("level = SHADES if abs(value) > clip else", "level = SHADES if abs(value) > 2 * clip else"),
+    ("abs(value) / clip))\n            return f\"{'high' if value > 0", "abs(value) / clip))\n            return f\"{'high' if True"),
+    ("return text(value[:LONGEST]) + more", "return value[:LONGEST] + more"),
+    ("return text(token.replace(", "return (token.replace("),
+    ("{text(cell)}</{tag if k", "{cell}</{tag if k"),
+    ("math.sqrt(max(0.0, v)) for v in (kl, kl - around", "math.sqrt(abs(v)) for v in (kl, kl - around"),
+    ("k * (len(rows) - 1) // (most - 1)", "k * len(rows) // most"),
+    ("default-src \\'none\\';", "default-src *;"),
+    ("<title>RLHF report: {text(folder)}", "<title>RLHF report: {folder}"),
+]
+MUTATIONS = [(file, *pair) for file, pairs in (
+    ("minirlhf/chart.py", CHART), ("minirlhf/report.py", REPORT),
+    ("minirlhf/fetch.py", FETCH), ("minirlhf/hub.py", HUB), ("minirlhf/checkpoint.py", HUB_IN_CHECKPOINT),
+    ("minirlhf/objectives.py", OBJECTIVES), ("minirlhf/generate.py", GENERATE), ("minirlhf/model.py", MODEL),
+    ("minirlhf/data.py", DATA), ("train_ppo.py", PPO), ("minirlhf/evaluate.py", EVALUATE),
+    ("minirlhf/kernels.py", KERNELS), ("minirlhf/checkpoint.py", CHECKPOINT), ("minirlhf/runtime.py", RUNTIME),
+    ("train_sft.py", SFT), ("train_rm.py", RM), ("train_ppo.py", PPO_FIGURES),
+    ("minirlhf/evaluate.py", EVALUATE_FIGURES), ("minirlhf/objectives.py", INTERVALS),
+    ("minirlhf/runtime.py", RATES_AND_TIMES), ("minirlhf/prepare.py", PREPARE), ("minirlhf/sample.py", SAMPLE),
+    ("minirlhf/check.py", CHECK), ("minirlhf/benchmark.py", BENCHMARK), ("minirlhf/config.py", CONFIG),
+    ("minirlhf/sizes.py", SIZES), ("minirlhf/pretrained.py", PRETRAINED), ("minirlhf/tokenizer.py", TOKENIZER),
+    ("minirlhf/rewards.py", REWARDS), ("minirlhf/export.py", EXPORT), ("minirlhf/sentiment.py", SENTIMENT),
+    ("minirlhf/dialects.py", DIALECTS), ("minirlhf/chat.py", CHAT), ("minirlhf/memory.py", MEMORY),
+    ("minirlhf/choices.py", LABEL_CHOICES), ("minirlhf/label.py", LABEL), ("minirlhf/server.py", LABEL_SERVER)
+) for pair in pairs] + STATE + ADAPTERS + HELD_OUT
 
 
 def misplaced():
