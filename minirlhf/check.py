@@ -275,8 +275,9 @@ def dpo(policy, ref, tokenizer, batch, optimizers, first, o, run):
         apart = torch.cat([stage.answer_logprobs(policy, run, [row], eos) for row in parts])
         checks.close("a log-probability does not depend on what else is in the pass", apart,
                      stage.answer_logprobs(policy, run, parts, eos), "decisions of another row, or of padding, count")
-        ref_logps = [stage.answer_logprobs(ref, run, rows, eos) for rows, _, _ in batch]
-        ratios = torch.cat([stage.answer_logprobs(policy, run, rows, eos) for rows, _, _ in batch]) - torch.cat(ref_logps)
+        logps, ref_logps = ([stage.answer_logprobs(model, run, texts, eos) for texts, _, _ in batch]
+                            for model in (policy, ref))
+        ratios = torch.cat(logps) - torch.cat(ref_logps)
     if not (first or o.reference):
         checks("all log-ratios are 0 at the start", bool((ratios.abs() <= checks.limit).all()),
                f"at most {float(ratios.abs().max()):.1e} nats a text", "policy and reference start from different "

@@ -35,7 +35,7 @@ def run_of(rank=0, world=1):
 
 
 def record(*lengths, prompt=2, pairs=None, seed=0):
-    """A record of texts that answer one prompt, as (rows, pairs, extra): with the eos, which may stand before it too."""
+    """A record of texts that answer one prompt, as (rows, pairs, extra). They end with eos, which may stand in them."""
     g = random.Random(str((lengths, prompt, seed)))
     asked = [EOS, *(g.randrange(1, 13) for _ in range(prompt - 1))]
     rows = [Row([*asked, *(g.randrange(13) for _ in range(n - 1)), EOS], prompt) for n in lengths]
@@ -371,7 +371,7 @@ def test_a_policy_is_prolonged_against_the_first_reference(tiny, ended):
 
 
 def test_a_longer_run_is_the_run_that_was_longer(tiny):
-    """At a constant rate: after one epoch, --resume --num_train_epochs 2 ends as two epochs at once, to the last bit."""
+    """At a constant rate --resume --num_train_epochs 2 ends, to the last bit, as two epochs at once."""
     constant = ["--lr_schedule", "constant", "--warmup_ratio", "0"]
     straight = tiny.train("dpo", *constant, "--num_train_epochs", "2")
     short = tiny.train("dpo", *constant)
