@@ -35,10 +35,10 @@ from minirlhf.runtime import sync_folder
 from minirlhf.tokenizer import Tokenizer
 
 FORMAT = 3  # what this program reads; it writes 3 with a form of messages, 2 with adapters on another's model, else 1
-STAGES = {"sft": "an SFT model", "rm": "a reward model", "ppo": "a PPO policy"}
-MADE_BY = {"sft": "train_sft.py", "rm": "train_rm.py", "ppo": "train_ppo.py"}
-POLICIES = ["sft", "ppo"]  # what answers prompts, and can be trained further
-LENGTH = {"sft": "num_train_epochs", "rm": "num_train_epochs", "ppo": "total_episodes"}  # the option that ends a stage
+STAGES = {"sft": "an SFT model", "rm": "a reward model", "ppo": "a PPO policy", "dpo": "a DPO policy"}
+MADE_BY = {**{stage: f"train_{stage}.py" for stage in ("sft", "rm", "ppo")}, "dpo": "python -m minirlhf.dpo"}
+POLICIES = ["sft", "ppo", "dpo"]  # what answers prompts, and can be trained further
+LENGTH = {**dict.fromkeys(("sft", "rm", "dpo"), "num_train_epochs"), "ppo": "total_episodes"}  # what ends a stage
 PARTS = {"stage": str, "config": dict, "head": str, "tokenizer": dict, "model": dict, "options": dict, "info": dict,
          "training": dict}
 SEAL = b"\x20\0"  # the last two bytes of a zip file without a comment are 0; these announce one of 32 bytes
@@ -590,7 +590,7 @@ def of_another_length(o, stage, was, tell):
     changes = {"resume": False, "overwrite": False, "out_dir": os.path.normpath(o.out_dir) + "-longer", length: asked}
     if stage != "rm":  # a reward model is no start for another
         changes |= {"init_from": os.path.join(o.out_dir, "ckpt.pt"), length: round(asked - had, 6)}
-    if stage == "ppo":
+    if stage in ("ppo", "dpo"):
         changes["reference"] = was.get("reference") or was["init_from"]
     own = {f.name: was[f.name] for f in fields(o) if f.name in was} | changes
     fail(f"{told}; " + ("train for longer from the start: " if stage == "rm" else
