@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import train_ppo
-from minirlhf import adapters, evaluate, rewards
+from minirlhf import adapters, evaluate, groups, objectives, rewards
 from minirlhf.config import parse
 from minirlhf.generate import KVCache, compile_model, generate
 from minirlhf.model import GPT, GPTConfig, flat_indices
@@ -128,7 +128,8 @@ def naive_batch(nets, reward, rollout, o, kl_coef):
         row = []
         for n in range(start, end):
             old, ref = (naive_logprob(m, ids[:n], ids[n], o.temperature).item() for m in (nets.policy, nets.ref))
-            row.append([ids[:n], ids[n], old, old - ref, naive_value(nets.value, ids[:n]).item() if nets.value else 0.0])
+            value = naive_value(nets.value, ids[:n]).item() if nets.value else 0.0
+            row.append([ids[:n], ids[n], old, old - ref, value])
             kls.append(old - ref)
         score = naive_value(reward, ids).item()
         score = max(-o.reward_clip, min(score, o.reward_clip)) if o.reward_clip else score
@@ -315,6 +316,23 @@ def test_a_rollout_is_shortest_first_and_knows_its_prompts(world):
         assert row[:n] == prompts[i]
 
 
+def test_a_rollout_of_several_answers(world):
+    """Three answers to each prompt that is named, each drawn by itself; a prompt named twice has two groups, which
+    stay apart as rows are put in order of length."""
+    o = options(group_size=3)
+    nets, *_ = world(options())
+    prompts = [[(5 * b + t) % 12 + 1 for t in range(1 + b % 4)] for b in range(12)]
+    batch = train_ppo.roll_out(nets.policy, prompts, [7, 2, 7, 10], EOS, 0, o, run_of(o))
+    assert batch.lengths.tolist() == sorted(batch.lengths.tolist()) and len(batch.tokens) == 12
+    assert batch.group.tolist() != sorted(batch.group.tolist())
+    rows = objectives.rows_of_groups(batch.group)
+    assert batch.prompt_index[rows].tolist() == [[i] * 3 for i in (7, 2, 7, 10)]
+    answers = batch.responses()
+    for i, group in zip((7, 2, 7, 10), rows.tolist()):
+        assert all(batch.tokens[row, :len(prompts[i])].tolist() == prompts[i] for row in group)
+    assert sum(len({tuple(answers[row]) for row in group}) > 1 for group in rows.tolist()) > 2
+
+
 def test_microbatches_are_of_like_length(world):
     """Whatever the order of a minibatch's rows, which are shortest first in the batch: each part is cut to its longest,
     so that little is padding."""
@@ -398,6 +416,61 @@ def test_whitened_rewards_keep_their_mean():
     r = torch.tensor([-0.1, 1.9, -0.1, 0.4])
     r = (r - 0.525) / r.std(correction=0) + 0.525
     torch.testing.assert_close(batch.returns, torch.tensor([[r[0] + r[1], r[1], 0], [0, r[2] + r[3], r[3]]]))
+
+
+@pytest.mark.parametrize("advantages", ["rloo", "grpo"])
+def test_credit_of_compared_answers_by_hand(advantages):
+    """Scores 2 and 1, no eos costs .5, KL 1 a token at beta .1: whole answers get 1.8 and .3, and so 1.5 and -1.5 at
+    each decision, or these over 1.5 / sqrt(2); nothing is whitened, nor does gamma or lambda count."""
+    batch = hand_batch(ref_logprobs=-hand_batch().response_mask.float(), scores=torch.tensor([2.0, 1.0]),
+                       group=torch.tensor([0, 0]), values=None)
+    o = options(advantages=advantages, group_size=2, missing_eos_penalty=0.5, gamma=0.5, lam=0.5, whiten_rewards=True)
+    train_ppo.credit(batch, 0.1, o, run_of(o))
+    A = 1.5 if advantages == "rloo" else 0.75 / (1.5 / math.sqrt(2) + 1e-4)
+    torch.testing.assert_close(batch.advantages, torch.tensor([[A, A, 0], [0, -A, -A]]))
+    torch.testing.assert_close(batch.returns, torch.tensor([[1.8, 1.8, 0], [0, 0.3, 0.3]]))
+    torch.testing.assert_close(batch.rewards, torch.tensor([[-0.1, 1.9, 0], [0, -0.1, 0.4]]))
+
+
+@pytest.mark.parametrize("scores, group, ranks, expected", [
+    ([2.0, 2.0, 1.0, 0.5], [0, 0, 1, 1], 1, 0.5), ([2.0, 1.0, 2.0, 1.0], [0, 1, 0, 1], 2, 1.0),
+    ([2.0, 1.0, 2.0, 1.0], [0, 0, 1, 1], 1, 0.0), ([1.0] * 4, [0] * 4, 1, 1.0),
+    ([1.0] * 4, [0, 1, 2, 3], 1, None)])  # single answers are no groups
+def test_groups_of_equal_scores_by_hand(scores, group, ranks, expected):
+    """The share of groups whose answers all count the same after clip and penalty, on all ranks."""
+    batch = types.SimpleNamespace(final_rewards=torch.tensor(scores), group=torch.tensor(group))
+    found = groups.figures(batch, run_of(options(), ranks))
+    assert found == ({} if expected is None else {"groups/equal_scores": expected})
+
+
+def test_a_ratio_of_one_is_reinforce(world):
+    """RLOO in one epoch of one minibatch: the gradient of -sum A log pi over all decisions, divided by their number."""
+    o = options(advantages="rloo", group_size=5, num_ppo_epochs=1, num_mini_batches=1)
+    nets, batch = ready(world, o)
+    recorder = Recorder(nets.policy)
+    update(batch, nets, [recorder], 0, replace(o, max_grad_norm=0.0))
+    logprobs = nets.policy.logprobs(batch.tokens, batch.decisions, o.temperature)[0]
+    A = torch.cat([batch.advantages[b, batch.response_mask[b]][:1].expand(int(batch.response_mask[b].sum()))
+                   for b in range(10)])
+    (-(A * logprobs).sum() / len(A)).backward()
+    for p, gradient in zip(nets.policy.parameters(), recorder.gradients, strict=True):
+        torch.testing.assert_close(p.grad, gradient, **DOUBLE)
+
+
+@pytest.mark.parametrize("size", [1, 4, 7])
+def test_microbatches_may_divide_groups(world, size):
+    """Gradients and means of two groups of five rows in microbatches are those of all rows at once; the same on two
+    ranks, each with these rows, whose gradients are summed."""
+    o = options(advantages="grpo", group_size=5, ent_coef=0.1, num_ppo_epochs=1, num_mini_batches=1, max_grad_norm=0.0)
+    nets, batch = ready(world, o)
+    found = []
+    for micro_batch_size, ranks in ((10, 1), (size, 1), (size, 2)):
+        recorder = Recorder(nets.policy)
+        figures, _ = update(batch, nets, [recorder], 0, replace(o, micro_batch_size=micro_batch_size), run_of(o, ranks))
+        found.append(([ranks * g for g in recorder.gradients], figures))
+    for gradients, figures in found[1:]:
+        torch.testing.assert_close(gradients, found[0][0], **DOUBLE)
+        assert figures == pytest.approx(found[0][1])
 
 
 def ready(world, o):
@@ -816,12 +889,13 @@ def converge(score_of, beta, response_length, steps, rows, lam=0.95, **changes):
     run = run_of(o)
     ref = GPT(GPTConfig(1, 1, 16, 5, 4)).init_weights(torch.Generator().manual_seed(0)).eval()
     ref.wte.weight.data *= 6  # an uneven start
-    nets = types.SimpleNamespace(policy=ref.with_head("lm"), ref=ref, value=ref.with_head("scalar"))
+    nets = types.SimpleNamespace(policy=ref.with_head("lm"), ref=ref,
+                                 value=ref.with_head("scalar") if o.advantages == "gae" else None)
     adam, reward = optimizers(nets, o, 0.0), Table(score_of)
     for step in range(steps):
         for optimizer in adam:
             optimizer.param_groups[0]["lr"] = 3e-3 * (1 - step / steps)
-        batch = train_ppo.roll_out(nets.policy, [[1]] * rows, [*range(rows)], EOS, step, o, run)
+        batch = train_ppo.roll_out(nets.policy, [[1]] * rows, [*range(rows // o.group_size)], EOS, step, o, run)
         score(batch, nets, reward, o, run)
         train_ppo.credit(batch, beta, o, run)
         update(batch, nets, adam, step, o, run)
@@ -862,5 +936,18 @@ def test_two_tokens_share_the_credit():
         return {0: 0.5, 1: -1.0, 2: 1.0, 3: 0.5, 4: 0.0}[y[0]] * (1.5 if y[-1] in (2, 3) else -0.5)
 
     ref, policy = converge(score, 0.7, 2, steps=60, rows=384)
+    assert distance(ref, ref, score, 0.7) > 0.25
+    assert distance(policy, ref, score, 0.7) < 0.03
+
+
+@pytest.mark.parametrize("advantages, K, length, rows", [
+    ("rloo", 4, 2, 96), ("grpo", 8, 1, 96), pytest.param("rloo", 2, 2, 512, marks=pytest.mark.slow),
+    pytest.param("grpo", 8, 2, 384, marks=pytest.mark.slow)])
+def test_answers_to_a_prompt_reach_the_known_optimum(advantages, K, length, rows):
+    """Without a value network, compared with one another, they lead to ref exp(r / beta) / Z as well."""
+    def score(y):
+        return {0: 0.5, 1: -1.0, 2: 1.0, 3: 0.5, 4: 0.0}[y[0]] * (1.5 if y[-1] in (2, 3) else -0.5)
+
+    ref, policy = converge(score, 0.7, length, steps=60, rows=rows, advantages=advantages, group_size=K)
     assert distance(ref, ref, score, 0.7) > 0.25
     assert distance(policy, ref, score, 0.7) < 0.03
