@@ -1198,7 +1198,6 @@ GROUPS = [
     ("minirlhf/memory.py", "learners, scalar = [policy, value] if value else [policy], value or others[1]",
      "learners, scalar = [policy, value] if value else [policy], value"),
     ("minirlhf/memory.py", "== 0 == size % (o.group_size * world))", "== 0)"),
-    ("minirlhf/check.py", "prompts[:-(-64 // o.group_size)]", "prompts"),
     ("minirlhf/check.py", "if o.group_size > 1:\n        answer_groups", "if False:\n        answer_groups"),
     ("minirlhf/check.py", "max(off, apart) <= 1e-3", "off <= 1e-3"),
     ("minirlhf/check.py", "max(off, apart) <= 1e-3", "apart <= 1e-3"),
