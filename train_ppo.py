@@ -43,7 +43,7 @@ class Options(RunOptions):
     temperature: float = 1.0  # of sampling, and so of every log-probability [0.01..]
     group_size: int = 1  # answers to each prompt: batch_size / group_size prompts a step [1..]
     # ---- rewards and advantages
-    advantages: Literal["gae", "rloo", "grpo"] = "gae"  # gae: by a value network; others: by a prompt's other answers
+    advantages: Literal["gae", "rloo", "grpo"] = "gae"  # by a value network, or the other answers to a prompt
     kl_coef: float = 0.06  # beta, the reward lost for a nat of KL from the reference [0..]
     kl_baseline: float = 0.3  # share of the mean KL per token taken off each token's: length costs less [0..1]
     adaptive_kl_target: float = 0.0  # nats a response that kl_coef is adapted to reach; 0 = kl_coef stays [0..]

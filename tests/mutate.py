@@ -1191,9 +1191,9 @@ GROUPS = [
     ("minirlhf/groups.py", "scores = batch.final_rewards", "scores = batch.scores"),  # before the clip
     ("minirlhf/groups.py", "if scores.shape[1] == 1:", "if False:"),
     ("minirlhf/evaluate.py", "> 0.5:\n        yield \"groups\"", ">= 0.5:\n        yield \"groups\""),
-    ("minirlhf/evaluate.py", "and done > o.value_warmup and not several:", "and done > o.value_warmup:"),
-    ("minirlhf/evaluate.py", "elif several and record", "elif record"),
-    ("minirlhf/evaluate.py", "errors * (not several) + bonus", "errors + bonus"),
+    ("minirlhf/evaluate.py", "and done > o.value_warmup and not compared:", "and done > o.value_warmup:"),
+    ("minirlhf/evaluate.py", "elif compared and record", "elif record"),
+    ("minirlhf/evaluate.py", "errors\"] * (not compared) + bonus", "errors\"] + bonus"),
     ("minirlhf/evaluate.py", "', '.join(moving or [momentum])", "', '.join(moving)"),
     ("minirlhf/memory.py", "learners, scalar = [policy, value] if value else [policy], value or others[1]",
      "learners, scalar = [policy, value] if value else [policy], value"),
