@@ -28,12 +28,13 @@ NEAREST = {
     "minirlhf/kernels.py": ["model", "runtime", "benchmark"],
     "train_sft.py": ["figures", "state", "check", "further", "held_out", "chat"],
     "train_rm.py": ["figures", "train_rm", "state", "check", "held_out"],
-    "train_ppo.py": ["figures", "train_ppo", "state", "further", "held_out"],
+    "train_ppo.py": ["figures", "train_ppo", "groups", "state", "further", "held_out"],
     "minirlhf/prepare.py": ["prepare"],
     "minirlhf/evaluate.py": ["figures", "train_ppo", "train_rm", "report", "state", "held_out", "runtime"],
+    "minirlhf/evaluate.py": ["figures", "train_ppo", "groups", "train_rm", "state", "held_out", "runtime"],
     "minirlhf/sizes.py": ["faults"],
     "minirlhf/checkpoint.py": ["state", "checkpoint", "adapters", "further", "pretrained", "faults", "hub", "export"],
-    "minirlhf/check.py": ["check", "figures"],
+    "minirlhf/check.py": ["check", "groups", "figures"],
     "minirlhf/runtime.py": ["runtime", "figures", "state", "train_ppo", "faults"],
     "minirlhf/sample.py": ["figures", "state", "sample", "chat"],
     "minirlhf/benchmark.py": ["figures", "benchmark"],
@@ -57,6 +58,8 @@ NEAREST = {
     "minirlhf/choices.py": ["label"],
     "minirlhf/server.py": ["label"],
     "minirlhf/dpo.py": ["dpo", "state", "check"],
+    "minirlhf/memory.py": ["memory", "groups"],
+    "minirlhf/groups.py": ["groups", "train_ppo"],
 }
 
 OBJECTIVES = [
@@ -305,8 +308,7 @@ PPO = [
     ("ref_logprobs = ref.logprobs(", "ref_logprobs = policy.logprobs("),
     ("entropies = entropy(all_logprobs)", "entropies = -logprobs"),
     ("part.decisions, o.temperature, part.below)  # (N, V)", "part.decisions, 1.0, part.below)  # (N, V)"),
-    ("batch.grid(torch.cat(column)) for column in zip(*columns))",
-     "batch.grid(torch.cat(column)) for column in zip(*columns[::-1]))"),
+    ('"values"), zip(*columns)):', '"values"), zip(*columns[::-1])):'),
     ("@torch.no_grad()\ndef score_rollout", "def score_rollout"),
     ("scores - o.missing_eos_penalty * ~batch.finished", "scores - o.missing_eos_penalty * batch.finished"),
     ("batch.scores.clamp(-o.reward_clip, o.reward_clip)", "batch.scores.clamp(0, o.reward_clip)"),
@@ -457,7 +459,7 @@ MEMORY = [
     ("for limit in (there, min(0.9 * need, there)))", "for limit in (need, min(0.9 * need, there)))"),
     ("    if o.resume:\n        return\n", ""),
     (" * (not o.checkpoint_activations and not o.compile)", ""),
-    ("if size % (o.num_mini_batches * world) == 0)", ")"),
+    ("if size % (o.num_mini_batches * world) == 0 == size", "if 0 == size"),
     ("return min(free / beside + resident(), sizes.memory_of(device))", "return free / beside + resident()"),
     ("return min(free / beside + resident(), sizes", "return min(free / beside, sizes"),
     ("min(field(\"/proc/meminfo\", \"MemAvailable\"), group_room())", "field(\"/proc/meminfo\", \"MemAvailable\")"),
@@ -524,17 +526,15 @@ STATE = [
     ("train_ppo.py", 'run.generator(step, "rollout")', 'run.generator(0, "rollout")'),
     ("train_ppo.py", 'run.generator(step, "rollout")', 'runtime.generator(o.seed, step, 0, "rollout")'),  # of all ranks
     ("train_ppo.py", 'run.generator(step, "rollout")', 'run.generator(step, "epoch 0")'),  # of the minibatches too
-    ("train_ppo.py", 'endless_batch(len(prompts), o.batch_size, o.seed, step)',
-     'endless_batch(len(prompts), o.batch_size, o.seed, step - first)'),
-    ("train_ppo.py", 'endless_batch(len(prompts), o.batch_size, o.seed, step)',
-     'endless_batch(len(prompts), o.batch_size, 0, step)'),
+    ("train_ppo.py", 'o.batch_size // o.group_size, o.seed, step)', 'o.batch_size // o.group_size, o.seed, step - first)'),
+    ("train_ppo.py", 'o.batch_size // o.group_size, o.seed, step)', 'o.batch_size // o.group_size, 0, step)'),
     ("minirlhf/adapters.py", 'return model.with_head(head, dropout)',
      'return model if head == model.head else model.with_head(head, dropout)'),  # reference and reward are trained too
     ("train_ppo.py", 'from_rm = reward.model is not None and o.value_init == "rm"',
      'from_rm = reward.model is not None'),
     ("train_ppo.py", '            if scheduled or stopping:\n', '            if scheduled:\n'),
     ("train_ppo.py", 'asked, o.response_length, eos, o.temperature,', 'asked, o.response_length, eos, 1.0,'),
-    ("train_ppo.py", '            value_model=value)', '            )'),
+    ("train_ppo.py", '**({"value_model": value} if value else {}))', ')'),
     ("train_ppo.py", 'if o.adaptive_kl_target:\n                kl_coef', 'if False:\n                kl_coef'),
     ("minirlhf/evaluate.py", '    model.train()\n    sums = defaultdict', '    sums = defaultdict'),
     ("minirlhf/evaluate.py", '    model.eval()\n    order = sorted', '    order = sorted'),
@@ -845,7 +845,7 @@ EVALUATE_FIGURES = [
     ('"score": batch.scores,\n', '"score": batch.final_rewards,\n'),
     ('"rows": torch.ones_like(batch.scores), "kl": k1(batch.logprobs, batch.ref_logprobs)',
      '"rows": torch.ones_like(batch.scores), "kl": k1(batch.ref_logprobs, batch.logprobs)'),
-    ("explained_variance(batch.values, batch.returns,", "explained_variance(batch.returns, batch.values,"),
+    ("batch.values, batch.returns, batch.response_mask", "batch.returns, batch.values, batch.response_mask"),
     ('{record[\'objective/kl\']:.2f} (k3 "', '{record[\'objective/kl_k3\']:.2f} (k3 "'),
     ("{record['policy/clipfrac_avg']:.3f}", "{record['val/clipfrac_avg']:.3f}"),
     ("{record['policy/entropy_avg']:.2f}  clip", "{record['objective/entropy']:.2f}  clip"),
@@ -1076,8 +1076,8 @@ ADAPTERS = [  # with their files: what learns, what is shared, what lies below, 
     ("minirlhf/rewards.py", 'getattr(part, "value_below", None)', "None"),  # lower blocks once more
     ("train_ppo.py", "ref.logprobs(part.tokens, part.decisions, o.temperature, part.below)",
      "ref.logprobs(part.tokens, part.decisions, o.temperature)"),
-    ("train_ppo.py", "                    values = value.values(part.tokens, part.decisions, part.value_below)",
-     "                    values = value.values(part.tokens, part.decisions)"),
+    ("train_ppo.py", "                        values = value.values(part.tokens, part.decisions, part.value_below)",
+     "                        values = value.values(part.tokens, part.decisions)"),
     ("train_ppo.py", '[{"params": runtime.learning(model)', '[{"params": [*model.parameters()]'),
     ("train_sft.py", "        model.train()\n        seen", "        seen"),  # no dropout before the first evaluation
     ("train_sft.py", 'if adapters.is_partial(model) else {})})', "if False else {})})"),  # another base on resume
@@ -1461,7 +1461,7 @@ MUTATIONS = [(file, *pair) for file, pairs in (
     ("minirlhf/memory.py", MEMORY), ("minirlhf/choices.py", LABEL_CHOICES), ("minirlhf/label.py", LABEL),
     ("minirlhf/server.py", LABEL_SERVER), ("minirlhf/trackers.py", TRACKERS), ("minirlhf/picture.py", PICTURE),
     ("minirlhf/dpo.py", DPO)
-) for pair in pairs] + STATE + ADAPTERS + HELD_OUT + TRACKERS_IN_RUNS
+) for pair in pairs] + STATE + ADAPTERS + HELD_OUT + TRACKERS_IN_RUNS + GROUPS
 
 
 def misplaced():
