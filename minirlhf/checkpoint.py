@@ -28,7 +28,7 @@ import torch
 from minirlhf import adapters, fetch, hub, pretrained, runtime
 from minirlhf import tokenizer as tokenizers
 from minirlhf.chat import Form
-from minirlhf.config import check_ranges, did_you_mean, fail, fitting, one_line, ranks, say
+from minirlhf.config import as_fields, check_ranges, did_you_mean, fail, fitting, one_line, ranks, say
 from minirlhf.data import fingerprint
 from minirlhf.model import GPT, GPTConfig, outline
 from minirlhf.runtime import sync_folder
@@ -639,7 +639,7 @@ def resume(o, stage, structural):
         if was.get("stage") != stage:
             fail(f"--resume: {begun}: holds the options of {STAGES.get(was.get('stage'), 'no run')}, expected those of "
                  f"{STAGES[stage]}")
-    names = {f.name for f in fields(o)}
+    names, was = {f.name for f in fields(o)}, as_fields(type(o), was)
     if unknown := sorted(map(str, was.keys() - names - {"stage"})):
         fail(f"--resume: {path if payload else begun}: has options that this version does not know: "
              f"{', '.join(unknown)}; go on with the version that made it, or start another run")
@@ -650,7 +650,8 @@ def resume(o, stage, structural):
         if name in own and name not in o.given:
             changes[name] = value
         elif name in own and value != getattr(o, name):
-            text = f"--{name} {getattr(o, name)}: this run had {value}"
+            new, old = (", ".join(map(str, v)) if type(v) is tuple else v for v in (getattr(o, name), value))
+            text = f"--{name} {new}: this run had {old}"
             if name in structural and not (name == "reward" and same_function(value, getattr(o, name))):
                 fail(f"--resume: {text}, which cannot change; leave the option out or start another run")
             tell(f"resume: {text}")

@@ -599,7 +599,10 @@ def shortest(options, **changes):
 
 
 def option(name, value):
-    """"--name value" as a shell takes it, "--name=value" where the value looks like an option itself."""
+    """"--name value" as a shell takes it, "--name=value" where the value looks like an option itself; again for each of
+    several."""
+    if isinstance(value, tuple):
+        return " ".join(option(name, one) for one in value or [""])
     return f"--{name}{'=' if str(value).startswith('-') else ' '}{shlex.quote(str(value))}"
 
 

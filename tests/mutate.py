@@ -366,7 +366,17 @@ RUNTIME = [
 ]
 CONFIG = [
     ('decode("utf-8-sig")', 'decode("utf-8")'),
-    ("        if name in seen:\n", "        if False:\n"),
+    ("        if name in seen and one_of(kinds[name]) is kinds[name]:\n", "        if False:\n"),
+    ("        if name in seen and one_of(kinds[name]) is kinds[name]:\n", "        if name in seen:\n"),
+    (') if v != "")', "))"),
+    ("if isinstance(value, (list, tuple)) else [value]", "if isinstance(value, tuple) else [value]"),
+    ("before, words = (without(name, part) for part in (before, words))", "pass"),
+    ("before, words = (without(name, part) for part in (before, words))", "words = without(name, words)"),
+    ("                words = without(name, words)\n", "                pass\n"),
+    ("            before = words\n", "            before = ()\n"),
+    ("for value in values if kind is not field.type else [values]:", "for value in [values][kind is not field.type:]:"),
+    ("if kind is kinds[name] else \"write a line for each\"", "if kind else \"\""),
+    ("[*values.get(name, []), value]", "[value]"),
     ('r"\\r\\n|\\r|\\n"', 'r"\\r|\\n"'),  # lines are counted twice
     ('if "\\0" in text:', "if False:"),
     ('end = text[-1] if text[-1] in ",;" else ""', 'end = ""'),
@@ -377,7 +387,7 @@ CONFIG = [
     ("if numbers[\"RANK\"] >= numbers", "if numbers[\"RANK\"] > numbers"),
     ('if missing := [name for name in RANKS if', 'if missing := [name for name in RANKS[:2] if'),
     ("        ranks()  # before", "        pass  # before"),
-    ("places.pop(word.partition", "(lambda *a: 0)(word.partition"),  # blames the file for the command line's value
+    ("places.pop(name := word.partition", "(lambda *a: 0)(name := word.partition"),  # blames the file for the command line's value
 ]
 MEMORY = [
     ('matrices = 2 if c.family == "gpt2" else 3  # of', 'matrices = 3  # of'),
