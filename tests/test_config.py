@@ -136,6 +136,7 @@ def test_files_and_an_option_that_may_be_given_again(preset, capsys):
     line's, the command line of a file's, and one file of another's."""
     file = preset('more = "a"\nseed = 3\n--more b')
     assert parse(Options, [file]).more == ("a", "b") and not capsys.readouterr().err
+    assert config.preset_values(Options, file[1:]) == {"more": ("a", "b"), "seed": 3}
     assert parse(Options, [file, "--more", "c", "--seed", "4", "--more=d"]).more == ("c", "d")
     assert parse(Options, [file, "--more="]).more == ()
     assert not capsys.readouterr().err
