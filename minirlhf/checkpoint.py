@@ -16,6 +16,7 @@ import json
 import math
 import os
 import pickle
+import re
 import shutil
 import time
 import zipfile
@@ -597,9 +598,10 @@ def of_another_length(o, stage, was, tell):
                         "when it has ended, go on in another run: ") + runtime.command_line(stage, replace(o, **own)))
 
 
-def same_function(a, b):
-    """True for two "FILE.py:FUNCTION" of one name, wherever their files lie: those are compared by content."""
-    return bool(a and b) and str(a).rpartition(":")[2] == b.rpartition(":")[2]
+def functions(rewards):
+    """For each --reward its function's name, "" for a reward model: where files lie and how much each counts may change
+    on resume."""
+    return [match[1] if (match := re.fullmatch(r".*\.py:([^:]+)(?::[^:]*)?", str(spec))) else "" for spec in rewards]
 
 
 def resume(o, stage, structural):
@@ -652,7 +654,7 @@ def resume(o, stage, structural):
         elif name in own and value != getattr(o, name):
             new, old = (", ".join(map(str, v)) if type(v) is tuple else v for v in (getattr(o, name), value))
             text = f"--{name} {new}: this run had {old}"
-            if name in structural and not (name == "reward" and same_function(value, getattr(o, name))):
+            if name in structural and not (name == "reward" and functions(value) == functions(getattr(o, name))):
                 fail(f"--resume: {text}, which cannot change; leave the option out or start another run")
             tell(f"resume: {text}")
     if payload and length in o.given and was.get(length) != getattr(o, length):

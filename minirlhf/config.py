@@ -7,13 +7,14 @@
 
 A line `# ---- heading` opens a group of the help. A range at the end of a comment, as in [1..], [0..1] or (0..], is
 enforced as well as shown ("(" excludes the end). A Literal type gives choices. `--name=value` and `--name value` both
-work, `--flag` alone means True. A field of type tuple[str, ...] may be given again: it holds all values, in their order,
-and none after `--name ""`. An unknown name is refused, abbreviations too, with the one that was meant.
+work, `--flag` alone means True. A field of type tuple[str, ...] may be given again: it holds all values, in their
+order, and none after `--name ""`. An unknown name is refused, abbreviations too, with the one that was meant.
 
 `@file` reads options from a file, one a line, as in a nanoGPT config or flat TOML: `name = value  # comment`, also
 `--name value`, `--name=value` and `flag`; a value may stand in quotes, which hold anything but themselves. What comes
-later on the command line wins; a name may stand once in a file, unless it may be given again. Lines under `[sft]`, `[rm]` or `[ppo]` are for the
-script of that stage alone. Where no file has the name, `@scratch` is minirlhf/scratch.toml.
+later on the command line wins; a name may stand once in a file, unless it may be given again. Lines under `[sft]`,
+`[rm]` or `[ppo]` are for the script of that stage alone. Where no file has the name, `@scratch` is
+minirlhf/scratch.toml.
 
 Left out: nesting, YAML and overriding by environment. A run's options fit one flat list.
 """
@@ -258,6 +259,17 @@ def parse(cls, argv=None):
 def one_of(kind):
     """The type of one value of an option: of each, where it may be given again."""
     return get_args(kind)[0] if get_origin(kind) is tuple else kind
+
+
+def weighted(text):
+    """"NAME:NUMBER" -> NAME, the number. Where no number stands behind the last colon, a file has the whole name, or it
+    is FILE.py:FUNCTION -> the text, None."""
+    name, _, number = text.rpartition(":")
+    try:
+        found = float(number)
+    except ValueError:
+        return text, None
+    return (text, None) if not name or name.endswith(".py") or os.path.exists(text) else (name, found)
 
 
 def as_fields(cls, values):
