@@ -33,7 +33,7 @@ class Options(RunOptions):
     reward_model: str = "out/rm/ckpt.pt"  # the reward model
     reward: tuple[str, ...] = ()  # in its place FILE.py:FUNCTION, rm (it) or a path, each [:WEIGHT]; their sum counts
     at_most: tuple[str, ...] = ()  # [NAME:]NUMBER: the limit of a --reward's mean, in place of its weight
-    multiplier_rate: float = 0.1  # what a limit's multiplier moves by a step, times how far the mean is over it (0..]
+    multiplier_rate: float = 0.3  # what a limit's multiplier moves by a step, times how far the mean is over it (0..]
     value_init: Literal["rm", "sft"] = "rm"  # the value network's start: the reward model, or init_from's trunk
     judge: str = ""  # a second reward model or FILE.py:FUNCTION, never trained on: its preferences are reported
     lora_layers: int = 12  # adapters in the last so many blocks, where there are more; 0 = in all [0..]

@@ -176,7 +176,7 @@ class Reward:
     def columns(self, batch):
         """What __call__ left on a batch: (B,) for each part."""
         return [torch.tensor([math.nan if row[part.name] is None else row[part.name] for row in batch.parts],
-                             device=batch.scores.device) for part in self.parts]
+                             device=batch.scores.device, dtype=batch.scores.dtype) for part in self.parts]
 
     def learned(self, batch, clip):
         """The scores that a step learns from: with multipliers, and reward models clipped. Of a reward model alone, as
