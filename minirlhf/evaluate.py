@@ -701,9 +701,9 @@ def compare(policies, baseline, called, scorers, prompts, tokenizer, run, a):
         for n in a.best_of:
             draws += [answers(baseline, draw) for draw in range(len(draws), n)]
             best = result["best_of"][n] = summary(best_of(draws[:n]), base) | {"kl_bound": best_of_n_kl(n)}
+            judge = f", by the judge {best['judge_win_rate'][0]:.1%}" if "judge_win_rate" in best else ""
             say(f"best of {n} answers of the baseline: mean score {best['score'][0]:.3f}, preferred "
-                f"{best['win_rate'][0]:.1%}" + (f", by the judge {best['judge_win_rate'][0]:.1%}"
-                                                if "judge_win_rate" in best else "") + f", KL <= {best['kl_bound']:.2f}")
+                f"{best['win_rate'][0]:.1%}{judge}, KL <= {best['kl_bound']:.2f}")
     for path, rows in found.items():
         thirds = result["by_length"][path] = by_length(rows, base)
         say(f"\n{path}: preferred, by how much longer the answer is than the baseline's: " + "; ".join(

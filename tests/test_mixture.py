@@ -1,10 +1,11 @@
-"""Several rewards: their names, weights and limits, what each counts, what is logged and judged of each; the other columns
-of the prompts; and whole runs, whose figures are computed a second time from what they wrote."""
+"""Several rewards: their names, weights and limits, what each counts, what is logged and judged of each; the other
+columns of the prompts; and whole runs, whose figures are computed a second time from what they wrote."""
 import json
 import math
 import re
 import shlex
 import statistics
+import subprocess
 import sys
 import threading
 from types import SimpleNamespace
@@ -64,8 +65,8 @@ def test_a_name_and_its_number(options, text, name, number):
      "out/rm + 0.2 x my.py:dots"),
     ("--reward out/helpful/ckpt.pt:1 --reward=out/safe/:0.5",
      [Part("helpful", "out/helpful/ckpt.pt"), Part("safe", "out/safe/", 0.5)], "out/helpful/ckpt.pt + 0.5 x out/safe/"),
-    ("--reward out/safe --reward other/safe:-2", [Part("out/safe", "out/safe"), Part("other/safe", "other/safe", -2.0)],
-     "out/safe + -2 x other/safe"),
+    ("--reward out/safe --reward other/safe:-2",
+     [Part("out/safe", "out/safe"), Part("other/safe", "other/safe", -2.0)], "out/safe + -2 x other/safe"),
     ("--reward my.py:dots --at_most 0.1", [Part("rm", "out/rm"), Part("dots", "my.py:dots", 1.0, 0.1)],
      "out/rm; my.py:dots at most 0.1"),
     ("--reward rm --reward my.py:dots --at_most 0.1", [Part("rm", "out/rm"), Part("dots", "my.py:dots", 1.0, 0.1)],
@@ -119,7 +120,8 @@ def test_options_that_have_no_effect(options, capsys):
     """The reward model's, where none is among the rewards; the rate of multipliers, where there is no limit."""
     given = "--reward_model x --reward_clip 1 --value_init rm --multiplier_rate 1 "
     for words, idle in (("", ["multiplier_rate"]), ("--reward rm --reward my.py:dots", ["multiplier_rate"]),
-                        ("--reward my.py:dots --at_most 1", []), ("--reward out/safe", ["reward_model", "multiplier_rate"]),
+                        ("--reward my.py:dots --at_most 1", []),
+                        ("--reward out/safe", ["reward_model", "multiplier_rate"]),
                         ("--reward my.py:dots", ["reward_model", "reward_clip", "value_init", "multiplier_rate"])):
         train_ppo.read_options((given + words).split())
         assert re.findall(r"warning: --(\w+) has no effect", capsys.readouterr().out) == idle
@@ -243,8 +245,8 @@ def test_a_sum_by_hand():
     reward = hand_made()
     batch = batch_of(reward)
     assert batch.scores.tolist() == [1.0, 1.0, 0.0, 0.5]
-    assert batch.parts == [{"rm": 3.0, "a": None, "b": 1.0, "cost": 1.0}, {"rm": -1.0, "a": 4.0, "b": 0.0, "cost": None},
-                           {"rm": None, "a": None, "b": None, "cost": 1.0}, {"rm": 0.5, "a": 1.0, "b": 0.25, "cost": 0.0}]
+    assert batch.parts == [dict(zip(("rm", "a", "b", "cost"), row)) for row in (
+        (3.0, None, 1.0, 1.0), (-1.0, 4.0, 0.0, None), (None, None, None, 1.0), (0.5, 1.0, 0.25, 0.0))]
     reward.multipliers = {3: 4.0}
     assert reward.learned(batch, 2.0).tolist() == [-4.0, 1.0, -4.0, 0.5]
     assert reward.learned(batch, 0.0).tolist() == [-3.0, 1.0, -4.0, 0.5]
@@ -465,7 +467,8 @@ def same(a, b):
 def test_a_run_with_a_limit_goes_on_to_the_last_bit(tiny, several):
     """Stopped after half of its steps: weights, multipliers and figures are those of the run that never stopped. The
     limit may change, and is told; on which reward it is may not."""
-    constant, same_data = ["--lr_schedule", "constant"], ["--data_dir", f"{tiny.folder}/asked", "--total_episodes", "16"]
+    constant = ["--lr_schedule", "constant"]
+    same_data = ["--data_dir", f"{tiny.folder}/asked", "--total_episodes", "16"]
     straight = tiny.train("ppo", *several.words, *constant)
     half = tiny.train("ppo", *several.words, *constant, "--total_episodes", "8")
     assert half.payload()["training"]["multipliers"][3] > 0
@@ -498,8 +501,8 @@ def test_resume_knows_the_content_of_each(tiny, several, tmp_path):
     go_on = lambda *words: tiny.train("ppo", "--resume", *words, out=ended.folder)  # noqa: E731
     found = go_on(*rewards_of(moved, 3))
     assert found.code == 0 and "has changed" not in found.said
-    assert f"resume: --reward {', '.join(rewards_of(moved, 3)[1::2])}: this run had {', '.join(rewards_of(tmp_path)[1::2])}" \
-        in found.said
+    now, before = (", ".join(words[1::2]) for words in (rewards_of(moved, 3), rewards_of(tmp_path)))
+    assert f"resume: --reward {now}: this run had {before}" in found.said
     (moved / "two.py").write_text(FUNCTIONS + "# changed")
     found = go_on(*rewards_of(moved))
     assert found.code == 0 and f"the reward {moved}/two.py:length has changed since" in found.said
@@ -562,7 +565,7 @@ def test_an_error_names_its_reward(tiny, several, tmp_path, doing, says):
     """The second of three: one line, exit status 2, before training."""
     (tmp_path / "bad.py").write_text(f"import sys\ndef g(prompts, completions):\n    {doing}\n")
     ended = tiny.train("ppo", "--reward", f"{several.function}:dots", "--reward", f"{tmp_path}/bad.py:g:0.5",
-                       "--reward", f"{several.function}:length", "--at_most", f"length:3", out=tmp_path / "out")
+                       "--reward", f"{several.function}:length", "--at_most", "length:3", out=tmp_path / "out")
     assert ended.code == 2 and ended.error.startswith(f"error: --reward {tmp_path}/bad.py:g: ") and says in ended.error
     assert ended.error.count("\n") == 1 and not (tmp_path / "out").exists()
 
@@ -694,6 +697,18 @@ def test_the_commands_of_the_reference_run(tiny, several, tmp_path, monkeypatch,
     monkeypatch.setattr("minirlhf.prepare.ensure", lambda folder: None)
     small = tiny.STAGES["ppo"].split() + ["--device", "cpu", "--lora_rank", "0"]
     ran = []
+    folder = tmp_path / "shell" / "data" / "pku"
+    folder.mkdir(parents=True)
+    pair = {"prompt": "a", "chosen": 'say "chosen"', "rejected": "no", "margin": 1}
+    for part in ("train", "val"):
+        (folder / f"preferences.{part}.jsonl").write_text("".join(
+            json.dumps(pair | {"kind": kind, "part": part}) + "\n" for kind in ("better", "safer")))
+    for block in re.findall(r"^for part.*?^done$", "\n".join(code), re.M | re.S):
+        subprocess.run(["bash", "-ec", block], cwd=tmp_path / "shell", check=True)
+    made = {path.name: json.loads(path.read_text()) for path in folder.iterdir() if "preferences" not in path.name}
+    assert made == {f"{name}.{part}.jsonl": pair | {"kind": kind, "part": part} | (
+        {"chosen": "no", "rejected": pair["chosen"]} if name == "harmful" else {})
+        for name, kind in (("helpful", "better"), ("safe", "safer"), ("harmful", "safer")) for part in ("train", "val")}
     for words in commands:
         if words[1] == "train_ppo.py":
             main(tmp_path, "train_ppo.py", *words[2:], *small)

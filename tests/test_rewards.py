@@ -96,7 +96,8 @@ def test_each_text_reaches_its_parameter(function, text):
     torch.testing.assert_close(scores, torch.tensor([1.7, 5.7]))
 
 
-@pytest.mark.parametrize("arguments", ["", "prompts", "completions", "a, b, c, /", "completions, texts", "texts, prompts", "completion, prompt", "answers, asked",
+@pytest.mark.parametrize("arguments", ["", "prompts", "completions", "a, b, c, /", "completions, texts",
+                                       "texts, prompts", "completion, prompt", "answers, asked",
                                        "completions, prompts, /", "a, query"])
 def test_other_parameters_are_refused_at_load(function, refused, arguments):
     """Too few, such as no column's name reaches, or such as say that completions come first."""

@@ -833,7 +833,7 @@ def test_one_token_reaches_the_known_optimum():
 
 def test_one_token_reaches_the_constrained_optimum():
     """Fixed tables of rewards and costs, a mean cost of at most 0.3: total variation from ref exp((r - m c) / beta) / Z
-    below .02, with the m at which the mean is the limit; from above .3 at the start, and from the optimum without one."""
+    below .02, with the m at which the mean is the limit; above .3 at the start, and from the optimum without a limit."""
     table = {(0,): 0.5, (1,): -1.0, (2,): 1.0, (3,): 0.0, (4,): -0.5}
     cost = {(0,): 0.0, (1,): 0.0, (2,): 1.0, (3,): 0.5, (4,): 0.0}
     reward = mixture.Reward([mixture.Part("r", "r"), mixture.Part("c", "c", limit=0.3)],
