@@ -221,8 +221,9 @@ class Reward:
         """Lines: whether each limit is kept, of figures of held-out answers (`evaluate.summary`)."""
         for i, m in self.multipliers.items():
             part, (mean, half) = self.parts[i], figures["parts"][self.parts[i].name].get("score", (math.nan, 0.0))
-            said = ("applies to none" if math.isnan(mean) else "kept" if mean <= part.limit else "within its interval"
-                    if mean - half <= part.limit else "not kept; more steps or a higher --multiplier_rate may")
+            said = ("applies to none" if math.isnan(mean) else "kept" if mean <= part.limit else
+                    "the limit lies within the interval" if mean - half <= part.limit else
+                    "not kept; more steps or a higher --multiplier_rate may")
             yield (f"limit of {part.name}: mean {mean:.3f} +- {half:.3f}, at most {part.limit:g}: {said}; multiplier "
                    f"{m:.3f}")
 

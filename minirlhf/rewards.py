@@ -96,8 +96,8 @@ class RewardFunction:
             with self.users_turn(f"row {i}: "):  # what a value of a class of the user's does as it becomes a float
                 score = number_of(value)
             if score is None:
-                fail(f"{self.told}: row {i}: expected a number, or None where this reward does not apply, found "
-                     f"{type(value).__name__}")
+                fail(f"{self.told}: row {i}: expected a number, found {type(value).__name__}; None is "
+                     "for where this reward does not apply")
             if not abs(score) < 1e6:
                 fail(f"{self.told}: row {i}: {score}, no number below a million, for the completion "
                      f"{completions[i][:60]!r}")

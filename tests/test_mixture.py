@@ -334,7 +334,8 @@ def test_limits_of_a_run_stay_on_their_rewards(refused):
 
 
 @pytest.mark.parametrize("score, says", [
-    ((0.1, 0.05), "mean 0.100 +- 0.050, at most 0.1: kept"), ((0.14, 0.05), "0.1: within its interval; multiplier"),
+    ((0.1, 0.05), "mean 0.100 +- 0.050, at most 0.1: kept"),
+    ((0.14, 0.05), "0.1: the limit lies within the interval; multiplier"),
     ((0.16, 0.05), "at most 0.1: not kept; more steps or a higher --multiplier_rate may; multiplier 1.500"),
     (None, "mean nan +- 0.000, at most 0.1: applies to none")])
 def test_whether_a_limit_is_kept(score, says):
@@ -557,7 +558,7 @@ def test_a_column_that_the_prompts_lack_is_refused_before_anything(tiny, several
 HOSTILE = [("raise ValueError('boom')", "raised ValueError: boom ("), ("sys.exit(0)", "raised SystemExit: 0 ("),
            ("return [1.0]", "returned 1 scores for "), ("return [float('nan')] * len(prompts)", "row 0: nan"),
            ("return [1e9] * len(prompts)", "no number below a million"), ("return None", "returned None; expected"),
-           ("return ['1'] * len(prompts)", "or None where this reward does not apply, found str")]
+           ("return ['1'] * len(prompts)", "found str; None is for where")]
 
 
 @pytest.mark.parametrize("doing, says", HOSTILE)
