@@ -23,7 +23,8 @@ from minirlhf.objectives import (adaptive_kl_coef, entropy, gae, k1, k2, k3, kl_
 
 @dataclass
 class Options(RunOptions):
-    """Stage 3, PPO: SFT model + reward -> policy. Reads prompts.{train,val}.jsonl of --data_dir."""
+    """Stage 3, PPO: SFT model + reward -> policy. Reads prompts.{train,val}.jsonl of --data_dir. A reward function is
+    f(prompts: list[str], completions: list[str], **columns of the prompts: list) -> list[float | None]."""
     stage = "ppo"
     # ---- models, data, output
     data_dir: str = "data/sentiment"  # folder of the prompts; the default is prepared when it is missing
@@ -31,8 +32,8 @@ class Options(RunOptions):
     init_from: str = "out/sft/ckpt.pt"  # what the policy starts from: the SFT model, or a policy to train further
     reference: str = ""  # the model that the KL is measured from, and answers compared with; "" = that of init_from
     reward_model: str = "out/rm/ckpt.pt"  # the reward model
-    reward: tuple[str, ...] = ()  # in its place FILE.py:FUNCTION, rm (it) or a path, each [:WEIGHT]; their sum counts
-    at_most: tuple[str, ...] = ()  # [NAME:]NUMBER: the limit of a --reward's mean, in place of its weight
+    reward: tuple[str, ...] = ()  # instead of it FILE.py:FUNCTION, another's path, or rm (it), each [:WEIGHT], summed
+    at_most: tuple[str, ...] = ()  # NUMBER, or NAME:NUMBER: the limit of the mean of the --reward that has no weight
     multiplier_rate: float = 0.3  # what a limit's multiplier moves by a step, times how far the mean is over it (0..]
     value_init: Literal["rm", "sft"] = "rm"  # the value network's start: the reward model, or init_from's trunk
     judge: str = ""  # a second reward model or FILE.py:FUNCTION, never trained on: its preferences are reported

@@ -52,7 +52,8 @@ def options(tmp_path, monkeypatch):
     ("rm", "rm", None), ("rm:1", "rm", 1.0), ("rm:-.5e-1", "rm", -0.05), ("a.py:f", "a.py:f", None),
     ("a.py:f:0.2", "a.py:f", 0.2), ("x:y/a.py:f", "x:y/a.py:f", None), ("x:y/a.py:f:2", "x:y/a.py:f", 2.0),
     ("a.py:1", "a.py:1", None), ("a.py:nan", "a.py:nan", None), ("a:b", "a:b", None), ("a:b:3", "a:b", 3.0),
-    ("c:0.5", "c:0.5", None), ("c:0.5:2", "c:0.5", 2.0), ("0.1", "0.1", None), (":1", ":1", None), ("rm:", "rm:", None)])
+    ("c:0.5", "c:0.5", None), ("c:0.5:2", "c:0.5", 2.0), ("0.1", "0.1", None), (":1", ":1", None),
+    ("rm:", "rm:", None)])
 def test_a_name_and_its_number(options, text, name, number):
     """The number stands behind the last colon; what is a file or folder as a whole has none."""
     assert weighted(text) == (name, number)
@@ -92,7 +93,8 @@ def test_what_a_command_line_asks_for(options, tmp_path, words, parts, shown):
 
 @pytest.mark.parametrize("words, says", [
     ("--reward nowhere", "--reward nowhere: expected FILE.py:FUNCTION, rm or a reward model's folder"),
-    ("--reward my.py:dots:x", "--reward my.py:dots:x: expected FILE.py:FUNCTION"), ("--reward rm:", "--reward rm:: exp"),
+    ("--reward my.py:dots:x", "--reward my.py:dots:x: expected FILE.py:FUNCTION"),
+    ("--reward rm:", "--reward rm:: expected"),
     ("--reward rm:nan", "--reward rm:nan: a weight is a number below a million"),
     ("--reward rm:1e6", "--reward rm:1e6: a weight is a number"), ("--reward rm:-inf", "a weight is a number"),
     ("--reward rm --reward rm:2", "--reward rm: is given twice"),
@@ -132,8 +134,9 @@ def test_the_help_says_how(capsys):
     with pytest.raises(SystemExit):
         parse(train_ppo.Options, ["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "rm (it) or a path, each [:WEIGHT]; their sum counts (may be given again)" in text
-    assert "[NAME:]NUMBER: the limit of a --reward's mean, in place of its weight (may be given again)" in text
+    assert "FILE.py:FUNCTION, another's path, or rm (it), each [:WEIGHT], summed (may be given again)" in text
+    assert "NAME:NUMBER: the limit of the mean of the --reward that has no weight (may be given again)" in text
+    assert "**columns of the prompts: list) -> list[float | None]" in text and "(default: 0.3)" in text
 
 
 # ---- the columns of the prompts
@@ -484,6 +487,14 @@ def test_a_run_with_a_limit_goes_on_to_the_last_bit(tiny, several):
     assert other.code == 2 and "the run began with limits of other rewards" in other.error
 
 
+def test_a_multiplier_rests_while_the_policy_does(tiny, several):
+    """In the steps of --value_warmup nothing could follow it."""
+    ended = tiny.train("ppo", "--reward", f"{several.function}:dots", "--at_most", "-1", "--value_warmup", "1",
+                       "--total_episodes", "12")
+    found = [r["objective/multiplier/dots"] for r in ended.rows() if "lr" in r]
+    assert found[:2] == [0.0, 0.0] and found[2] > 0.29, ended
+
+
 def test_resume_knows_the_content_of_each(tiny, several, tmp_path):
     """A function's file that has changed is told, a reward model that has is refused, whichever of several it is; a
     weight may change; another function, or one more, may not. Files may lie elsewhere."""
@@ -600,8 +611,8 @@ def test_memory_counts_every_reward_model(tiny, several):
 
 
 def test_reward_models_that_share_blocks_score_as_they_do_alone(tiny, several, monkeypatch):
-    """With adapters in the policy, states below them are computed once: each model's scores are those of a pass over all
-    of its own blocks."""
+    """With adapters in the policy, states below them are computed once: each model's scores are those of a pass over
+    all of its own blocks."""
     words, scored = ["--reward", f"{tiny.folder}/other_rm", "--reward", "rm:0.5", "--lora_rank", "2"], []
     learned = Reward.learned
 
