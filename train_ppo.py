@@ -12,7 +12,8 @@ from typing import Literal
 
 import torch
 
-from minirlhf import adapters, checkpoint, evaluate, groups, kernels, memory, prepare, rewards, runtime, sizes
+from minirlhf import (adapters, checkpoint, evaluate, groups, kernels, memory, mixture, prepare, rewards, runtime,
+                      sizes)
 from minirlhf.chat import Talk, about
 from minirlhf.config import RunOptions, fail, launch, parse, ranks, warn_idle
 from minirlhf.data import blank_ends, encode_prompts, endless_batch, load_parts, load_prompts, repeats
@@ -23,7 +24,8 @@ from minirlhf.objectives import (adaptive_kl_coef, entropy, gae, grpo, k1, k2, k
 
 @dataclass
 class Options(RunOptions):
-    """Stage 3, PPO: SFT model + reward -> policy. Reads prompts.{train,val}.jsonl of --data_dir."""
+    """Stage 3, PPO: SFT model + reward -> policy. Reads prompts.{train,val}.jsonl of --data_dir. A reward function is
+    f(prompts: list[str], completions: list[str], **columns of the prompts: list) -> list[float | None]."""
     stage = "ppo"
     # ---- models, data, output
     data_dir: str = "data/sentiment"  # folder of the prompts; the default is prepared when it is missing
@@ -31,7 +33,9 @@ class Options(RunOptions):
     init_from: str = "out/sft/ckpt.pt"  # what the policy starts from: the SFT model, or a policy to train further
     reference: str = ""  # the model that the KL is measured from, and answers compared with; "" = that of init_from
     reward_model: str = "out/rm/ckpt.pt"  # the reward model
-    reward: str = ""  # FILE.py:FUNCTION instead of it: fn(prompts: list[str], completions: list[str]) -> list[float]
+    reward: tuple[str, ...] = ()  # instead of it FILE.py:FUNCTION, another's path, or rm (it), each [:WEIGHT], summed
+    at_most: tuple[str, ...] = ()  # NUMBER, or NAME:NUMBER: the limit of the mean of the --reward that has no weight
+    multiplier_rate: float = 0.3  # what a limit's multiplier moves by a step, times how far the mean is over it (0..]
     value_init: Literal["rm", "sft"] = "rm"  # the value network's start: the reward model, or init_from's trunk
     judge: str = ""  # a second reward model or FILE.py:FUNCTION, never trained on: its preferences are reported
     lora_layers: int = 12  # adapters in the last so many blocks, where there are more; 0 = in all [0..]
@@ -235,9 +239,7 @@ def read_options(argv):
     if o.value_warmup >= steps:
         fail(f"--value_warmup {o.value_warmup}: must be less than the run's {steps} steps (--total_episodes "
              f"{o.total_episodes} / --batch_size {o.batch_size}), or the policy never learns")
-    if rewards.is_function(o.reward_model) and not o.reward:
-        fail(f"--reward_model {o.reward_model}: a function is named by --reward")
-    warn_idle(o, "reward", bool(o.reward), "reward_model", "reward_clip", "value_init")
+    mixture.check_options(o)
     adapters.check_options(o)
     warn_idle(o, "kl_coef 0", not o.kl_coef, "kl_baseline")
     warn_idle(o, "vf_coef 0", not o.vf_coef, "cliprange_value", "value_learning_rate")
@@ -274,21 +276,21 @@ def main(argv=None):
         checkpoint.as_begun(tokenizer, saved)
         policy = adapters.learner(start, "lm", o, runtime.generator(o.seed, 0, 0, "policy"))
         kernels.pick_matmul(policy)
-        reward = rewards.load(o.reward or o.reward_model, "--reward" if o.reward else "--reward_model", ref, tokenizer,
-                              o.init_from, run)
+        reward = mixture.load(o, ref, tokenizer, o.init_from, run)
         judge = rewards.load(o.judge, "--judge", ref, tokenizer, o.init_from, run) if o.judge else None
         from_rm = reward.model is not None and o.value_init == "rm"
-        adapters.share_below(policy, ref, reward.model)
+        adapters.share_below(policy, ref, *reward.models)
         value = adapters.learner(reward.model if from_rm else start, "scalar", o, runtime.generator(
             o.seed, 0, 0, "value")) if o.advantages == "gae" else None
         prompts, val_prompts, about_prompts, paths = read_prompts(o, tokenizer, policy.config.block_size)
+        mixture.give_columns([reward, judge], prompts + val_prompts, o.data_dir)
         optimizers = make_optimizers(policy, value, o)
 
         # ---- a new run, or one that goes on
         training = checkpoint.Training(
             run, tokenizer, policy, optimizers, {
                 f"the prompts of {o.data_dir}": paths, f"--init_from {o.init_from}": checkpoint.files_of(o.init_from),
-                f"the reward {o.reward or o.reward_model}": rewards.files(o.reward or o.reward_model),
+                **reward.inputs(),
                 **({f"--reference {o.reference}": checkpoint.files_of(o.reference)} if o.reference else {})},
             **({"value_model": value} if value else {}))
         first, kept = training.restore(saved, steps)
@@ -298,8 +300,9 @@ def main(argv=None):
                 guard.in_a_row = int(kept["high"])
                 if o.kl_coef == kept["options"]["kl_coef"]:
                     kl_coef = float(kept["kl_coef"])  # as far as it has adapted
+                reward.restore(kept.get("multipliers", {}))
         saved = kept = None
-        about_memory = memory.check(run, o, memory.of_ppo, policy, value, [ref, reward.model, judge and judge.model],
+        about_memory = memory.check(run, o, memory.of_ppo, policy, value, [ref, *reward.models, judge and judge.model],
                                     max(map(len, prompts + val_prompts)))
         if o.checkpoint_activations:
             memory.recompute(policy), value and memory.recompute(value)
@@ -312,7 +315,7 @@ def main(argv=None):
             *about_prompts,
             f"policy: {runtime.describe_parameters(policy)} from {o.init_from}; reference of the KL: "
             f"{o.reference or 'the same model'}",
-            f"{groups.described(o, o.reward_model if from_rm else o.init_from)}; reward: {o.reward or o.reward_model}",
+            f"{groups.described(o, reward.source if from_rm else o.init_from)}; reward: {reward}",
             f"{run.hardware}; {steps} steps of {o.batch_size} answers of up to {o.response_length} tokens, "
             f"{o.num_ppo_epochs} epochs x {o.num_mini_batches} minibatches each",
             about_memory], first if first < steps else 0)
@@ -333,12 +336,13 @@ def main(argv=None):
 
             # ---- JUDGEMENT: log-probabilities under policy and reference, values, scores; no gradients
             score_rollout(batch, policy, ref, value, reward, o, run)
+            batch.scores = reward.learned(batch, o.reward_clip)  # with --reward: clipped, less multiplier x cost
 
             # ---- CREDIT: a KL penalty at each token, the score at the last one, GAE, whitening; or RLOO, GRPO
             credit(batch, kl_coef, o, run)
 
             # ---- UPDATE: epochs x minibatches x microbatches of the clipped losses
-            figures = evaluate.rollout_figures(batch, kl_coef, run)
+            figures = evaluate.rollout_figures(batch, kl_coef, run) | reward.figures(batch, run)
             epochs = guard.epochs(figures["objective/kl"])  # one only, where the policy is far from the reference
             judged_seconds = time.perf_counter() - began
             update_figures, update_kl = update(batch, policy, value, optimizers, step, epochs, o, run)
@@ -362,11 +366,14 @@ def main(argv=None):
             guard.after_update(record, update_kl, run)
             if o.adaptive_kl_target:
                 kl_coef = adaptive_kl_coef(kl_coef, record["objective/kl"], o.adaptive_kl_target, o.batch_size)
+            if done > o.value_warmup:  # until then the policy cannot follow
+                reward.follow(record, o.multiplier_rate)
             if scheduled:
                 record["eval"] = against_sft.evaluation(policy, done)
                 evaluate.save_tokens(batch, policy, done, steps, tokenizer, o, run)
             run.write("metrics.jsonl", record)
-            run.rescue = partial(training.save, done, record, kl_coef=kl_coef, high=guard.in_a_row)
+            run.rescue = partial(training.save, done, record, kl_coef=kl_coef, high=guard.in_a_row,
+                                 multipliers=reward.multipliers)
             if scheduled or stopping:
                 run.rescue()
             if stopping:

@@ -349,9 +349,11 @@ def ppo(policy, ref, value, reward, tokenizer, prompts, first, o, run):
     batch = train_ppo.roll_out(policy, prompts, [*range(len(prompts))], tokenizer.eos, first, o, run)
     rows = [Row(row[:n], p) for row, n, p in
             zip(batch.tokens.tolist(), batch.lengths.tolist(), batch.prompt_lengths.tolist())]
-    for name, model in (("policy", policy), ("value network", value), ("reward model", reward.model)):
-        if model is not None:
-            padding(checks, model, rows, name)
+    several = len(reward.judges) > 1
+    judges = {"reward model" + f" {judge.name}" * several: judge for judge in reward.judges}
+    models = {"policy": policy, "value network": value, **{name: judge.model for name, judge in judges.items()}}
+    for name, model in models.items():
+        padding(checks, model, rows, name)
     cache(checks, policy, rows)
     train_ppo.score_rollout(batch, policy, ref, value, reward, o, run)
     train_ppo.credit(batch, o.kl_coef, o, run)
@@ -385,15 +387,15 @@ def ppo(policy, ref, value, reward, tokenizer, prompts, first, o, run):
            not moved and max(drift, approxkl) <= checks.limit and clipfrac <= checks.limit / 3,
            f"{drift:.1e}, {approxkl:.1e}, {clipfrac:.1e}",
            "something besides the optimizers changes the weights, or the ratio's denominator is not the old policy")
-    if reward.model is not None:
+    for name, judge in judges.items():
         room = policy.config.block_size - o.response_length
         short = [(text, row.ids[:row.prompt_length], row.ids[row.prompt_length:]) for text, row in
                  zip(batch.prompt_texts, rows) if row.prompt_length < room]  # a trimmed prompt may begin within a word
         own, theirs = ([(encode_prompt(t, text)[0], again(t, Row(answer, 0))) for text, _, answer in short]
-                       for t in (tokenizer, reward.tokenizer))
+                       for t in (tokenizer, judge.tokenizer))
         prompts_too = all(prompt == encoded for (_, prompt, _), (encoded, _) in zip(short, own))
         sampled = sum(answer == encoded for (_, _, answer), (_, encoded) in zip(short, own))
-        checks("policy and reward model see the same ids for the same text", own == theirs and prompts_too,
+        checks(f"policy and {name} see the same ids for the same text", own == theirs and prompts_too,
                f"{len(own)} answers; {sampled} of them were sampled as their text is encoded",
                "their tokenizers differ, or prompts are encoded otherwise than in stages 1 and 2")
     eos_rate = float(batch.finished.float().mean())

@@ -16,6 +16,7 @@ import json
 import math
 import os
 import pickle
+import re
 import shutil
 import time
 import zipfile
@@ -28,7 +29,7 @@ import torch
 from minirlhf import adapters, fetch, hub, pretrained, runtime
 from minirlhf import tokenizer as tokenizers
 from minirlhf.chat import Form
-from minirlhf.config import check_ranges, did_you_mean, fail, fitting, one_line, ranks, say
+from minirlhf.config import as_fields, check_ranges, did_you_mean, fail, fitting, one_line, ranks, say
 from minirlhf.data import fingerprint
 from minirlhf.model import GPT, GPTConfig, outline
 from minirlhf.runtime import sync_folder
@@ -597,9 +598,10 @@ def of_another_length(o, stage, was, tell):
                         "when it has ended, go on in another run: ") + runtime.command_line(stage, replace(o, **own)))
 
 
-def same_function(a, b):
-    """True for two "FILE.py:FUNCTION" of one name, wherever their files lie: those are compared by content."""
-    return bool(a and b) and str(a).rpartition(":")[2] == b.rpartition(":")[2]
+def functions(rewards):
+    """For each --reward its function's name, "" for a reward model: where files lie and how much each counts may change
+    on resume."""
+    return [match[1] if (match := re.fullmatch(r".*\.py:([^:]+)(?::[^:]*)?", str(spec))) else "" for spec in rewards]
 
 
 def resume(o, stage, structural):
@@ -639,7 +641,7 @@ def resume(o, stage, structural):
         if was.get("stage") != stage:
             fail(f"--resume: {begun}: holds the options of {STAGES.get(was.get('stage'), 'no run')}, expected those of "
                  f"{STAGES[stage]}")
-    names = {f.name for f in fields(o)}
+    names, was = {f.name for f in fields(o)}, as_fields(type(o), was)
     if unknown := sorted(map(str, was.keys() - names - {"stage"})):
         fail(f"--resume: {path if payload else begun}: has options that this version does not know: "
              f"{', '.join(unknown)}; go on with the version that made it, or start another run")
@@ -650,8 +652,9 @@ def resume(o, stage, structural):
         if name in own and name not in o.given:
             changes[name] = value
         elif name in own and value != getattr(o, name):
-            text = f"--{name} {getattr(o, name)}: this run had {value}"
-            if name in structural and not (name == "reward" and same_function(value, getattr(o, name))):
+            new, old = (", ".join(map(str, v)) if type(v) is tuple else v for v in (getattr(o, name), value))
+            text = f"--{name} {new}: this run had {old}"
+            if name in structural and not (name == "reward" and functions(value) == functions(getattr(o, name))):
                 fail(f"--resume: {text}, which cannot change; leave the option out or start another run")
             tell(f"resume: {text}")
     if payload and length in o.given and was.get(length) != getattr(o, length):

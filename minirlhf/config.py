@@ -7,12 +7,13 @@
 
 A line `# ---- heading` opens a group of the help. A range at the end of a comment, as in [1..], [0..1] or (0..], is
 enforced as well as shown ("(" excludes the end). A Literal type gives choices. `--name=value` and `--name value` both
-work, `--flag` alone means True. An unknown name is refused, abbreviations too, with the one that was meant.
+work, `--flag` alone means True. A field of type tuple[str, ...] may be given again: it holds all values, in their
+order, and none after `--name ""`. An unknown name is refused, abbreviations too, with the one that was meant.
 
 `@file` reads options from a file, one a line, as in a nanoGPT config or flat TOML: `name = value  # comment`, also
 `--name value`, `--name=value` and `flag`; a value may stand in quotes, which hold anything but themselves. What comes
-later on the command line wins; a name may stand once in a file. Lines under `[sft]`, `[rm]`, `[ppo]` or `[dpo]`
-are for that stage alone. Where no file has the name, `@scratch` is minirlhf/scratch.toml.
+later on the command line wins; a name may stand once in a file, unless it may be given again. Lines under `[sft]`,
+`[rm]`, `[ppo]` or `[dpo]` are for that stage alone. Where no file has the name, `@scratch` is minirlhf/scratch.toml.
 
 Left out: nesting, YAML and overriding by environment. A run's options fit one flat list.
 """
@@ -245,8 +246,10 @@ def parse(cls, argv=None):
         if field.name in headings:
             group = parser.add_argument_group(headings[field.name])
         text, kind = comments[field.name], field.type
-        shown = "" if field.default in ("", None) else f" (default: {field.default})"
+        shown = "" if field.default in ("", None, ()) else f" (default: {field.default})"
         extra = {}
+        if get_origin(kind) is tuple:
+            kind, shown, extra["action"] = one_of(kind), " (may be given again)" + shown, "append"
         if get_origin(kind) is Literal:
             extra["choices"] = get_args(kind)
             kind = str
@@ -261,12 +264,36 @@ def parse(cls, argv=None):
     given = vars(parser.parse_args(words))
     if issubclass(cls, RunOptions):
         ranks()  # before anything is done by one of them
-    if [] in given.values():  # what Python before 3.13 makes of --name=--
+    if [] in given.values() or [[]] in given.values():  # what Python before 3.13 makes of --name=--
         parser.error("expected a value, found '--'")
-    options = cls(**given)
+    options = cls(**as_fields(cls, given))
     options.given = set(given)  # what --resume may not overrule
     check_ranges(options, places)
     return options
+
+
+def one_of(kind):
+    """The type of one value of an option: of each, where it may be given again."""
+    return get_args(kind)[0] if get_origin(kind) is tuple else kind
+
+
+def weighted(text):
+    """"NAME:NUMBER" -> NAME, the number. Where no number stands behind the last colon, a file has the whole name, or it
+    is FILE.py:FUNCTION -> the text, None."""
+    name, _, number = text.rpartition(":")
+    try:
+        found = float(number)
+    except ValueError:
+        return text, None
+    return (text, None) if not name or name.endswith(".py") or os.path.exists(text) else (name, found)
+
+
+def as_fields(cls, values):
+    """{name: value} with a tuple for each option that may be given again: of a list, or of the one value, "" for none,
+    that a run has which knew no other."""
+    again = {field.name for field in fields(cls) if get_origin(field.type) is tuple}
+    return {name: tuple(v for v in (value if isinstance(value, (list, tuple)) else [value]) if v != "")
+            if name in again else value for name, value in values.items()}
 
 
 def check_ranges(options, places={}):
@@ -276,16 +303,17 @@ def check_ranges(options, places={}):
     """
     comments = _comments(type(options))
     for field in fields(options):
-        value, kinds = getattr(options, field.name), (field.type, int) if field.type is float else (field.type,)
+        values, kind = getattr(options, field.name), one_of(field.type)
         option = f"{places.get(field.name, '')}--{field.name}"
-        if get_origin(field.type) is Literal:
-            if value not in get_args(field.type):
-                fail(f"{option} {value}: must be one of {', '.join(get_args(field.type))}")
-        elif type(value) not in kinds:
-            fail(f"{option} {str(value)[:40]}: must be of type {field.type.__name__}")
-        if isinstance(value, str):
-            check_spelling(option, value)
-        _check_range(option, value, comments[field.name])
+        for value in values if kind is not field.type else [values]:
+            if get_origin(kind) is Literal:
+                if value not in get_args(kind):
+                    fail(f"{option} {value}: must be one of {', '.join(get_args(kind))}")
+            elif type(value) not in ((kind, int) if kind is float else (kind,)):
+                fail(f"{option} {str(value)[:40]}: must be of type {kind.__name__}")
+            if isinstance(value, str):
+                check_spelling(option, value)
+            _check_range(option, value, comments[field.name])
 
 
 def check_spelling(option, value):
@@ -338,33 +366,44 @@ def presets():
 
 def preset_values(cls, path):
     """{name: value} of what a file of options sets in dataclass `cls`."""
-    kinds = {field.name: field.type for field in fields(cls)}
-    return {name: {bool: _boolean, int: int, float: float}.get(kinds[name], str)(text)
-            for name, text, _ in read_options(path, cls)}
+    kinds, values = {field.name: field.type for field in fields(cls)}, {}
+    for name, text, _ in read_options(path, cls):
+        value = {bool: _boolean, int: int, float: float}.get(one_of(kinds[name]), str)(text)
+        values[name] = value if kinds[name] is one_of(kinds[name]) else [*values.get(name, []), value]
+    return as_fields(cls, values)
 
 
 def _words(cls, argv):
     """-> (argv with what each @FILE holds in its place, {name: "FILE:LINE: "} of the values that files gave).
 
-    A word after an option that needs a value is its value, also where it begins with "@".
+    A word after an option that needs a value is its value, also where it begins with "@". What a file or the command
+    line says later takes the place of all that the other said of the option.
     """
     kinds = {field.name: field.type for field in fields(cls)}
     words, places = [], {}
     for word in argv:
         name = words[-1][2:] if words and re.fullmatch(r"--\w+", words[-1]) else ""
         if word.startswith("@") and kinds.get(name, bool) is bool:
+            before = words
             for name, text, place in read_options(word[1:], cls):
-                if any(word.partition("=")[0] == f"--{name}" for word in words):
+                if any(word.partition("=")[0] == f"--{name}" for word in before):
                     note = f"{place}{name} = {text} takes the place of the --{name} before the file"
                     print(one_line(note), file=sys.stderr)
-                words.append(f"--{name}={text}")
+                    before, words = (without(name, part) for part in (before, words))
+                words = [*words, f"--{name}={text}"]
                 places[name] = place
-        elif name and re.fullmatch(r"-[\d.]+(e[-+]?\d+)?|-inf|-nan", word.lower()):
+        elif name in kinds and not word.startswith("-") or name and re.fullmatch(
+                r"-[\d.]+(e[-+]?\d+)?|-inf|-nan", word.lower()):
             words[-1] += "=" + word  # argparse takes -1e-4 for an option
         else:
+            if places.pop(name := word.partition("=")[0][2:], None):
+                words = without(name, words)
             words.append(word)
-            places.pop(word.partition("=")[0][2:], None)
     return words, places
+
+
+def without(name, words):
+    return [word for word in words if word.partition("=")[0] != f"--{name}"]
 
 
 def read_options(path, cls):
@@ -374,7 +413,7 @@ def read_options(path, cls):
         path = presets().get(path, path)
     for number, line in lines_for(path, getattr(cls, "stage", "")):
         name, text = _setting(line, f"{path}:{number}", kinds)
-        if name in seen:
+        if name in seen and one_of(kinds[name]) is kinds[name]:
             fail(f"{path}:{number}: {name} stands in line {seen[name]} already; keep one of the two")
         seen[name] = number
         yield name, text, f"{path}:{number}: "
@@ -422,8 +461,9 @@ def _setting(line, where, kinds):
     _, name, equals, value = match.groups()
     if name not in kinds:
         fail(f"{where}: there is no option {name}{did_you_mean(name, kinds)}")
+    kind = one_of(kinds[name])
     if not value or value.startswith("#"):
-        if kinds[name] is bool and not equals:
+        if kind is bool and not equals:
             return name, "true"
         fail(f'{where}: {name}: a value is missing; leave the line out for the default, or write "" for none')
     if value[0] in "\"'":
@@ -435,14 +475,14 @@ def _setting(line, where, kinds):
         text = re.split(r"[ \t]#", value)[0].rstrip()
         end = text[-1] if text[-1] in ",;" else ""
         if text[0] in "[{(" or text in ("None", "null"):
-            fail(f"{where}: {name}: {text[:60]}: each option takes one number, word or text in quotes; leave the line "
-                 "out for the default")
+            fail(f"{where}: {name}: {text[:60]}: each option takes one number, word or text in quotes; " + (
+                "leave the line out for the default" if kind is kinds[name] else "write a line for each"))
         if " --" in text:
             fail(f"{where}: {name}: {text[:60]}: one option a line")
     if end:
         fail(f"{where}: {name}: {value[:60]}: nothing ends a value but its line; leave the {end!r} out"
-             + ", or put the value in quotes if it is a part of it" * (kinds[name] is str))
-    _check_kind(text, kinds[name], f"{where}: {name} = {text[:60]}")
+             + ", or put the value in quotes if it is a part of it" * (kind is str))
+    _check_kind(text, kind, f"{where}: {name} = {text[:60]}")
     return name, text
 
 

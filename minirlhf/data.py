@@ -18,6 +18,7 @@ messages [{"role", "content"}, ...], which become ids in the form of the model t
                  [, scores]                         their numbers; equal ones are tied
     prompts      prompt: TEXT                       a list of messages ends before the answer
                  messages                           the same
+                 [others]                           a reward function's that asks for them
 
 Answers that stand earlier in a prompt of messages are trained as well, if the stage is not told otherwise. Answers may
 be whole conversations, as messages or text, that hold the prompt too: it is read once. Beside messages a string is a
@@ -418,12 +419,17 @@ def load_preferences(path) -> list[Preference]:
     return rows
 
 
+class Asked(str):
+    """A prompt's text that knows the other columns of its record, for a reward function. So does a Talk."""
+
+
 def load_prompts(path) -> list[str]:
     rows = []
     for where, record in read_records(path):
         name = present(record, "prompt", "messages") or "prompt"
         text, messages = take(where, record, name)
-        rows.append(text if messages is None else open_answer(where, name, messages))
+        rows.append(Asked(text) if messages is None else open_answer(where, name, messages))
+        rows[-1].columns = other_columns(record, name)
         lose_nothing(where, record, rows[-1], [], (name, "messages", "conversation", "conversations"))
     return rows
 

@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 
 import torch
 
-from minirlhf import adapters, checkpoint, groups, kernels, rewards, runtime
+from minirlhf import adapters, checkpoint, groups, kernels, mixture, rewards, runtime
 from minirlhf.config import (Parser, RunOptions, all_printed, check_spelling, fail, launch, one_line, positive_int,
                              say, temperature_number, unprinted)
 from minirlhf.data import collate, divide, encode_prompts, label_of, load_prompts, number
@@ -230,8 +230,9 @@ def accuracy_table(figures):
 def answer(policy, ref, scorers, prompts, tokenizer, o, run, draw=0, batch_size=BATCH, micro_batch_size=ROWS):
     """The policy's answers to held-out prompts with fixed seeds, other ones for each `draw` -> list of dicts.
 
-    scorers: {column: what scores a Rollout}, as {"score": the reward model, "judge": another}. o: seed, temperature,
-    response_length. micro_batch_size: rows a forward pass. An answer does not depend on how many prompts there are.
+    scorers: {column: what scores a Rollout}, as {"score": the reward model, "judge": another}; None where it does not
+    apply. o: seed, temperature, response_length. micro_batch_size: rows a forward pass. An answer does not depend on
+    how many prompts there are.
     """
     rows = []
     for at in range(0, len(prompts), batch_size):
@@ -250,6 +251,8 @@ def answer(policy, ref, scorers, prompts, tokenizer, o, run, draw=0, batch_size=
                    **{name: scorer(rollout, micro_batch_size) for name, scorer in scorers.items()}}
         for i, (prompt, response) in enumerate(zip(prompts[at:at + batch_size], rollout.responses())):
             row = {name: column[i].item() for name, column in columns.items()}
+            row |= {name: None for name in scorers if math.isnan(row[name])}
+            row |= {f"part {name}": score for name, score in (rollout.parts[i] if rollout.parts else {}).items()}
             rows.append({"prompt": tokenizer.decode(prompt), "completion": tokenizer.decode(response),
                          "ids": response[:-1] if row["finished"] else response, **row})
     return rows
@@ -259,15 +262,29 @@ def column(rows, name):
     return torch.tensor([row[name] for row in rows], dtype=torch.double)
 
 
+def judged(rows, base, name):
+    """The rows, and those of `base` to the same prompts, where both have a score of that name."""
+    pairs = [(row, other) for row, other in zip(rows, base) if row[name] is not None and other[name] is not None]
+    return tuple(map(list, zip(*pairs))) or ([], [])
+
+
 def preference(rows, base, name):
     """Share of rows preferred to those of `base` by a score, ties half, with its 95 % interval."""
+    rows, base = judged(rows, base, name)
     rate = win_rate(column(rows, name), column(base, name))
     return (rate, *wilson_interval(rate * len(rows), len(rows)))
 
 
+def opinion(rows, base, name, score, win_rate):
+    """{score: its mean, win_rate: `preference`} of the answers that have one; what none has is left out."""
+    scored = [row for row in rows if row[name] is not None]
+    return ({score: mean_interval(column(scored, name))} if scored else {}) | (
+        {win_rate: preference(rows, base, name)} if judged(rows, base, name)[0] else {})
+
+
 def summary(rows, base):
     """Figures of answers against other answers to the same prompts: numbers, or (mean, half-width) or (share, low,
-    high) of 95 % intervals; those of scores where the answers have some."""
+    high) of 95 % intervals; those of scores where the answers have some. "parts": those of each --reward by itself."""
     n, tokens = len(rows), max(1, sum(r["length"] for r in rows))
     bigrams = [pair for r in rows for pair in zip(r["ids"], r["ids"][1:])]
     texts = [r["completion"] for r in rows]
@@ -278,8 +295,9 @@ def summary(rows, base):
            "ref_logprob_per_token": sum(r["ref_logprob"] for r in rows) / tokens}
     for name, prefix in (("score", ""), ("judge", "judge_")):
         if name in rows[0]:
-            out |= {f"{prefix}score": mean_interval(column(rows, name)),
-                    f"{prefix}win_rate": preference(rows, base, name)}
+            out |= opinion(rows, base, name, f"{prefix}score", f"{prefix}win_rate")
+    if parts := [name for name in rows[0] if name.startswith("part ")]:
+        out["parts"] = {name[5:]: opinion(rows, base, name, "score", "win_rate") for name in parts}
     return out
 
 
@@ -295,13 +313,22 @@ FIGURES = (("score", "mean score", "{:.3f} +- {:.3f}"),
 
 
 def table(columns, title, ref_name="SFT"):
-    """Lines of a table of summaries {name: summary}, one column each, under a title.   ref_name: in place of "SFT"."""
+    """Lines of a table of summaries {name: summary}, one column each, under a title; of several rewards each by itself.
+    ref_name: in place of "SFT"."""
+    def lines(found, figures):
+        for key, label, form in figures:
+            if any(key in one for one in found):
+                cells = [one.get(key, "") for one in found]
+                cells = ["" if v == "" else form.format(*(v if isinstance(v, (tuple, list)) else [v])) for v in cells]
+                yield f"{label.replace('SFT', ref_name):<38}" + "".join(f"{cell:>24}" for cell in cells)
+
     yield f"{title:<38}" + "".join(f"{name:>24}" for name in columns)
-    for key, label, form in FIGURES:
-        if any(key in figures for figures in columns.values()):
-            cells = [figures.get(key, "") for figures in columns.values()]
-            cells = ["" if v == "" else form.format(*(v if isinstance(v, (tuple, list)) else [v])) for v in cells]
-            yield f"{label.replace('SFT', ref_name):<38}" + "".join(f"{cell:>24}" for cell in cells)
+    found, parts = [*columns.values()], next(iter(columns.values())).get("parts", {})
+    yield from lines(found, FIGURES[:2])
+    for name in parts if len(parts) > 1 else ():
+        own = ("score", f"  {label_of(name)}"), ("win_rate", "    above the SFT answer's")
+        yield from lines([one["parts"][name] for one in found], [(*a, form) for a, (*_, form) in zip(own, FIGURES)])
+    yield from lines(found, FIGURES[2:])
 
 
 def best_of(draws):
@@ -349,7 +376,10 @@ class AgainstSFT:
         self.run.say(f"  held out: score {found['score'][0]:+.3f}, kl {found['kl'][0]:.2f}, preferred to the "
                      f"{self.ref_name} answer {found['win_rate'][0]:.1%}, eos {found['eos_rate']:.2f}"
                      + (f"; judge: score {found['judge_score'][0]:+.3f}, preferred {found['judge_win_rate'][0]:.1%}"
-                        if "judge_score" in found else ""))
+                        if "judge_win_rate" in found else ""))
+        if len(found.get("parts", {})) > 1:
+            self.run.say("    " + "; ".join(f"{name} {one['score'][0]:+.3f}" if one else f"{name} applies to none"
+                                            for name, one in found["parts"].items()))
         for before, row in list(zip(base, rows))[:SHOWN]:
             self.run.say(f"    {row['prompt']} |{row['completion']}  ({before['score']:+.2f} -> {row['score']:+.2f})")
             self.run.write("samples.jsonl", {"step": step, **{k: row[k] for k in ("prompt", "completion", "score")}})
@@ -366,6 +396,8 @@ class AgainstSFT:
         run.say()
         shown = {"reference": self.sft, "after": final["after"]} if self.o.reference else final
         for line in table(shown, f"held-out prompts, 95% intervals: {len(rows)}", name):
+            run.say(line)
+        for line in self.scorers["score"].kept(final["after"]):
             run.say(line)
         draws = [self.sft_rows[:self.few], *(self.answers(self.ref, self.prompts[:self.few], draw)
                                              for draw in range(1, BEST_OF))]
@@ -384,7 +416,8 @@ class AgainstSFT:
         """Yields what a step's figures give cause for, each cause once a run."""
         _, variance = moments(batch.scores, torch.ones_like(batch.scores, dtype=torch.bool), self.run.total)
         _, white = moments(batch.advantages, batch.response_mask, self.run.total)
-        for cause, text in concerns(record, float(variance), self.sft, self.o, float(white), self.ref_name):
+        for cause, text in [*concerns(record, float(variance), self.sft, self.o, float(white), self.ref_name),
+                            *self.scorers["score"].warnings(batch, record["step"], self.run)]:
             if cause not in self.warned:
                 self.warned.add(cause)
                 yield f"warning: {text}"
@@ -418,10 +451,10 @@ def save_rollouts(batch, step, tokenizer, run):
     prompts = batch.prompt_texts or [tokenizer.decode(row[:n]) for row, n in zip(batch.tokens.tolist(),
                                                                                 batch.prompt_lengths.tolist())]
     rows = [{"step": step, "prompt": prompt, "completion": tokenizer.decode(response),
-             "score": score, "reward": reward, "kl": nats, "length": length, "finished": finished}
-            for prompt, response, score, reward, nats, length, finished in zip(
+             "score": score, "reward": reward, "kl": nats, "length": length, "finished": finished, **parts}
+            for prompt, response, score, reward, nats, length, finished, parts in zip(
                 prompts, batch.responses(), batch.scores.tolist(), batch.final_rewards.tolist(), kl, tokens,
-                batch.finished.tolist())]
+                batch.finished.tolist(), [{"scores": row} for row in batch.parts] if batch.parts else [{}] * len(kl))]
     run.write("rollouts.jsonl", *run.gather(rows))
 
 
@@ -474,9 +507,14 @@ def rollout_figures(batch, kl_coef, run):
 
 
 def describe_step(record):
-    """The log line of a step."""
+    """The log line of a step, with each reward's mean where there are several."""
+    parts = {name[17:]: mean for name, mean in record.items() if name.startswith("objective/scores/")}
+    apart = ", ".join(f"{name} " + ("none" if math.isnan(mean) else f"{mean:+.3f}") + (
+        f" x -{record[multiplier]:.3f}" if (multiplier := f"objective/multiplier/{name}") in record else "")
+        for name, mean in parts.items())
     explained = record.get("val/explained_variance")
-    return (f"score {record['objective/scores']:+.3f}  kl {record['objective/kl']:.2f} (k3 "
+    return (f"score {record['objective/scores']:+.3f}" + f" ({apart})" * (len(parts) > 1)
+            + f"  kl {record['objective/kl']:.2f} (k3 "
             f"{record['objective/kl_k3']:.2f})  entropy {record['policy/entropy_avg']:.2f}  clip "
             f"{record['policy/clipfrac_avg']:.3f}  " + (f"value ev {explained:+.2f}  " if explained is not None else "")
             + f"length {record['completions/mean_length']:.1f}  eos {record['completions/eos_rate']:.2f}  "
@@ -580,6 +618,7 @@ def by_length(rows, base):
 
 def paired_difference(rows, others, name="score", replicates=2000, seed=0):
     """Mean of score differences on the same prompts and its 95 % bootstrap interval over prompts.   Efron 1979."""
+    rows, others = judged(rows, others, name)
     d = column(rows, name) - column(others, name)
     drawn = torch.randint(len(d), (replicates, len(d)), generator=torch.Generator().manual_seed(seed))
     low, high = d[drawn].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.double)).tolist()
@@ -597,7 +636,7 @@ def verdict_on_policy(figures, thirds, has_judge):
         longer = thirds[2][3] > 0.5
         return (f"{'longer' if longer else 'shorter'} only: preferred where answers are "
                 f"{'longer' if longer else 'shorter'}, not where lengths are alike ({thirds[1][2]:.1%})")
-    if not has_judge:
+    if not has_judge or "judge_win_rate" not in figures:
         return f"preferred by the reward model ({rate:.1%}); whether that is real needs a --judge it was not trained on"
     judge_rate, judge_low, judge_high = figures["judge_win_rate"]
     if judge_low > 0.5:
@@ -617,6 +656,9 @@ def parse(argv=None):
                         "compared with, and the reference of the KL (default: %(default)s)")
     parser.add_argument("--reward_model", default="out/rm", metavar="PATH", help="reward model, or FILE.py:FUNCTION "
                         "(default: %(default)s)")
+    parser.add_argument("--reward", action="append", default=[], metavar="NAME[:WEIGHT]", help="several rewards, as "
+                        "train_ppo.py takes them: FILE.py:FUNCTION, a path, or rm, the one of --reward_model; may be "
+                        "given again; the score is their weighted sum, and each is shown by itself")
     parser.add_argument("--judge", metavar="PATH", help="a reward model or FILE.py:FUNCTION that no policy was trained "
                         "on")
     parser.add_argument("--prompts", default="data/sentiment/prompts.val.jsonl", metavar="FILE.jsonl",
@@ -632,7 +674,7 @@ def parse(argv=None):
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), help="auto: bfloat16 where the chip has it")
     parser.add_argument("--output", metavar="FILE.json", help="also write all figures there")
     a = parser.parse_args(argv)
-    for path in (*a.policies, a.baseline, a.reward_model, a.judge or "", a.prompts, a.output or ""):
+    for path in (*a.policies, a.baseline, a.reward_model, *a.reward, a.judge or "", a.prompts, a.output or ""):
         check_spelling("file", path)  # --output holds them
     try:
         a.best_of = sorted({int(n) for n in a.best_of.split(",") if n.strip()})
@@ -678,7 +720,7 @@ def main(argv=None):
             if getattr(a, name) is None:
                 setattr(a, name, payload["options"].get(name, usual))
     scorer = runtime.Precision(device, a.dtype)
-    scorers = {"score": rewards.load(a.reward_model, "--reward_model", baseline, tokenizer, a.baseline, scorer)}
+    scorers = {"score": mixture.load(a, baseline, tokenizer, a.baseline, scorer)}
     if a.judge:
         scorers["judge"] = rewards.load(a.judge, "--judge", baseline, tokenizer, a.baseline, scorer)
     room = baseline.config.block_size - a.response_length
@@ -689,9 +731,10 @@ def main(argv=None):
     prompts, long = encode_prompts(tokenizer, texts, room, a.long_prompts)
     if not prompts:
         fail(f"{a.prompts}: no prompt fits {room} tokens; use --long_prompts trim or a shorter --response_length")
+    mixture.give_columns(scorers.values(), prompts, prompts_file)
     reads = [prompts_file, *(file for path in (a.baseline, *a.policies) for file in checkpoint.files_of(path))]
-    for spec in filter(None, (a.reward_model, a.judge)):
-        reads += rewards.files(spec)
+    for files in (*scorers["score"].inputs().values(), rewards.files(a.judge) if a.judge else []):
+        reads += files
     with runtime.Output(a.output, ".json", reads) as output:
         if long:
             say(f"{long} of {len(texts)} prompts are longer than {room} tokens: "
@@ -718,17 +761,17 @@ def compare(policies, baseline, called, scorers, prompts, tokenizer, run, a):
     say(f"{'perplexity under the baseline':<38}"
         + "".join(f"{math.exp(-f['ref_logprob_per_token']):>24.1f}" for f in columns.values()))
     result = {"prompts": a.prompts, "num_prompts": len(prompts), "baseline": a.baseline, "temperature": a.temperature,
-              "response_length": a.response_length, "seed": a.seed, "reward_model": a.reward_model, "judge": a.judge,
-              "policies": columns, "by_length": {}, "differences": [], "best_of": {}, "verdicts": {}}
+              "response_length": a.response_length, "seed": a.seed, "reward_model": a.reward_model, "reward": a.reward,
+              "judge": a.judge, "policies": columns, "by_length": {}, "differences": [], "best_of": {}, "verdicts": {}}
     if a.best_of:
         say()
         draws = [base]
         for n in a.best_of:
             draws += [answers(baseline, draw) for draw in range(len(draws), n)]
             best = result["best_of"][n] = summary(best_of(draws[:n]), base) | {"kl_bound": best_of_n_kl(n)}
+            judge = f", by the judge {best['judge_win_rate'][0]:.1%}" if "judge_win_rate" in best else ""
             say(f"best of {n} answers of the baseline: mean score {best['score'][0]:.3f}, preferred "
-                f"{best['win_rate'][0]:.1%}" + (f", by the judge {best['judge_win_rate'][0]:.1%}" if a.judge else "")
-                + f", KL <= {best['kl_bound']:.2f}")
+                f"{best['win_rate'][0]:.1%}{judge}, KL <= {best['kl_bound']:.2f}")
     for path, rows in found.items():
         thirds = result["by_length"][path] = by_length(rows, base)
         say(f"\n{path}: preferred, by how much longer the answer is than the baseline's: " + "; ".join(
@@ -739,7 +782,7 @@ def compare(policies, baseline, called, scorers, prompts, tokenizer, run, a):
     paths = [*found]
     for i, one in enumerate(paths):
         for other in paths[i + 1:]:
-            for name in scorers:
+            for name in (name for name in scorers if judged(found[one], found[other], name)[0]):
                 mean, low, high = paired_difference(found[one], found[other], name)
                 result["differences"].append({"of": one, "from": other, "by": name, "mean": mean,
                                               "interval": [low, high]})

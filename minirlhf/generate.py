@@ -90,6 +90,7 @@ class Rollout:
     prompt_texts: list = None  # (B,) each prompt's whole text, where `data.Prompt` knows it
     below: torch.Tensor = None  # (B, T, C) what enters the first block in which policy and reference differ, if known
     value_below: torch.Tensor = None  # the same of value network and reward model
+    parts: list = None  # (B,) {name: score} of each --reward, None where it does not apply
 
     @property
     def response_mask(self):

@@ -5,6 +5,7 @@ user's program: `RewardFunction.users_turn` keeps what it raises and changes fro
 """
 import builtins
 import contextlib
+import copy
 import importlib.util
 import inspect
 import math
@@ -20,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 
 from minirlhf import checkpoint
-from minirlhf.config import fail
+from minirlhf.config import did_you_mean, fail
 
 
 class RewardModel:
@@ -28,6 +29,7 @@ class RewardModel:
 
     def __init__(self, model, tokenizer, run, name=""):
         self.model, self.tokenizer, self.run, self.name = model, tokenizer, run, name
+        self.below = "value_below"  # the column that has its states below the first block that learns, where one has
 
     @torch.no_grad()
     def __call__(self, rollout, micro_batch_size=None):
@@ -36,7 +38,7 @@ class RewardModel:
         scores = []
         for part in map(rollout.take, rows.split(micro_batch_size or len(rows))):
             with self.run.autocast():
-                scores.append(self.model.score(part.tokens, part.lengths, getattr(part, "value_below", None)))
+                scores.append(self.model.score(part.tokens, part.lengths, getattr(part, self.below, None)))
         scores = torch.cat(scores)
         if not scores.isfinite().all():
             row = int(scores.isfinite().int().argmin())
@@ -47,7 +49,9 @@ class RewardModel:
 
 
 class RewardFunction:
-    """Scores by a function(prompts: list[str], completions: list[str]) -> list of numbers, in FILE.py:FUNCTION."""
+    """Scores by a function(prompts: list[str], completions: list[str], **columns) -> list of numbers or None, in
+    FILE.py:FUNCTION. columns: those of the prompts file that it takes, each a list with None where a record lacks it.
+    """
     model = None
 
     def __init__(self, spec, tokenizer, run, option="--reward"):
@@ -63,25 +67,37 @@ class RewardFunction:
             self.function = getattr(module, name, None)
         if not callable(self.function):
             fail(f"{self.told}: {path} has no function {name}")
-        self.by_name = takes_names(self.function, self.told)
+        self.by_name, self.columns = takes_names(self.function, self.told), []
+
+    def know(self, columns, where):
+        """The names of the columns that the prompts have, of which it gets those that it takes."""
+        self.columns = columns_of(self.function, self.by_name, columns, self.told, where)
 
     def __call__(self, rollout, micro_batch_size=None):
-        """Rollout -> scores (B,), float32, all answers at once. Exits 2 where the function does not give numbers."""
+        """Rollout -> scores (B,), float32, all answers at once, NaN where it gives None: it does not apply there. Exits
+        2 where it does not give numbers."""
         prompts = rollout.prompt_texts or [self.tokenizer.decode(row[:n]) for row, n in zip(
             rollout.tokens.tolist(), rollout.prompt_lengths.tolist())]
         completions = [self.tokenizer.decode(ids) for ids in rollout.responses()]
         given = {"prompts": [*map(str, prompts)], "completions": [*completions]}  # messages as text alone
         with self.users_turn():
-            returned = self.function(**given) if self.by_name else self.function(*given.values())
+            columns = {name: [copy.deepcopy(getattr(prompt, "columns", {}).get(name)) for prompt in prompts]
+                       for name in self.columns}
+            returned = self.function(*([] if self.by_name else given.values()),
+                                     **(given if self.by_name else {}), **columns)
             values, problem = in_a_row(returned, len(completions))
         if problem:
             fail(f"{self.told}: {problem}")
         scores = []
         for i, value in enumerate(values):
+            if value is None:
+                scores.append(math.nan)
+                continue
             with self.users_turn(f"row {i}: "):  # what a value of a class of the user's does as it becomes a float
                 score = number_of(value)
             if score is None:
-                fail(f"{self.told}: row {i}: expected a number, found {type(value).__name__}")
+                fail(f"{self.told}: row {i}: expected a number, found {type(value).__name__}; None is "
+                     "for where this reward does not apply")
             if not abs(score) < 1e6:
                 fail(f"{self.told}: row {i}: {score}, no number below a million, for the completion "
                      f"{completions[i][:60]!r}")
@@ -225,8 +241,8 @@ def number_of(value):
 def takes_names(function, told):
     """True where it is called as function(prompts=, completions=), False for function(prompts, completions).
 
-    By name where a parameter is called so, or nothing else fits. Exits 2 where it takes other arguments, or names that
-    say that it takes them in another order.
+    By name where a parameter is called so, or nothing else fits; its other parameters are columns. Exits 2 where it
+    takes other arguments, or names that say that it takes them in another order.
     """
     if any(map(inspect.iscoroutinefunction, (function, getattr(function, "__call__", None)))):
         fail(f"{told}: is an async function; expected a plain one, in which asyncio.run calls it")
@@ -234,8 +250,9 @@ def takes_names(function, told):
         signature = inspect.signature(function)
     except (TypeError, ValueError):  # written in C
         return False
-    fits = {}
-    for by_name, arguments in ((True, ([], {"prompts": 0, "completions": 0})), (False, ([0, 0], {}))):
+    fits, needed = {}, {p.name: 0 for p in signature.parameters.values() if p.default is p.empty and named(p)}
+    others = {name: 0 for name in needed if name not in first_two(signature)}
+    for by_name, arguments in ((True, ([], needed | {"prompts": 0, "completions": 0})), (False, ([0, 0], others))):
         with contextlib.suppress(TypeError):
             fits[by_name] = signature.bind(*arguments[0], **arguments[1]).arguments
     if True in fits and fits[True].keys() & {"prompts", "completions"}:
@@ -244,8 +261,39 @@ def takes_names(function, told):
     exchanged = any(names[i:i + 1] and names[i].startswith(words) for i, words in enumerate((
         ("completion", "response", "answer"), ("prompt", "question", "query"))))
     if not fits or exchanged:
-        fail(f"{told}: takes {signature}; expected (prompts, completions), by these names in any order")
+        fail(f"{told}: takes {signature}; expected (prompts, completions), by these names in any order, and columns of "
+             "the prompts file by theirs")
     return False not in fits
+
+
+def named(parameter):
+    """Whether it can be given by its name."""
+    return parameter.kind.name in ("POSITIONAL_OR_KEYWORD", "KEYWORD_ONLY")
+
+
+def first_two(signature):
+    """Names of the parameters that two arguments without a name go to."""
+    return [p.name for p in signature.parameters.values() if p.kind.name.startswith("POSITIONAL")][:2]
+
+
+def columns_of(function, by_name, known, told, where):
+    """Which of the known columns a function takes: those that its other parameters name, or all, if it has **columns.
+
+    One that takes (*args, **kwargs) stands for another and gets no more than the texts. Exits 2 where a parameter that
+    has no default is no column.
+    """
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return []
+    texts, parameters = ["prompts", "completions"] if by_name else first_two(signature), signature.parameters.values()
+    others = [p for p in parameters if named(p) and p.name not in texts]
+    if missing := [p.name for p in others if p.default is p.empty and p.name not in known]:
+        fail(f"{told}: asks for the column {missing[0]!r}, which {where} lacks{did_you_mean(missing[0], known)}; the "
+             f"columns beside the prompt are: {', '.join(map(repr, known)) or 'none'}")
+    if any(p.kind.name == "VAR_KEYWORD" for p in parameters) and texts:
+        return [name for name in known if name not in texts]
+    return [p.name for p in others if p.name in known]
 
 
 # ---- its modules
@@ -361,7 +409,7 @@ def is_function(spec):
 
 def load(spec, option, policy, tokenizer, policy_path, run):
     """A reward model's path, or FILE.py:FUNCTION -> what scores answers of `policy`. Exits 2 where they do not fit."""
-    if option == "--reward" or is_function(spec):
+    if is_function(spec):
         return RewardFunction(spec, tokenizer, run, option)
     model, own_tokenizer, _ = checkpoint.load(spec, ["rm"], run.device)
     checkpoint.compatible((policy, tokenizer), policy_path, (model, own_tokenizer), spec)

@@ -28,7 +28,8 @@ from dataclasses import asdict, fields, replace
 import torch
 
 from minirlhf import memory, trackers
-from minirlhf.config import fail, lines_for, one_line, out_of_memory, preset_values, presets, ranks, say
+from minirlhf.config import (fail, lines_for, one_line, out_of_memory, preset_values, presets, ranks, say,
+                             weighted)
 from minirlhf.data import clean
 from minirlhf.kernels import AdamW, Muon, keep_freed_memory, share_cores
 from minirlhf.sizes import check_batch
@@ -143,8 +144,9 @@ class Run:
         except OSError as error:
             self.release()
             fail(f"--out_dir {self.out_dir}: cannot be written ({error.strerror})")
-        for name in ("init_from", "reference", "reward_model", "judge"):
-            path = getattr(o, name, "")
+        models = [(name, getattr(o, name, "")) for name in ("init_from", "reference", "reward_model", "judge")]
+        several = [("reward", path) for path, _ in map(weighted, getattr(o, "reward", ())) if path != "rm"]
+        for name, path in models + several:
             folder = (path if os.path.isdir(path) else os.path.dirname(path)) or "."
             if not o.resume and os.path.exists(path) and os.path.samefile(folder, o.out_dir):
                 self.release()
@@ -612,7 +614,10 @@ def shortest(options, **changes):
 
 
 def option(name, value):
-    """"--name value" as a shell takes it, "--name=value" where the value looks like an option itself."""
+    """"--name value" as a shell takes it, "--name=value" where the value looks like an option itself; again for each of
+    several."""
+    if isinstance(value, tuple):
+        return " ".join(option(name, one) for one in value or [""])
     return f"--{name}{'=' if str(value).startswith('-') else ' '}{shlex.quote(str(value))}"
 
 

@@ -1,6 +1,7 @@
 """Completions and scores of checkpoints side by side: `python -m minirlhf.sample CKPT [CKPT ...]`.
 
-Policies complete prompts; reward models beside them score each completion as stage 3 does, on ids as they were sampled.
+Policies complete prompts; reward models and functions beside them score each completion as stage 3 does, on ids as they
+were sampled.
 Reward models alone score the texts of a file as stage 2 does. Each prompt's n-th completion draws the same random
 numbers in every checkpoint, so that differences are the models'.
 """
@@ -14,22 +15,22 @@ from typing import NamedTuple
 
 import torch
 
-from minirlhf import checkpoint, evaluate, kernels, runtime
+from minirlhf import checkpoint, evaluate, kernels, mixture, rewards, runtime
 from minirlhf.chat import Message, Talk, describe
 from minirlhf.config import all_printed, escaped, fail, launch, positive_int, say, temperature_number, unprinted
 from minirlhf.data import (Preference, blank_ends, clean, encode_prompts, encode_row, load_demonstrations,
                            load_preferences, load_prompts, present, read_records, refuse, too_long)
 from minirlhf.generate import generate
 from minirlhf.model import GPT
-from minirlhf.rewards import RewardModel
 from minirlhf.tokenizer import Tokenizer
 
 LONGEST_LINE = 1 << 20  # bytes of a prompt on standard input
 SAMPLING = {"n": 1, "temperature": 1.0, "seed": 1337, "response_length": None}  # options of policies, and what is usual
 DESCRIPTION = """\
-Completions of policies side by side, with the scores that reward models among the checkpoints give them. Without
---prompt and --prompts it asks for prompts until end of input. With --chat one policy holds a conversation: each line is
-the user's turn, read in the form of messages that the model knows.
+Completions of policies side by side, with the scores that reward models among the checkpoints give them, or functions,
+as FILE.py:FUNCTION, which get the other columns of --prompts that they ask for. Without --prompt and --prompts it asks
+for prompts until end of input. With --chat one policy holds a conversation: each line is the user's turn, read in the
+form of messages that the model knows.
 
 Reward models alone score the records of --prompts: {"prompt", "completion"} gets "score"; {"prompt", "chosen",
 "rejected"} gets "score_chosen" and "score_rejected", and a ranking "score_completions", with the share of pairs that
@@ -38,10 +39,10 @@ scripts read will do. Of several reward models the columns end in the model's pa
 
 
 class Loaded(NamedTuple):
-    """A checkpoint. path: as it was named; options: those of its training."""
+    """A checkpoint. path: as it was named; options: those of its training. Of a reward function the path alone."""
     path: str
-    model: GPT
-    tokenizer: Tokenizer
+    model: GPT | None
+    tokenizer: Tokenizer | None
     stage: str
     options: dict
 
@@ -84,6 +85,8 @@ def parse(argv=None):
 
 
 def load(path, device):
+    if rewards.is_function(path):
+        return Loaded(path, None, None, "rm", {})
     model, tokenizer, payload = checkpoint.load(path, [*checkpoint.STAGES], device)
     kernels.pick_matmul(model)
     return Loaded(path, model, tokenizer, payload["stage"], payload["options"])
@@ -109,8 +112,15 @@ class Progress:
                  f"{runtime.clock(used / done * (self.total - done))}")
 
 
+def spelled(score):
+    return "null" if score is None else f"{score:+.2f}"
+
+
 def summary(scores):
-    """"mean score 0.12, standard deviation 0.98"."""
+    """"mean score 0.12, standard deviation 0.98", without those that are None."""
+    scores = [score for score in scores if score is not None]
+    if not scores:
+        return "applies to none"
     x = torch.tensor(scores, dtype=torch.double)
     return f"mean score {float(x.mean()):.3f}, standard deviation {float(x.std(correction=0)):.3f}"
 
@@ -122,7 +132,7 @@ def suffixes(judges, one_is_plain=True):
 
 def opened(a, also=()):
     """The file of --output, as lines; `also`: what the command reads besides checkpoints and --prompts."""
-    models, prompts = map(checkpoint.files_of, a.checkpoints), [a.prompts] if a.prompts else []
+    models, prompts = map(rewards.files, a.checkpoints), [a.prompts] if a.prompts else []
     return runtime.Output(a.output, ".jsonl", [*itertools.chain(*models), *prompts, *also])
 
 
@@ -140,7 +150,7 @@ def limits(policy, a):
 
 def complete(policy, judges, prompts, a, batch_size=64):
     """Yields (prompt, completion, finished, a score of each judge), n for each prompt in order; long prompts are
-    trimmed at the left. judges: RewardModels."""
+    trimmed at the left; None for what a judge does not apply to. judges: of `scorers_of`."""
     limit, room = limits(policy, a)
     encoded, long = encode_prompts(policy.tokenizer, prompts, room, "trim")
     rows = [(prompt, ids) for prompt, ids in zip(prompts, encoded) for _ in range(a.n)]
@@ -152,20 +162,30 @@ def complete(policy, judges, prompts, a, batch_size=64):
                            runtime.generator(a.seed, at, 0, "sample"))
         scores = zip(*(judge(rollout).tolist() for judge in judges)) if judges else [()] * len(part)
         for (prompt, _), ids, finished, marks in zip(part, rollout.responses(), rollout.finished.tolist(), scores):
-            yield prompt, policy.tokenizer.decode(ids), finished, marks
+            yield prompt, policy.tokenizer.decode(ids), finished, runtime.finite(marks)
+
+
+def scorers_of(policy, judges, prompts, a):
+    """What scores the policy's completions."""
+    run = runtime.Precision(a.device, "float32")
+    found = [rewards.RewardModel(j.model, j.tokenizer, run, j.path) if j.model else
+             rewards.RewardFunction(j.path, policy.tokenizer, run, "reward") for j in judges]
+    mixture.give_columns(found, prompts, a.prompts or "the prompt")
+    return found
 
 
 def show(policies, judges, prompts, a, output):
     """Print, and write, all completions of some prompts as they are made -> {policy: [scores of a completion]}."""
     width, found = max(len(policy.path) for policy in policies), {policy.path: [] for policy in policies}
-    scorers = [RewardModel(j.model, j.tokenizer, runtime.Precision(a.device, "float32"), j.path) for j in judges]
+    scorers = [scorers_of(policy, judges, prompts, a) for policy in policies]
     names = [f"score{suffix}" for suffix in suffixes(judges)]
     progress = Progress(len(prompts) * a.n, "completions of each policy")
-    for k, answers in enumerate(zip(*(complete(policy, scorers, prompts, a) for policy in policies))):
+    for k, answers in enumerate(zip(*(
+            complete(policy, own, prompts, a) for policy, own in zip(policies, scorers)))):
         if k % a.n == 0:
             say(f"\n{answers[0][0]} ...")
         for path, (prompt, completion, finished, scores) in zip(found, answers):
-            marks = "".join(f" {score:+.2f}" for score in scores)
+            marks = "".join(f" {spelled(score)}" for score in scores)
             say(f"  {path:<{width}}{marks} |{completion}{'' if finished else ' [cut]'}")
             row = {"checkpoint": path, "prompt": prompt, "completion": completion, "finished": finished}
             output.write(json.dumps(row | dict(zip(names, scores)), ensure_ascii=False) + "\n")
@@ -199,7 +219,7 @@ def sample(policies, judges, a):
     """Completions of --prompt and --prompts, or of what a person types."""
     for policy in policies:
         limits(policy, a)
-        for judge in judges:
+        for judge in (judge for judge in judges if judge.model):
             checkpoint.compatible(policy[1:3], policy.path, judge[1:3], judge.path)
     prompts = [clean(p) for p in a.prompt] + (load_prompts(a.prompts) if a.prompts else [])
     for line in blank_ends(prompts, "prompts"):
@@ -343,6 +363,8 @@ def score_records(judges, a, batch_size=256):
              "name a file of answers to score with --prompts")
     for name in [*a.given, *(["prompt"] if a.prompt else [])]:
         fail(f"--{name}: has no effect on reward models; name a policy too, or leave it out")
+    if functions := [judge.path for judge in judges if not judge.model]:
+        fail(f"{functions[0]}: a function scores what policies write; name a policy too")
     records, texts = read_texts(a.prompts)
     ends, run = pick_suffixes(records, texts, judges), runtime.Precision(a.device, "float32")
     rows = [encode(judge, texts, a) for judge in judges]
@@ -376,7 +398,7 @@ def show_scores(p, marks):
     say(f"\n{escaped(p.prompt)} ...")
     for k, text in enumerate(p.completions):
         scores = (mark[k] for mark in marks)
-        say("  " + " ".join(f"{'null' if s is None else f'{s:+.2f}':>6}" for s in scores) + f" |{escaped(text)}")
+        say("  " + " ".join(f"{spelled(s):>6}" for s in scores) + f" |{escaped(text)}")
     all_printed()
 
 

@@ -3,6 +3,8 @@ import argparse
 import importlib
 import os
 import re
+import shlex
+import sys
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,6 +29,8 @@ class Options(RunOptions):
     optimizer: Literal["muon", "adamw"] = "muon"  # which one
     whiten_rewards: bool = False  # divide rewards by their deviation
     shuffle: bool = True  # on unless turned off
+    more: tuple[str, ...] = ()  # texts
+    rates: tuple[float, ...] = (0.5,)  # numbers [0..1]
 
 
 @dataclass
@@ -105,6 +109,65 @@ def test_what_is_refused(capsys, argv, word):
     assert word in bad(capsys, *argv)
 
 
+@pytest.mark.parametrize("words, more", [
+    ([], ()), (["--more", "a"], ("a",)), (["--more=b", "--seed", "3", "--more", "a"], ("b", "a")),
+    (["--more", "a", "--more=a"], ("a", "a")), (["--more", ""], ()), (["--more", "@x", "--more="], ("@x",)),
+    (["--more", "a b,c=d"], ("a b,c=d",)),
+])
+def test_an_option_that_may_be_given_again(words, more):
+    """All its values in their order, in both forms; "" is none."""
+    assert parse(Options, words).more == more and parse(Options, words).rates == (0.5,)
+    assert ("more" in parse(Options, words).given) == bool(words)
+
+
+def test_each_value_of_several_is_looked_at(capsys, refused):
+    """By the type and the range of one; the default gives way to the first that is given."""
+    assert parse(Options, ["--rates", "1", "--rates=0.25", "--rates", "1e-1"]).rates == (1.0, 0.25, 0.1)
+    assert bad(capsys, "--rates=1", "--rates=2") == "error: --rates 2.0: must be at most 1\n"
+    assert "'x'" in bad(capsys, "--rates=1", "--rates=x") and "one argument" in bad(capsys, "--more=a", "--more")
+    assert "expected one argument" in bad(capsys, "--more", "--seed", "3")
+    assert "--more '\\\\udcff'" in bad(capsys, "--more", "a", "--more", "\udcff")
+    assert bad(capsys, "--more=--") if sys.version_info < (3, 13) else parse(Options, ["--more=--"]).more == ("--",)
+    assert refused(config.check_ranges, Options(more=("a", 3))) == "error: --more 3: must be of type str\n"
+
+
+def test_files_and_an_option_that_may_be_given_again(preset, capsys):
+    """A line for each value. What comes later takes the place of all that was said before: a file of the command
+    line's, the command line of a file's, and one file of another's."""
+    file = preset('more = "a"\nseed = 3\n--more b')
+    assert parse(Options, [file]).more == ("a", "b") and not capsys.readouterr().err
+    assert config.preset_values(Options, file[1:]) == {"more": ("a", "b"), "seed": 3}
+    assert parse(Options, [file, "--more", "c", "--seed", "4", "--more=d"]).more == ("c", "d")
+    assert parse(Options, [file, "--more="]).more == ()
+    assert not capsys.readouterr().err
+    for before in (["--more", "c", "--more=d"], [file]):
+        assert parse(Options, [*before, file]) == Options(more=("a", "b"), seed=3)
+        notes = capsys.readouterr().err
+        assert notes.count("more = a takes the place of the --more before the file") == 1 and "more = b" not in notes
+    assert parse(Options, ["--more", "c", preset("seed = 3"), "--more", "d"]).more == ("c", "d")
+    assert f"{file[1:]}:1: --rates 3.0: must be at most 1" in bad(capsys, preset("rates = 3"))
+    assert "more: ['a']: each option takes one number, word or text in quotes; write a line for each" in bad(
+        capsys, preset("more = ['a']"))
+    assert "rates = x: expected a number" in bad(capsys, preset("rates = x"))
+    assert "put the value in quotes if it is a part" in bad(capsys, preset("more = a,"))
+
+
+def test_a_command_line_that_gives_several(monkeypatch):
+    """What --resume's advice and the next command print is read back as it was."""
+    monkeypatch.setattr(Options, "stage", "")
+    for o in (Options(more=("a b", "-c", "@d")), Options(more=("x",), rates=(0.25, 1.0))):
+        assert parse(Options, shlex.split(" ".join(runtime.shortest(o)))) == o
+    assert runtime.shortest(Options(more=("a", "b"))) == ["--more a --more b"]
+    assert parse(Options, ["--rates", "1"]).rates == (1.0,)
+
+
+def test_several_values_in_what_a_run_wrote():
+    """Of config.json (a list), of a checkpoint (a tuple), of a run that knew one value only (a text, "" for none)."""
+    for written, more in ((["a", "b"], ("a", "b")), (("a",), ("a",)), ("a", ("a",)), ("", ()), ([], ())):
+        assert config.as_fields(Options, {"more": written, "seed": 1, "out_dir": ""}) == {
+            "more": more, "seed": 1, "out_dir": ""}
+
+
 def test_presets(tmp_path, capsys):
     """@file reads `name = value`, `--name=value` and `flag` lines, comments and blank ones aside; what comes later
     on the command line wins."""
@@ -132,6 +195,7 @@ def test_comments_are_the_help(capsys):
     for words in ("--batch_size INT rows a step [1..] (default: 8)",
                   "--optimizer {muon,adamw} which one (default: muon)", "any finite number; 50% is a lot",
                   "--whiten_rewards [BOOL] divide rewards by their deviation",
+                  "--more STR texts (may be given again) --rates", "numbers [0..1] (may be given again) (default: (0.5,))",
                   "--seed INT every random choice is a function of"):
         assert words in text
 

@@ -991,7 +991,7 @@ def test_a_reward_function_s_file_may_move(folder, monkeypatch, refused, capsys)
         options = parse(importlib.import_module("train_ppo").Options, ["--resume", "--reward", reward])
         return checkpoint.resume(options, "ppo", ("reward",))[0].reward
 
-    assert resume("../w/s.py:f") == "../w/s.py:f"
+    assert resume("../w/s.py:f") == ("../w/s.py:f",)
     assert "resume: --reward ../w/s.py:f: this run had r.py:f" in capsys.readouterr().out
     for other in ("r.py:g", ""):
         assert f"--reward {other}: this run had r.py:f, which cannot change" in refused(resume, other)

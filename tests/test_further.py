@@ -21,7 +21,7 @@ import train_ppo
 import train_rm
 import train_sft
 from conftest import ROOT, scratch
-from minirlhf import checkpoint, evaluate, runtime, sample
+from minirlhf import checkpoint, evaluate, mixture, runtime, sample
 from minirlhf.config import RunOptions
 from minirlhf.runtime import rate_factor
 from test_train_ppo import options, run_of
@@ -696,7 +696,8 @@ def test_equal_advantages_are_found_by_what_whitening_leaves(scores, told):
     batch.advantages[:, 1] = 9.0
     record = {"step": 7, "objective/scores": 0.5, "objective/kl_coef": 0.05, "completions/mean_length": 1.0,
               "policy/entropy_avg": 4.0, "completions/eos_rate": 0.9}
-    against = types.SimpleNamespace(run=run, o=o, warned={"variance"}, ref_name="SFT",
+    against = types.SimpleNamespace(run=run, scorers={"score": mixture.Reward([], [], named=False)}, o=o,
+                                    warned={"variance"}, ref_name="SFT",
                                     sft={"mean_length": 1.0, "ref_logprob_per_token": -4.0})
     said = [*evaluate.AgainstSFT.warnings(against, batch, record)]
     assert len(said) == told and all("the advantages of step 7 do not differ" in line for line in said)

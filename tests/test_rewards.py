@@ -96,11 +96,11 @@ def test_each_text_reaches_its_parameter(function, text):
     torch.testing.assert_close(scores, torch.tensor([1.7, 5.7]))
 
 
-@pytest.mark.parametrize("arguments", ["", "prompts", "completions", "prompts, completions, tokenizer", "a, b, *, c",
-                                       "completions, texts", "texts, prompts", "completion, prompt", "answers, asked",
+@pytest.mark.parametrize("arguments", ["", "prompts", "completions", "a, b, c, /", "completions, texts",
+                                       "texts, prompts", "completion, prompt", "answers, asked",
                                        "completions, prompts, /", "a, query"])
 def test_other_parameters_are_refused_at_load(function, refused, arguments):
-    """Too few, too many, or such as say that completions come first."""
+    """Too few, such as no column's name reaches, or such as say that completions come first."""
     error = refused(function, f"def f({arguments}): return [0.0] * 2")
     assert "mine.py:f: takes (" in error and "expected (prompts, completions)" in error
 
@@ -242,16 +242,16 @@ def test_a_value_of_the_user_s_own_class_is_the_user_s_program(function, capsys,
     ("np.float64(1)", "shape ()"), ("np.ones(3)", "returned 3 scores for 2 answers"), ("[]", "returned 0 scores for 2"),
     ("[1.0] * 9", "returned 9 scores for 2"), ("itertools.count()", "returned more than 2 scores for 2"),
     ("(x for x in [1.0])", "returned 1 scores for 2"), ("wait()", "returned a coroutine"),
-    ("[1.0, None]", "row 1: expected a number, found NoneType"), ("[1.0, '1.0']", "row 1: expected a number, found s"),
+    ("[1.0, '1.0']", "row 1: expected a number, found str; None is for where this reward does not apply"),
     ("['1.0', 1.0]", "row 0: expected a number, found str"), ("[1.0, b'1']", "row 1: expected a number, found bytes"),
-    ("[1.0, [1.0]]", "row 1: expected a number, found list"), ("[1.0, 1j]", "row 1: expected a number, found complex"),
-    ("[1.0, np.complex64(1)]", "row 1: expected a number, found complex64"), ("np.array([1, 1j])", "found complex"),
-    ("[1.0, np.ones(1)]", "row 1: expected a number, found ndarray"), ("[1.0, torch.ones(1)]", "row 1: expected a num"),
+    ("[1.0, [1.0]]", "row 1: expected a number, found list"), ("[1.0, 1j]", "number, found complex"),
+    ("[1.0, np.complex64(1)]", "number, found complex64"), ("np.array([1, 1j])", "found complex"),
+    ("[1.0, np.ones(1)]", "number, found ndarray"), ("[1.0, torch.ones(1)]", "row 1: expected a num"),
     ("[1.0, float('nan')]", "row 1: nan"), ("[1.0, float('inf')]", "row 1: inf"), ("[10 ** 400, 1.0]", "row 0: inf, no number below a million, for the completion 'so'"),
     ("torch.tensor([1., float('nan')])", "row 1: nan"), ("[1.0, -1e7]", "row 1: -10000000.0, no number below a mil"),
     ("np.array(['1', '2'])", "row 0: expected a number, found str"), ("prompts", "row 0: expected a number, found str"),
     ("[1.0, Odd(SystemExit(3))]", "row 1: raised SystemExit: 3 ("), ("[Odd(GeneratorExit())] * 2", "row 0: raised Gen"),
-    ("[1.0, Odd(ValueError('not yet'))]", "row 1: raised ValueError: not yet ("), ("[Odd(2.0), None]", "row 1: expected"),
+    ("[1.0, Odd(ValueError('not yet'))]", "row 1: raised ValueError: not yet ("), ("[Odd(2.0), {}]", "row 1: expected"),
     ("(1 / 0 for p in prompts)", "raised ZeroDivisionError: division by zero ("),
     ("torch.ones(2, device='meta')", "raised "),
 ])

@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 
-from minirlhf import benchmark, checkpoint, evaluate, prepare, runtime, sample
+from minirlhf import benchmark, checkpoint, evaluate, prepare, rewards, runtime, sample
 from minirlhf.config import RunOptions
 from minirlhf.data import encode_preferences, encode_row, load_preferences
 from minirlhf.model import GPT, GPTConfig
@@ -307,8 +307,8 @@ def test_a_reward_model_scores_what_a_policy_writes(folder, capsys):
 @torch.no_grad()
 def test_scores_beside_completions_are_those_of_stage_3(folder, monkeypatch):
     """The rollout that the reward model sees is the one whose completion stands in the row."""
-    seen, call = [], sample.RewardModel.__call__
-    monkeypatch.setattr(sample.RewardModel, "__call__", lambda self, rollout: seen.append(rollout) or call(
+    seen, call = [], rewards.RewardModel.__call__
+    monkeypatch.setattr(rewards.RewardModel, "__call__", lambda self, rollout: seen.append(rollout) or call(
         self, rollout))
     sample.main(["out/ppo", "out/rm", "--prompt", "a", "--n", "70", "--response_length", "5", "--output", "s.jsonl"])
     model, tokenizer, _ = load("out/rm")

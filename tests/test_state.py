@@ -326,6 +326,7 @@ EFFECTS = {
         "reference": row("{folder}/other_sft", "weights", "steps"),
         "reward_model": row("{folder}/other_rm", "weights", "steps"),
         "reward": row("{folder}/reward.py:length", "weights", "steps"),
+        "at_most": Alone("test_a_limit_and_its_rate"), "multiplier_rate": Alone("test_a_limit_and_its_rate"),
         "judge": row("{folder}/reward.py:length", "evals"), "value_init": row("sft", "weights", "steps"),
         "long_prompts": row("trim", "weights", "steps"), "total_episodes": row(12, "weights", "steps"),
         "batch_size": row(8, "weights", "steps"), "response_length": row(4, "weights", "steps"),
@@ -522,6 +523,18 @@ def test_further_files(tiny, stage):
                                                               "ckpt.previous.pt"}
     last = f"ckpt.{ended.payload()['training']['step']:06}.pt"
     assert names == {last} | ({"rollouts.jsonl", "tokens.jsonl"} if stage == "ppo" else set())
+
+
+def test_a_limit_and_its_rate(tiny, base, passes):
+    """In the first step the multiplier is 0; what follows differs with the limit and with the rate."""
+    base("ppo", passes)  # which writes the function
+    words = ["--reward", f"{tiny.folder}/reward.py:length", "--at_most"]
+    first, *others = (tiny.train("ppo", *words, *more) for more in (["1"], ["0"], ["1", "--multiplier_rate", "5"]))
+    for other in others:
+        steps = [[{k: v for k, v in r.items() if k in ("objective/scores", "objective/multiplier/length")}
+                  for r in ended.rows() if "lr" in r] for ended in (first, other)]
+        assert steps[0][0] == steps[1][0] and steps[0][1] != steps[1][1]
+        assert not equal(first.payload()["model"], other.payload()["model"])
 
 
 def test_check_is_said_to_be_one(tiny):

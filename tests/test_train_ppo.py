@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import train_ppo
-from minirlhf import adapters, evaluate, groups, objectives, rewards
+from minirlhf import adapters, evaluate, groups, mixture, objectives, rewards
 from minirlhf.config import parse
 from minirlhf.generate import KVCache, compile_model, generate
 from minirlhf.model import GPT, GPTConfig, flat_indices
@@ -881,9 +881,9 @@ def test_the_count_of_divergent_batches_survives_a_restart():
 # Known optima: the best policy under a KL penalty is ref(y) exp(r(y) / beta) / Z.   Ziegler et al. 2019
 
 
-def converge(score_of, beta, response_length, steps, rows, lam=0.95, **changes):
+def converge(reward, beta, response_length, steps, rows, lam=0.95, **changes):
     """The scripts' own paragraphs from a small random model -> {answer: probability}, of the SFT model and the
-    policy."""
+    policy. reward: a function of an answer's ids, or several rewards."""
     o = options(response_length=response_length, missing_eos_penalty=0.0, lam=lam, micro_batch_size=rows,
                 num_ppo_epochs=4, num_mini_batches=1, vf_coef=1.0, **changes)
     run = run_of(o)
@@ -891,14 +891,18 @@ def converge(score_of, beta, response_length, steps, rows, lam=0.95, **changes):
     ref.wte.weight.data *= 6  # an uneven start
     nets = types.SimpleNamespace(policy=ref.with_head("lm"), ref=ref,
                                  value=ref.with_head("scalar") if o.advantages == "gae" else None)
-    adam, reward = optimizers(nets, o, 0.0), Table(score_of)
+    adam, several = optimizers(nets, o, 0.0), isinstance(reward, mixture.Reward)
+    reward = reward if several else Table(reward)
     for step in range(steps):
         for optimizer in adam:
             optimizer.param_groups[0]["lr"] = 3e-3 * (1 - step / steps)
         batch = train_ppo.roll_out(nets.policy, [[1]] * rows, [*range(rows // o.group_size)], EOS, step, o, run)
         score(batch, nets, reward, o, run)
+        batch.scores = reward.learned(batch, o.reward_clip) if several else batch.scores
         train_ppo.credit(batch, beta, o, run)
         update(batch, nets, adam, step, o, run)
+        if several:
+            reward.follow(reward.figures(batch, run), o.multiplier_rate)
     return [answers(model, response_length) for model in (ref, nets.policy)]
 
 
@@ -928,6 +932,30 @@ def test_one_token_reaches_the_known_optimum():
     ref, policy = converge(table.__getitem__, 0.7, 1, steps=60, rows=512)
     assert distance(ref, ref, table.__getitem__, 0.7) > 0.3
     assert distance(policy, ref, table.__getitem__, 0.7) < 0.02
+
+
+def test_one_token_reaches_the_constrained_optimum():
+    """Fixed tables of rewards and costs, a mean cost of at most 0.3: total variation from ref exp((r - m c) / beta) / Z
+    below .02, with the m at which the mean is the limit; above .3 at the start, and from the optimum without a limit."""
+    table = {(0,): 0.5, (1,): -1.0, (2,): 1.0, (3,): 0.0, (4,): -0.5}
+    cost = {(0,): 0.0, (1,): 0.0, (2,): 1.0, (3,): 0.5, (4,): 0.0}
+    reward = mixture.Reward([mixture.Part("r", "r"), mixture.Part("c", "c", limit=0.3)],
+                            [Table(table.__getitem__), Table(cost.__getitem__)])
+    ref, policy = converge(reward, 0.7, 1, steps=60, rows=128)
+
+    def mean_cost(m):
+        weights = {y: p * math.exp((table[y] - m * cost[y]) / 0.7) for y, p in ref.items()}
+        return sum(weights[y] * cost[y] for y in ref) / sum(weights.values())
+
+    low, high = 0.0, 10.0
+    for _ in range(50):
+        low, high = ((low + high) / 2, high) if mean_cost((low + high) / 2) > 0.3 else (low, (low + high) / 2)
+    assert mean_cost(low) == pytest.approx(0.3) and 0.9 < low < 1.0
+    assert reward.multipliers[1] == pytest.approx(low, abs=0.1)
+    assert sum(policy[y] * cost[y] for y in cost) == pytest.approx(0.3, abs=0.02)
+    for m, start, end in ((low, ref, policy), (0.0, policy, policy)):
+        score_of = lambda y: table[y] - m * cost[y]  # noqa: E731, B023
+        assert distance(start, ref, score_of, 0.7) > 0.3 and (m == 0 or distance(end, ref, score_of, 0.7) < 0.02)
 
 
 def test_two_tokens_share_the_credit():
