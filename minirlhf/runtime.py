@@ -142,18 +142,22 @@ class Run:
         except OSError as error:
             self.release()
             fail(f"--out_dir {self.out_dir}: cannot be written ({error.strerror})")
-        for name in ("init_from", "reference", "reward_model", "judge"):
-            path = getattr(o, name, "")
-            folder = (path if os.path.isdir(path) else os.path.dirname(path)) or "."
-            if not o.resume and os.path.exists(path) and os.path.samefile(folder, o.out_dir):
-                self.release()
-                fail(f"--out_dir {self.out_dir}: holds --{name} {path}, which the run would replace; choose another "
-                     "folder")
+        self.spare("init_from", "reference", "reward_model", "judge")
         held = self.held()
         if held and not o.resume and not o.overwrite:
             self.release()
             fail(f"--out_dir {self.out_dir} holds a run ({', '.join(held)}); use --resume, --overwrite or another "
                  "folder")
+
+    def spare(self, *names):
+        """Exits 2 where an option of these names a model in out_dir, which a new run replaces."""
+        for name in names if self.lock else ():
+            path = getattr(self.options, name, "")
+            folder = (path if os.path.isdir(path) else os.path.dirname(path)) or "."
+            if not self.options.resume and os.path.exists(path) and os.path.samefile(folder, self.out_dir):
+                self.release()
+                fail(f"--out_dir {self.out_dir}: holds --{name} {path}, which the run would replace; choose another "
+                     "folder")
 
     def _lock(self):
         """Make the folder and take its lock. A run that ends meanwhile may remove both; then they are made again."""

@@ -471,7 +471,7 @@ STATE = [
     ("train_rm.py", 'training.save, done, {}, finished=False)', 'training.save, done, {}, finished=True)'),
     ("train_rm.py", 'if scheduled or stopping and done < steps:', 'if scheduled:'),
     ("train_rm.py", '            runtime.set_rate(optimizers, factor)\n', ''),
-    ("train_rm.py", "load_parts(load_preferences, o.preferences, o)", 'load_parts(load_preferences, "preferences", o)'),
+    ("minirlhf/data.py", "for stem in o.preferences}", 'for stem in ("preferences",)}'),
     ("train_ppo.py", 'guard.in_a_row = int(kept["high"])', 'pass'),
     ("train_ppo.py", 'high=guard.in_a_row)', 'high=0)'),
     ("train_ppo.py", '                    kl_coef = float(kept["kl_coef"])', '                    pass'),
