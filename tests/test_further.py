@@ -457,7 +457,7 @@ def test_several_sets_are_one_joined_file(folder, capsys):
     for k, names in enumerate((("old", "new"), ("./data/old", "data/new.train.jsonl"), ("new", "old"), ("old",))):
         train("rm", *(word for name in names for word in ("--preferences", name)), out=f"out/{k}")
         out = capsys.readouterr().out
-        assert ("\nnew  " in out) == (k in (0, 2)) and ("\ndata/new  " in out) == (k == 1)
+        assert ("\nnew  " in out) == (k in (0, 2)) and ("\ndata/new.train.jsonl  " in out) == (k == 1)
         assert f"{10 if k == 3 else 16} records with" in out and f"from {'./' * (k == 1)}data/{names[0][-3:]}" in out
     models = [load(f"out/{k}")["model"] for k in range(4)]
     assert same(models[0], load("out/rm")["model"]) and same(models[0], models[1])
