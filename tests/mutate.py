@@ -927,6 +927,22 @@ HELD_OUT = [
     ("train_sft.py", "*about_data, *about_parts,", "*about_data,"),
 ]
 SAMPLE = [
+    ("for _, text, finished, (score,) in itertools.islice(stream, a.n) if finished]",
+     "for _, text, finished, (score,) in itertools.islice(stream, a.n)]"),  # cut answers, too
+    ("key=lambda answer: -answer[0])", "key=lambda answer: answer[0])"),  # worst first
+    ("ranked.setdefault(text, (score, path))", "ranked[text] = score, path"),  # the lowest score of equal texts
+    ("if len(ranked) > a.rank:", "if len(ranked) > 1:"),
+    ("if len(ranked) > a.rank:", "if ranked:"),
+    ('counts["pairs"] += sum(x > y', 'counts["pairs"] += sum(x >= y'),
+    ('(("best", marks[:1]), ("all", marks))', '(("best", marks[-1:]), ("all", marks))'),
+    ('**({"checkpoints": [*paths]} if several else {})}', '}'),
+    ("    if not isinstance(prompt, Talk):\n", "    if True:\n"),
+    ("if a.n * len(policies) < 2:", "if a.n < 1:"),
+    ("if a.temperature == 0 and a.n > 1:", "if False:"),
+    ("    if len(judges) != 1:\n        fail(f\"{option}", "    if not judges:\n        fail(f\"{option}"),
+    ("                checkpoint.compatible(policy[1:3], policy.path, (judge.model, judge.tokenizer), path)",
+     "                pass"),
+    ("scoring = rewards.files(a.reward_model) if a.reward_model else []", "scoring = []"),
     ("encode_prompts(policy.tokenizer, prompts, room,", "encode_prompts(policy.tokenizer, prompts, room - 1,"),
     ("in zip(prompts, encoded) for _ in range(a.n)]", "in [*zip(prompts, encoded)] * a.n]"),
     ('completion, "finished": finished}', 'completion, "finished": not finished}'),
