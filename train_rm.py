@@ -298,8 +298,8 @@ def main(argv=None):
         calibrated = evaluate.calibration(differences)
         info = {"figures": figures, "calibration": calibrated, "verdict": evaluate.verdict(figures, calibrated)}
         run.write("metrics.jsonl", {"step": steps, "final": info})
-        run.say(f"\nscale: scores of {o.num_scale_samples} samples of {o.reference or o.init_from} had mean {mean:.3f} "
-                f"and standard deviation {std:.3f}; gain and bias make them 0 and 1")
+        run.say(f"\nscale: scores of {o.num_scale_samples} samples of {o.reference or o.init_from} "
+                f"had mean {mean:.3f} and standard deviation {std:.3f}; gain and bias make them 0 and 1")
         evaluate.show_pairs(model, run, tokenizer, val_set, steps)
         for line in (*evaluate.reward_model_table(figures, calibrated), info["verdict"]):
             run.say(line)
