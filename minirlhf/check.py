@@ -233,6 +233,73 @@ def rm(model, tokenizer, batch, optimizers, o, run):
     checks.end()
 
 
+def downhill(checks, policy, ref, batch, eos, o, run):
+    """A step against the gradient, whose length should lower the loss by 3 %, lowers it by about that; what is frozen
+    and the reference have not moved."""
+    from minirlhf import dpo
+
+    before, frozen = dpo.batch_gradients(policy, batch, eos, o, run)[0]["loss"], [p for p in policy.parameters()
+                                                                                   if not p.requires_grad]
+    still = [*ref.parameters(), *frozen]
+    copies = [p.detach().clone() for p in still]
+    learn = [p for p in policy.parameters() if p.grad is not None]
+    kept, wanted = [p.detach().clone() for p in learn], 0.03 * abs(before)
+    size = wanted / max(sum(float(p.grad.pow(2).sum()) for p in learn), 1e-20)
+    for p in learn:
+        p.data.sub_(size * p.grad)
+    gradients([policy])
+    after = dpo.batch_gradients(policy, batch, eos, o, run)[0]["loss"]
+    gradients([policy])
+    moved = sum(not torch.equal(p, copy) for p, copy in zip(still, copies))
+    for p, copy in zip(learn, kept):
+        p.data.copy_(copy)
+    checks("a step against the gradient lowers the loss as it should", 0.5 < (before - after) / wanted < 1.5,
+           f"by {before - after:.2g} of {before:.3g}, expected {wanted:.2g}",
+           "the gradient is not that of the loss: chosen and rejected are exchanged, or a part is detached")
+    checks("the reference stays as it is", not moved, f"{len(still)} tensors, {moved} of them moved by a step of the "
+           "policy", "policy and reference share weights that learn")
+
+
+def dpo(policy, ref, tokenizer, batch, optimizers, first, o, run):
+    """--check: what must hold of this stage, on one batch of training records. first: the steps that were taken
+    before."""
+    from minirlhf import dpo as stage
+
+    checks, eos, rows = Checks(run), tokenizer.eos, [row for rows, _, _ in batch for row in rows]
+    policy.eval()
+    padding(checks, policy, rows, "policy")
+    cache(checks, policy, rows)
+    with torch.no_grad():
+        parts = ragged(rows)
+        apart = torch.cat([stage.answer_logprobs(policy, run, [row], eos) for row in parts])
+        checks.close("a log-probability does not depend on what else is in the pass", apart,
+                     stage.answer_logprobs(policy, run, parts, eos), "decisions of another row, or of padding, count")
+        ref_logps = [stage.answer_logprobs(ref, run, rows, eos) for rows, _, _ in batch]
+        ratios = torch.cat([stage.answer_logprobs(policy, run, rows, eos) for rows, _, _ in batch]) - torch.cat(ref_logps)
+    if not first and not o.reference:
+        checks("all log-ratios are 0 at the start", bool((ratios.abs() <= checks.limit).all()),
+               f"at most {float(ratios.abs().max()):.1e} nats a text", "policy and reference start from different "
+               "weights, or are run in different precision")
+    batch, found = [(rows, pairs, own) for (rows, pairs, _), own in zip(batch, ref_logps)], []
+    for size in (len(batch), 1):
+        stage.batch_gradients(policy, batch, eos, replace(o, micro_batch_size=size), run)
+        found.append(gradients([policy]))
+    microbatches(checks, *found)
+    downhill(checks, policy, ref, batch, eos, o, run)
+    stage.batch_gradients(policy, batch, eos, o, run)
+    stillness(checks, policy, optimizers)
+    uncut = [row for row in rows if not row.trimmed]
+    if uncut:
+        same_ids(checks, tokenizer, uncut)
+        tokens, mask = stage.answers_of(uncut, eos, run.device)
+        last = mask.sum(1).cumsum(0) - 1  # of each row's decisions
+        ends = sum(token in tokenizer.ends() for token in tokens[:, 1:][mask][last].tolist())
+        checks("eos is a part of each answer", ends == len(uncut), f"{ends} of {len(uncut)} answers",
+               "it is masked as if it were padding, so that the policy unlearns to stop")
+    saved(checks, policy, tokenizer, "dpo")
+    checks.end()
+
+
 class GradientRecorder:
     """In an optimizer's place: keeps the gradient and moves nothing."""
 

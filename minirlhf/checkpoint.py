@@ -35,10 +35,10 @@ from minirlhf.runtime import sync_folder
 from minirlhf.tokenizer import Tokenizer
 
 FORMAT = 3  # what this program reads; it writes 3 with a form of messages, 2 with adapters on another's model, else 1
-STAGES = {"sft": "an SFT model", "rm": "a reward model", "ppo": "a PPO policy"}
-MADE_BY = {"sft": "train_sft.py", "rm": "train_rm.py", "ppo": "train_ppo.py"}
-POLICIES = ["sft", "ppo"]  # what answers prompts, and can be trained further
-LENGTH = {"sft": "num_train_epochs", "rm": "num_train_epochs", "ppo": "total_episodes"}  # the option that ends a stage
+STAGES = {"sft": "an SFT model", "rm": "a reward model", "ppo": "a PPO policy", "dpo": "a DPO policy"}
+MADE_BY = {**{stage: f"train_{stage}.py" for stage in ("sft", "rm", "ppo")}, "dpo": "python -m minirlhf.dpo"}
+POLICIES = ["sft", "ppo", "dpo"]  # what answers prompts, and can be trained further
+LENGTH = {**dict.fromkeys(("sft", "rm", "dpo"), "num_train_epochs"), "ppo": "total_episodes"}  # what ends a stage
 PARTS = {"stage": str, "config": dict, "head": str, "tokenizer": dict, "model": dict, "options": dict, "info": dict,
          "training": dict}
 SEAL = b"\x20\0"  # the last two bytes of a zip file without a comment are 0; these announce one of 32 bytes

@@ -12,8 +12,8 @@ and none after `--name ""`. An unknown name is refused, abbreviations too, with 
 
 `@file` reads options from a file, one a line, as in a nanoGPT config or flat TOML: `name = value  # comment`, also
 `--name value`, `--name=value` and `flag`; a value may stand in quotes, which hold anything but themselves. What comes
-later on the command line wins; a name may stand once in a file, unless it may be given again. Lines under `[sft]`, `[rm]` or `[ppo]` are for the
-script of that stage alone. Where no file has the name, `@scratch` is minirlhf/scratch.toml.
+later on the command line wins; a name may stand once in a file, unless it may be given again. Lines under `[sft]`,
+`[rm]`, `[ppo]` or `[dpo]` are for that stage alone. Where no file has the name, `@scratch` is minirlhf/scratch.toml.
 
 Left out: nesting, YAML and overriding by environment. A run's options fit one flat list.
 """
@@ -411,12 +411,12 @@ def lines_for(path, stage):
     section = ""
     for number, line in enumerate(re.split(r"\r\n|\r|\n", text), 1):
         line = line.strip()
-        heading = re.fullmatch(r"\[(sft|rm|ppo)\]\s*(#.*)?", line) if stage else None
+        heading = re.fullmatch(r"\[(sft|rm|ppo|dpo)\]\s*(#.*)?", line) if stage else None
         section = heading[1] if heading else section
         if line.startswith("[") and not heading:
             fail(f"{path}:{number}: {line[:60]}: " + (
-                "there are no sections but [sft], [rm] and [ppo], for those scripts; leave the line out, one `name = "
-                "value` a line is all" if stage else "this command takes no sections; leave the line out"))
+                "there are no sections but [sft], [rm], [ppo] and [dpo], for those stages; leave the line out, one `name "
+                "= value` a line is all" if stage else "this command takes no sections; leave the line out"))
         if line and not heading and section in ("", stage) and not line.startswith("#"):
             yield number, line
 

@@ -41,7 +41,8 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from minirlhf.chat import (ASSISTANT, HUMAN, ROLES, Message, Talk, as_text, encode_completion, encode_prompt, end_of)
+from minirlhf.chat import (ASSISTANT, HUMAN, ROLES, Message, Talk, about, as_text, encode_completion, encode_prompt,
+                           end_of)
 from minirlhf.config import fail
 
 QUESTIONS = {"prompt", "messages", "question", "questions", "instruction", "instructions", "input", "inputs", "query",
@@ -688,6 +689,68 @@ def too_long(rows: list[Row | None], limit, long_prompts):
     count = sum(row is None or row.trimmed for row in rows)
     what = {"drop": "dropped", "trim": "trimmed at the left, or cut"}[long_prompts]
     return f"{count} of {len(rows)} longer than {limit} tokens: {what}" if count else ""
+
+
+# ---- preferences, of which a record gives all its pairs
+
+def encode_preferences(tokenizer, preferences, block_size, long_prompts):
+    """-> [(rows, pairs, extra)] with pairs as (better, worse) indices into rows; Counter of why records were dropped;
+    all rows."""
+    kept, dropped, all_rows = [], Counter(), []
+    for p in preferences:
+        rows = [encode_row(tokenizer, p.prompt, c, block_size, long_prompts) for c in p.completions]
+        all_rows += rows
+        pairs = [(i, j) for i, j in p.pairs() if rows[i] and rows[j] and rows[i].ids != rows[j].ids]
+        if pairs:
+            used = sorted({i for pair in pairs for i in pair})
+            kept.append(([rows[i] for i in used], [(used.index(i), used.index(j)) for i, j in pairs], p.extra))
+        else:
+            long = p.pairs() and all(rows[i] is None or rows[j] is None for i, j in p.pairs())
+            dropped["too long" if long else "no two texts that differ and are not tied"] += 1
+    return kept, dropped, all_rows
+
+
+def among(records, count):
+    """All pairs of about `count` texts, those of records drawn at random, the same in each run -> records.
+
+    Where pairs share texts, as in rankings and in the default data, more pairs come with the same texts.
+    """
+    chosen = set()
+    for i in torch.randperm(len(records), generator=torch.Generator().manual_seed(0)).tolist():
+        if len(chosen) >= count:
+            break
+        chosen |= {tuple(row.ids) for row in records[i][0]}
+    found = [(rows, [(i, j) for i, j in pairs if {tuple(rows[i].ids), tuple(rows[j].ids)} <= chosen], extra)
+             for rows, pairs, extra in records]
+    return [record for record in found if record[1]]
+
+
+def read_preferences(o, tokenizer, block_size):
+    """-> training and held-out records, encoded, and the lines to say of them. Exits 2 where none is left."""
+    *parts, paths, lines = load_sets(o)
+    sets = []
+    for files, part, name in zip(paths, parts, ("training", "held-out")):
+        kept, dropped, rows = encode_preferences(tokenizer, part, block_size, o.long_prompts)
+        if not kept:
+            fail(f"{', '.join(files)}: no record is left: each is longer than the context of {block_size} tokens, or "
+                 "its texts are the same or tied")
+        sets.append(kept)
+        if name == "held-out" and o.num_eval_texts:
+            sets[-1] = among(kept, o.num_eval_texts)
+            if len(sets[-1]) < len(kept):
+                lines.append(f"held-out records: {len(kept) - len(sets[-1]):,} of {len(kept):,} left out, for about "
+                             f"{o.num_eval_texts:,} texts are evaluated (--num_eval_texts 0: all)")
+        if long := too_long(rows, block_size, o.long_prompts):
+            lines.append(f"{name} texts: {long}")
+        lines += [f"{name} records dropped, {why}: {count}" for why, count in dropped.items()]
+        lines += [*doubtful_columns(part, f"{name} preferences"),
+                  *blank_ends([p.prompt for p in part], f"prompts of {name} preferences")]
+    n_texts, n_pairs = (sum(len(record[k]) for record in sets[0]) for k in (0, 1))
+    head = (f"{len(sets[0]):,} records with {n_texts:,} texts and {n_pairs:,} pairs for training, {len(sets[1]):,} "
+            f"records held out, from {describe_sets(o)}")
+    lines += [*repeats(*([(p.prompt, *p.completions) for p in part] for part in parts), "preferences"),
+              *about(tokenizer, [p.prompt for p in parts[0]], "training records")]
+    return *sets, [head, *lines], sum(paths, [])
 
 
 # ---- order

@@ -98,10 +98,21 @@ def accuracy_with_interval(better, worse, texts, seed=0, replicates=400):
 def reward_model_figures(model, run, records, eos, prefer_longer):
     """Held-out figures of a set of pairs -> (dict of figures, differences r_better - r_worse)."""
     model.eval()
-    pairs = [(rows[i], rows[j], extra) for rows, index, extra in records for i, j in index]
+    pairs = pairs_of(records)
     scores = score_all(model, run, [row for a, b, _ in pairs for row in (a, b)], eos).cpu().view(-1, 2)
     model.train()
     better, worse = scores.T
+    return accuracy_figures(pairs, better, worse, prefer_longer), (better - worse).double()
+
+
+def pairs_of(records):
+    """[(better row, worse row, columns beside them)] of all records."""
+    return [(rows[i], rows[j], extra) for rows, index, extra in records for i, j in index]
+
+
+def accuracy_figures(pairs, better, worse, prefer_longer):
+    """{kind or margin: {"pairs", "accuracy", "low", "high", "length_only"[, "ceiling"]}} of some pairs and the scores
+    of their two texts."""
     texts = [(tuple(a.ids), tuple(b.ids)) for a, b, _ in pairs]
     length = torch.tensor([[len(a.ids), len(b.ids)] for a, b, _ in pairs]).double() * (1 if prefer_longer else -1)
 
@@ -127,7 +138,7 @@ def reward_model_figures(model, run, records, eos, prefer_longer):
             if margin > 1:
                 bins[f"{kind}, margin > 1"].append(i)
     groups = {"all": list(range(len(pairs))), **(kinds if len(kinds) > 1 else {}), **dict(sorted(bins.items()))}
-    return {name: figures(keep) for name, keep in groups.items()}, (better - worse).double()
+    return {name: figures(keep) for name, keep in groups.items()}
 
 
 def calibration(differences):
@@ -183,12 +194,17 @@ def spelled(low, high, pairs, what=""):
 
 def reward_model_table(figures, calibrated):
     """Lines: what the model is worth on held-out pairs, by kind and margin, and how well it is calibrated."""
+    yield from accuracy_table(figures)
+    yield (f"calibration: ECE {calibrated['ece']:.3f}; {calibrated['ece_with_temperature']:.3f} after dividing score "
+           f"differences by a temperature of {calibrated['temperature']:.2f}")
+
+
+def accuracy_table(figures):
+    """Its lines by kind and margin, of `accuracy_figures`."""
     yield f"{'held out':<28}{'pairs':>7}  {'accuracy (95% interval)':<32}length only   ceiling"
     for name, f in figures.items():
         yield (f"{name:<28}{f['pairs']:>7}  {f['accuracy']:.3f}  {spelled(f['low'], f['high'], f['pairs']):<25}"
                f"{f['length_only']:>11.3f}" + (f"{f['ceiling']:>10.3f}" if "ceiling" in f else ""))
-    yield (f"calibration: ECE {calibrated['ece']:.3f}; {calibrated['ece_with_temperature']:.3f} after dividing score "
-           f"differences by a temperature of {calibrated['temperature']:.2f}")
 
 
 # ---- stage 3: answers against a baseline's answers
@@ -234,18 +250,19 @@ def preference(rows, base, name):
 
 def summary(rows, base):
     """Figures of answers against other answers to the same prompts: numbers, or (mean, half-width) or (share, low,
-    high) of 95 % intervals."""
+    high) of 95 % intervals; those of scores where the answers have some."""
     n, tokens = len(rows), max(1, sum(r["length"] for r in rows))
     bigrams = [pair for r in rows for pair in zip(r["ids"], r["ids"][1:])]
     texts = [r["completion"] for r in rows]
-    out = {"prompts": n, "score": mean_interval(column(rows, "score")), "kl": mean_interval(column(rows, "k1")),
-           "kl_k3": mean_interval(column(rows, "k3")), "win_rate": preference(rows, base, "score"),
+    out = {"prompts": n, "kl": mean_interval(column(rows, "k1")), "kl_k3": mean_interval(column(rows, "k3")),
            "eos_rate": sum(r["finished"] for r in rows) / n, "mean_length": sum(r["length"] for r in rows) / n,
            "distinct_2": len(set(bigrams)) / max(1, len(bigrams)),
            "repeated": 1 - len(set(texts)) / max(1, len(texts)),
            "ref_logprob_per_token": sum(r["ref_logprob"] for r in rows) / tokens}
-    if "judge" in rows[0]:
-        out |= {"judge_score": mean_interval(column(rows, "judge")), "judge_win_rate": preference(rows, base, "judge")}
+    for name, prefix in (("score", ""), ("judge", "judge_")):
+        if name in rows[0]:
+            out |= {f"{prefix}score": mean_interval(column(rows, name)),
+                    f"{prefix}win_rate": preference(rows, base, name)}
     return out
 
 
@@ -542,8 +559,8 @@ def parse(argv=None):
         prog="python -m minirlhf.evaluate", description="Policies against a baseline on held-out "
         "prompts, by a reward model and a judge, with 95 % intervals. Temperature, response length, seed and dtype are "
         "those of the first policy's run unless given, so that the figures are those that train_ppo.py printed.")
-    parser.add_argument("policies", nargs="+", metavar="POLICY", help="ckpt.pt of train_ppo.py or train_sft.py, or its "
-                        "folder")
+    parser.add_argument("policies", nargs="+", metavar="POLICY", help="ckpt.pt of train_ppo.py, "
+                        "minirlhf.dpo or train_sft.py, or its folder")
     parser.add_argument("--baseline", default="out/sft", metavar="PATH", help="the SFT model whose answers theirs are "
                         "compared with, and the reference of the KL (default: %(default)s)")
     parser.add_argument("--reward_model", default="out/rm", metavar="PATH", help="reward model, or FILE.py:FUNCTION "
@@ -596,12 +613,12 @@ def main(argv=None):
     if a.output is None:
         all_printed()
     device = runtime.pick_device(a.device)
-    baseline, tokenizer, payload = checkpoint.load(a.baseline, ["sft", "ppo"], device)
+    baseline, tokenizer, payload = checkpoint.load(a.baseline, checkpoint.POLICIES, device)
     called = "SFT" if payload["stage"] == "sft" else "baseline"
     kernels.pick_matmul(baseline)
     policies, share = {}, None
     for path in a.policies:
-        policy, own_tokenizer, payload = checkpoint.load(path, ["sft", "ppo"], device)
+        policy, own_tokenizer, payload = checkpoint.load(path, checkpoint.POLICIES, device)
         checkpoint.compatible((policy, own_tokenizer), path, (baseline, tokenizer), a.baseline)
         policies[path], share = policy, share or payload["options"].get("val_share", RunOptions.val_share)
         for name, usual in (("temperature", 1.0), ("response_length", 48), ("seed", RunOptions.seed),

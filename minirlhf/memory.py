@@ -1,8 +1,8 @@
 """What a run will need of memory, by part, said before it starts, and what to do where the device has less.
 
 The phases of a step take turns, so a run's peak is what stays (weights, moments, the program itself) and the largest of
-what comes and goes. `of_sft`, `of_rm` and `of_ppo` give {phase: {part: bytes}} from options and shapes alone, so that
-they can be asked what other options would need; answers are taken to be as long as they may become.
+what comes and goes. `of_sft`, `of_rm`, `of_dpo` and `of_ppo` give {phase: {part: bytes}} from options and shapes
+alone, so that they can be asked what other options would need; answers are taken to be as long as they may become.
 
 Left out: what torch.compile saves and costs, the scratch memory of matmuls, what other processes take meanwhile.
 """
@@ -154,6 +154,27 @@ def of_rm(o, run, model, sft, batches, text, prompt):
         {"activations": ROWS * text * (a + h * text + d)},
         *in_turn(passes, gradients(o, model), o.batch_size > o.micro_batch_size * run.world),
         sampling(c, o, min(BATCH, o.num_scale_samples), prompt, o.response_length, w, cpu)]
+
+
+def of_dpo(o, run, policy, ref, batches, held_out, prompt):
+    """batches: records of the largest, each with its rows first, a pass a microbatch; held_out: rows of an evaluation;
+    prompt: tokens of the longest that is answered."""
+    c, w, cpu = policy.config, run.dtype.itemsize, run.device.type == "cpu"
+    logit, steps = FLOAT * c.vocab_size, set()
+    for part in (part for batch in batches for part in parts(run.share(batch) or batch, o)):
+        rows = [row for record in part for row in record[0]]
+        steps.add((len(rows), max(len(row.ids) for row in rows) - 1, answered(rows)))
+    passes = most(training(c, o, [step], 4 * logit * step[2], w, cpu) for step in steps)
+    longest = sorted(held_out, key=lambda row: len(row.ids))[-ROWS:]
+    return lasting(o, run, [policy], [ref]), [
+        {"logits": 3 * logit * max(answered(longest), *(selected for _, _, selected in steps))},
+        *in_turn(passes, gradients(o, policy), o.batch_size > o.micro_batch_size * run.world),
+        sampling(c, o, min(BATCH, o.num_eval_prompts), prompt, o.response_length, w, cpu)]
+
+
+def answered(rows):
+    """Tokens of the rows' answers."""
+    return sum(len(row.ids) - row.prompt_length for row in rows)
 
 
 def of_ppo(o, run, policy, value, others, prompt):

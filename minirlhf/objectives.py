@@ -1,4 +1,4 @@
-"""Every formula of the three stages as a pure function of tensors, each with its equation and source.
+"""Every formula of the stages as a pure function of tensors, each with its equation and source.
 
 Invariant: all per-decision tensors share one grid (B, T-1); a mask is bool, True counts. Losses return one number a
 decision (or pair); the training loop masks, sums and divides once.
@@ -74,6 +74,31 @@ def fit_temperature(differences, steps=50):
         gradient, curvature = -(p * d).mean(), (p * (1 - p) * d * d).mean()
         b = torch.clamp(b - gradient / curvature.clamp_min(1e-12), low, high)
     return 1 / float(b)
+
+
+# ---- direct alignment: chosen and rejected are (P,), of each pair's two texts, nats
+
+def dpo_loss(chosen, rejected, beta, label_smoothing=0.0):
+    """-(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h), h = chosen - rejected, nats a pair.
+
+    chosen, rejected: log pi(y|x) - log ref(y|x), sums over the answer's tokens.   Rafailov et al. 2023, eq. 7;
+    e, the share of labels that are wrong: Mitchell 2023, cDPO
+    """
+    h = beta * (chosen - rejected)
+    return -(1 - label_smoothing) * F.logsigmoid(h) - label_smoothing * F.logsigmoid(-h)
+
+
+def ipo_loss(chosen, rejected, beta):
+    """(h - 1 / (2 beta))^2, h = chosen - rejected, the same sums as DPO's.   Azar et al. 2023, eq. 17 (beta is its tau)"""
+    return (chosen - rejected - 1 / (2 * beta)) ** 2
+
+
+def simpo_loss(chosen, rejected, beta, gamma):
+    """-log sigmoid(beta (chosen - rejected) - gamma), nats a pair.   Meng et al. 2024, eq. 6
+
+    chosen, rejected: log pi(y|x) / |y|, means over the answer's tokens; there is no reference.
+    """
+    return -F.logsigmoid(beta * (chosen - rejected) - gamma)
 
 
 # ---- KL estimators (Schulman 2020, "Approximating KL divergence"), of KL(p || q) from samples of p

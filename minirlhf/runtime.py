@@ -587,9 +587,9 @@ def finite(value):
 
 
 def command_line(stage, options, **changes):
-    """"python train_STAGE.py --name value ...": the options that differ, after `changes`, from their defaults, or from
+    """"python train_STAGE.py --name value ...", or "python -m minirlhf.dpo ...": the options that differ, after `changes`, from their defaults, or from
     those of a file of options in the package if these are fewer."""
-    return " ".join([start_of(f"train_{stage}.py"), *shortest(options, **changes)])
+    return " ".join([start_of("minirlhf.dpo" if stage == "dpo" else f"train_{stage}.py"), *shortest(options, **changes)])
 
 
 def shortest(options, **changes):
@@ -616,16 +616,17 @@ def as_path(name):
 
 
 def start_of(script):
-    """"python SCRIPT" or "python -m MODULE", as it is started from the folder where the user stands, by torchrun where
-    the run was."""
+    """"python SCRIPT" or "python -m MODULE", as it is started from the folder where the user stands; what trains by
+    torchrun, where the run was."""
     root, here = os.path.dirname(os.path.dirname(os.path.abspath(__file__))), os.getcwd()
+    _, world = ranks()
+    python = f"torchrun --nproc_per_node={world}" if world > 1 else "python"
     if not script.endswith(".py"):
         elsewhere = "" if os.path.samefile(root, here) else f"PYTHONPATH={shlex.quote(root)} "
-        return f"{elsewhere}python -m {script}"
+        return f"{elsewhere}{python if script == 'minirlhf.dpo' else 'python'} -m {script}"
     path = os.path.join(root, script)
     path = os.path.relpath(path, here) if os.path.commonpath([root, here]) in (root, here) else path
-    _, world = ranks()
-    return (f"torchrun --nproc_per_node={world}" if world > 1 else "python") + f" {shlex.quote(path)}"
+    return f"{python} {shlex.quote(path)}"
 
 
 USUAL = {"data_dir": "data/sentiment", "val_share": 0.05, "init_from": "out/sft/ckpt.pt",

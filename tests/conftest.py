@@ -31,9 +31,14 @@ LLAMA = {"family": "llama", "n_head": 4, "n_kv_head": 2, "head_size": 6, "n_inne
 both_families = pytest.mark.parametrize("shape", [{}, LLAMA], ids=["gpt2", "llama"])
 
 
+def script(stage):
+    """The module that trains a stage."""
+    return importlib.import_module("minirlhf.dpo" if stage == "dpo" else f"train_{stage}")
+
+
 def scratch(stage):
     """Words that make a stage train a small model in full, as `@scratch` does, in the usual folders."""
-    found = config.preset_values(importlib.import_module(f"train_{stage}").Options, config.presets()["scratch"])
+    found = config.preset_values(script(stage).Options, config.presets()["scratch"])
     return [f"--{name}={value}" for name, value in found.items()
             if name not in ("out_dir", "reward_model") and (name != "init_from" or stage == "sft")]
 
@@ -344,7 +349,8 @@ class Tiny:
     STAGES = {"sft": f"{' '.join(SHAPE)} --batch_size 4 --num_train_epochs 1 --response_length 4 --eval_interval 100",
               "rm": "--batch_size 4 --num_scale_samples 4 --response_length 4 --eval_interval 100",
               "ppo": "--total_episodes 8 --batch_size 4 --response_length 3 --num_eval_prompts 4 --value_warmup 0 "
-                     "--micro_batch_size 4 --learning_rate 0.03 --eval_interval 100"}
+                     "--micro_batch_size 4 --learning_rate 0.03 --eval_interval 100",
+              "dpo": "--batch_size 4 --learning_rate 0.01 --response_length 3 --num_eval_prompts 4 --eval_interval 100"}
 
     def __init__(self, folder):
         self.folder, self.count, self.read = folder, 0, {}
@@ -399,7 +405,7 @@ class Tiny:
         checkpoint.unpack = read_once
         try:
             with contextlib.redirect_stdout(said), contextlib.redirect_stderr(error):
-                importlib.import_module(f"train_{stage}").main([*map(str, argv), *map(str, options)])
+                script(stage).main([*map(str, argv), *map(str, options)])
         except SystemExit as stop:
             code = stop.code if type(stop.code) is int else 1
             error.write("" if type(stop.code) is int else f"{stop.code}\n")

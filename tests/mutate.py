@@ -498,7 +498,7 @@ STATE = [
     ("train_rm.py", "init_from=o.reference or o.init_from,\n", "init_from=o.init_from,\n"),
     ("train_rm.py", "            **({f\"--reference {o.reference}\": checkpoint.files_of(o.reference)} if o.reference else {})})",
      "            })"),
-    ("train_rm.py", "return *sets, [head, *lines], sum(paths, [])", "return *sets, [head, *lines], paths[0]"),
+    ("minirlhf/data.py", "return *sets, [head, *lines], sum(paths, [])", "return *sets, [head, *lines], paths[0]"),
     ("train_ppo.py", 'guard.in_a_row = int(kept["high"])', 'pass'),
     ("train_ppo.py", 'high=guard.in_a_row)', 'high=0)'),
     ("train_ppo.py", '                    kl_coef = float(kept["kl_coef"])', '                    pass'),
