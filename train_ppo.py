@@ -352,6 +352,7 @@ def main(argv=None):
                 kl_coef = adaptive_kl_coef(kl_coef, record["objective/kl"], o.adaptive_kl_target, o.batch_size)
             if scheduled:
                 record["eval"] = against_sft.evaluation(policy, done)
+                evaluate.save_tokens(batch, policy, done, steps, tokenizer, o, run)
             run.write("metrics.jsonl", record)
             run.rescue = partial(training.save, done, record, kl_coef=kl_coef, high=guard.in_a_row)
             if scheduled or stopping:

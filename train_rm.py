@@ -234,7 +234,8 @@ def main(argv=None):
         mean, std = set_scale(model, sft, run, tokenizer, scale_prompts, o)
         figures, differences = evaluate.reward_model_figures(model, run, val_set, tokenizer.eos, prefer_longer)
         calibrated = evaluate.calibration(differences)
-        info = {"figures": figures, "calibration": calibrated, "verdict": evaluate.verdict(figures, calibrated)}
+        info = {"figures": figures, "calibration": calibrated, "reliability": evaluate.reliability(differences),
+                "verdict": evaluate.verdict(figures, calibrated)}
         run.write("metrics.jsonl", {"step": steps, "final": info})
         run.say(f"\nscale: scores of {o.num_scale_samples} samples of {o.reference or o.init_from} "
                 f"had mean {mean:.3f} and standard deviation {std:.3f}; gain and bias make them 0 and 1")

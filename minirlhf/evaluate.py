@@ -18,12 +18,14 @@ from minirlhf.data import collate, divide, encode_prompts, label_of, load_prompt
 from minirlhf.generate import generate
 from minirlhf.memory import BATCH, ROWS
 from minirlhf.model import flat_indices
-from minirlhf.objectives import (best_of_n_kl, expected_calibration_error, explained_variance, fit_temperature, k1, k3,
-                                 mean_interval, moments, sft_loss, wilson_interval, win_rate, wins)
+from minirlhf.objectives import (best_of_n_kl, expected_calibration_error, explained_variance, fit_temperature, gae, k1,
+                                 k3, log_ratio, mean_interval, moments, reliability_sums, sft_loss, wilson_interval,
+                                 win_rate, wins)
 
 BINS = (0, 0.5, 1, 2, 4, math.inf)  # of `margin`, for the accuracy by how clear a preference was
 FEW = 50  # pairs, fewer of which say nothing of how good a reward model is
 SHOWN = 4  # samples printed at each evaluation
+TOKEN_LOOKS, TOKEN_ROWS, TOKENS = 8, 4, 256  # in tokens.jsonl: looks of a run, answers of a look, tokens of an answer
 BEST_OF = 4  # SFT answers of which the closing report keeps the best
 UNSOUND_KL = 1.0  # nats a token (k3) between new and old policy: a sound update moves by a hundredth of it
 
@@ -143,14 +145,29 @@ def accuracy_figures(pairs, better, worse, prefer_longer):
 
 def calibration(differences):
     """ECE before and after a temperature. T is fitted on even pairs and judged on odd ones; then fitted on all."""
-    flip = torch.where(torch.arange(len(differences)) % 4 < 2, 1.0, -1.0)  # half are asked the other way round
-    half = fit_temperature(differences[::2])
-
     def ece(temperature):
-        d, sign = differences[1::2], flip[1::2]
-        return expected_calibration_error(torch.sigmoid(sign * d / temperature), sign > 0) if len(d) else math.nan
+        asked = predicted(differences, temperature)
+        return expected_calibration_error(*asked) if len(asked[0]) else math.nan
 
-    return {"temperature": fit_temperature(differences), "ece": ece(1.0), "ece_with_temperature": ece(half)}
+    return {"temperature": fit_temperature(differences), "ece": ece(1.0),
+            "ece_with_temperature": ece(fit_temperature(differences[::2]))}
+
+
+def predicted(differences, temperature):
+    """Of the odd pairs, half of them asked the other way round: the probability that the first is better, and whether
+    it is."""
+    sign = torch.where(torch.arange(len(differences)) % 4 < 2, 1.0, -1.0)[1::2]
+    return torch.sigmoid(sign * differences[1::2] / temperature), sign > 0
+
+
+def reliability(differences):
+    """The reliability diagram whose gaps are the two ECEs of `calibration`: each a list, for the tenths of probability
+    that have pairs, of (mean probability, share that was better, pairs)."""
+    def bins(temperature):
+        return [(given / n, happened / n, int(n)) for given, happened, n in
+                reliability_sums(*predicted(differences, temperature)).T.tolist() if n]
+
+    return {"as_is": bins(1.0), "with_temperature": bins(fit_temperature(differences[::2]))}
 
 
 def verdict(figures, calibrated):
@@ -406,6 +423,35 @@ def save_rollouts(batch, step, tokenizer, run):
                 prompts, batch.responses(), batch.scores.tolist(), batch.final_rewards.tolist(), kl, tokens,
                 batch.finished.tolist())]
     run.write("rollouts.jsonl", *run.gather(rows))
+
+
+@torch.no_grad()
+def save_tokens(batch, policy, done, steps, tokenizer, o, run):
+    """A few answers of a look's batch, from its lowest score to its highest, into tokens.jsonl, one a line: what each
+    token's decision got from PPO's paragraphs, and the ratio of the policy after the update to that before it.
+
+    TOKEN_LOOKS of a run's looks at most, spread evenly and the last among them, and of an answer at most TOKENS: with
+    about 100 bytes a token less than 1 MB a run.
+    """
+    looks, look = runtime.looks_left(1, steps, o.eval_interval), -(-done // o.eval_interval)
+    if not run.main or TOKEN_LOOKS * look // looks == TOKEN_LOOKS * (look - 1) // looks:
+        return
+    some = torch.linspace(0, len(batch.scores) - 1, min(TOKEN_ROWS, len(batch.scores))).round().long()
+    some = batch.take(batch.scores.argsort(stable=True)[some.to(batch.scores.device)])
+    with run.autocast():
+        logprobs = some.grid(policy.logprobs(some.tokens, some.decisions, o.temperature, some.below)[0])
+    columns = {"logprobs": some.logprobs, "ref_logprobs": some.ref_logprobs, "kl": k1(some.logprobs, some.ref_logprobs),
+               "values": some.values, "rewards": some.rewards, "advantages": some.advantages, "returns": some.returns,
+               "rewards_to_go": gae(some.rewards, torch.zeros_like(some.values), some.response_mask, o.gamma, 1.0)[1],
+               "ratios": log_ratio(logprobs, some.logprobs).exp()}
+    for i, (response, n) in enumerate(zip(some.responses(), some.prompt_lengths.tolist())):
+        prompt = some.prompt_texts[i] if some.prompt_texts else tokenizer.decode(some.tokens[i, :n].tolist())
+        run.write("tokens.jsonl", {
+            "step": done, "prompt": prompt[-2000:], "score": float(some.scores[i]),
+            "reward": float(some.final_rewards[i]), "finished": bool(some.finished[i]), "length": len(response),
+            "tokens": [tokenizer.bytes[t].decode("utf-8", "backslashreplace")[:40] for t in response[:TOKENS]],
+            **{name: [round(v, 4) for v in x[i, n - 1:n - 1 + len(response[:TOKENS])].tolist()]
+               for name, x in columns.items()}})
 
 
 def rollout_figures(batch, kl_coef, run):

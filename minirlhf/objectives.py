@@ -54,10 +54,16 @@ def expected_calibration_error(probability, correct, bins=10):
 
     probability (N,) of the event, correct (N,) bool whether it happened -> a number in [0, 1].
     """
+    given, happened, _ = reliability_sums(probability, correct, bins)
+    return float((happened - given).abs().sum() / len(probability))
+
+
+def reliability_sums(probability, correct, bins=10):
+    """In each of the equal-width bins of [0, 1]: sum of the probabilities, events that happened, how many (3, bins)."""
     index = (probability * bins).long().clamp(0, bins - 1)
-    gap = torch.zeros(bins, dtype=torch.double, device=probability.device)
-    gap.index_add_(0, index, correct.double() - probability.double())
-    return float(gap.abs().sum() / len(probability))
+    sums = torch.zeros(3, bins, dtype=torch.double, device=probability.device)
+    return sums.index_add_(1, index, torch.stack([probability.double(), correct.double(),
+                                                  torch.ones_like(probability, dtype=torch.double)]))
 
 
 def fit_temperature(differences, steps=50):

@@ -40,7 +40,7 @@ except ModuleNotFoundError:
 
 LATELY = 100  # steps by which the time left is told
 STOPS = (signal.SIGINT, signal.SIGTERM)
-LOGS = ("metrics.jsonl", "samples.jsonl", "rollouts.jsonl")
+LOGS = ("metrics.jsonl", "samples.jsonl", "rollouts.jsonl", "tokens.jsonl")
 KEPT = ("ckpt.previous.pt", "ckpt.pt", *LOGS)  # what makes a folder that of a run
 HALF = ("ckpt.pt.tmp", "config.json.tmp", *(f"{name}.tmp" for name in LOGS))  # what a killed run may leave beside it
 
@@ -124,7 +124,7 @@ class Run:
             self._claim_out_dir()
         if threading.current_thread() is threading.main_thread():  # no other may
             self.signals = {number: signal.signal(number, self._on_signal) for number in STOPS}
-        self.started = time.perf_counter()
+        self.started = self.told = time.perf_counter()  # told: when the last row of metrics.jsonl was written
 
     # ---- output folder
 
@@ -247,8 +247,12 @@ class Run:
             sync_folder(self.out_dir)
 
     def write(self, name, *records):
-        """Append JSON objects to out_dir/name, one a line."""
+        """Append JSON objects to out_dir/name, one a line. Those of metrics.jsonl get "elapsed", the seconds since the
+        one before or since the process began: over a run they add up to what it took, evaluations included."""
         if self.main:
+            if name == "metrics.jsonl":
+                self.told, before = time.perf_counter(), self.told
+                records = [record | {"elapsed": self.told - before} for record in records]
             with self.writing(name), open(self.path(name), "a", encoding="utf-8") as f:
                 f.write("".join(json.dumps(finite(record), ensure_ascii=False) + "\n" for record in records))
 

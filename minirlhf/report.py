@@ -1,0 +1,721 @@
+"""What a folder of runs has come to, on one page that opens from the disk: `python -m minirlhf.report out`.
+
+Invariant: each figure is one that the runs' own files hold, or a sum or a share of such; what a file lacks, the page
+says. The page makes no request, and its content security policy knows this module's one script: a text of data or
+models is text, whatever it holds.
+
+Of each stage one run is shown in full, that of the folder named after the stage or else the latest; the others are in
+the first table, and `python -m minirlhf.report out/OTHER` shows them. Left out: what only a checkpoint knows.
+"""
+import argparse
+import base64
+import hashlib
+import importlib
+import json
+import os
+import re
+from dataclasses import fields
+from typing import NamedTuple
+
+from minirlhf import evaluate, runtime
+from minirlhf.chart import CHART, PAGE, SHADES, Point, figure, is_number, lines, look, text
+from minirlhf.config import all_printed, check_spelling, fail, launch, say, unprinted
+from minirlhf.objectives import wilson_interval
+
+STAGES = {"sft": "SFT model", "rm": "reward model", "ppo": "PPO policy"}
+SHOWN = 12  # answers before and after at a time
+LONGEST = 2000  # characters of a text
+ANSWERS, ROLLOUTS = 300_000, 300_000  # characters of the page that answers, and rollouts, may take
+ROWS = 100  # of a table of steps
+
+
+class Run(NamedTuple):
+    """A run's folder as its files tell it. faults: what of them cannot be read."""
+    folder: str
+    stage: str
+    options: dict
+    metrics: list
+    samples: list
+    tokens: list
+    faults: list
+
+    @property
+    def steps(self):
+        return [row for row in self.metrics if "final" not in row]
+
+    @property
+    def final(self):
+        """What the closing report has kept, or None."""
+        return next((row["final"] for row in self.metrics[::-1] if isinstance(row.get("final"), dict)), None)
+
+
+# ---- files
+
+def read_rows(path, faults):
+    """The objects of a .jsonl file, those that can be read; of the others `faults` gets a line."""
+    rows, bad = [], []
+    if not os.path.isfile(path):
+        return rows
+    try:
+        with open(path, "rb") as f:
+            for number, line in enumerate(f, 1):
+                try:
+                    row = json.loads(line)
+                except (ValueError, RecursionError):
+                    row = None
+                if isinstance(row, dict) and is_number(row.get("step")):
+                    rows.append(row)
+                elif line.strip():
+                    bad.append((number, line))
+    except OSError as error:
+        faults.append(f"{path} cannot be read ({error.strerror}).")
+    if bad:
+        torn = len(bad) == 1 and not bad[0][1].endswith(b"\n")
+        faults.append(f"{path}: " + ("the last line is torn, as where a run was killed; it is left out." if torn else
+                                     f"{len(bad)} lines are no rows and are left out, the first is {bad[0][0]}."))
+    return rows
+
+
+def read_object(path, faults):
+    """The object of a .json file; {} and a line in `faults` where there is none."""
+    try:
+        if os.path.isfile(path):
+            with open(path, encoding="utf-8") as f:
+                found = json.load(f)
+            if isinstance(found, dict):
+                return found
+        faults.append(f"{path} is " + ("no JSON object." if os.path.isfile(path) else "missing."))
+    except OSError as error:
+        faults.append(f"{path} cannot be read ({error.strerror}).")
+    except (ValueError, RecursionError):
+        faults.append(f"{path} is no JSON.")
+    return {}
+
+
+def read_run(folder):
+    """-> Run, or None where the folder holds none."""
+    held = {name: os.path.join(folder, name) for name in ("config.json", *runtime.KEPT)}
+    if not any(map(os.path.isfile, held.values())):
+        return None
+    faults = []
+    options, name = read_object(held["config.json"], faults), os.path.basename(os.path.abspath(folder))
+    stage = options.get("stage") if isinstance(options.get("stage"), str) else name
+    if not os.path.isfile(held["metrics.jsonl"]):
+        faults.append(f"{held['metrics.jsonl']} is missing: the run has not logged a step.")
+    rows = [read_rows(held[name], faults) for name in ("metrics.jsonl", "samples.jsonl", "tokens.jsonl")]
+    return Run(folder, stage, options, *rows, faults)
+
+
+def find_runs(folder):
+    """The runs in a folder and in those directly below it, in the order of the stages."""
+    below = sorted(entry.path for entry in os.scandir(folder) if entry.is_dir())
+    runs = [*filter(None, map(read_run, [folder, *below]))]
+    return sorted(runs, key=lambda run: [*STAGES, run.stage].index(run.stage))
+
+
+def shown_in_full(runs):
+    """{stage: the run that is shown}: the folder of the stage's name, or the one that was written last."""
+    def rank(run):
+        return (os.path.basename(os.path.abspath(run.folder)) == run.stage,
+                max((os.path.getmtime(path) for path in (os.path.join(run.folder, "metrics.jsonl"),)
+                     if os.path.exists(path)), default=0.0))
+    return {stage: max(found, key=rank) for stage in STAGES
+            if (found := [run for run in runs if run.stage == stage])}
+
+
+# ---- values
+
+def get(value, *path):
+    """value[a][b]..., None where that is not there."""
+    for key in path:
+        if isinstance(value, dict):
+            value = value.get(key)
+        else:
+            value = value[key] if isinstance(value, list) and isinstance(key, int) and key < len(value) else None
+    return value
+
+
+def points(rows, *path):
+    """Of each row that has it: (step, value), with an interval where it is [mean, half] or [share, low, high]."""
+    for row in rows:
+        value = get(row, *path)
+        if isinstance(value, list) and value and all(map(is_number, value)):
+            ends = value[1:3] if len(value) > 2 else [value[0] - value[1], value[0] + value[1]] if value[1:] else []
+            yield Point(row["step"], value[0], *ends)
+        elif is_number(value):
+            yield Point(row["step"], value)
+
+
+def seconds(run):
+    """What the run has taken -> words. `elapsed` counts all of it, `seconds` of an older run its steps alone."""
+    for name, also in (("elapsed", ""), ("seconds", " in steps")):
+        found = [row[name] for row in run.metrics if is_number(row.get(name))]
+        if found:
+            return runtime.clock(sum(found)) + also
+    return "not recorded"
+
+
+def command(run):
+    """The command line that repeats the run, of the options that its script knows today; None without a script."""
+    if run.stage not in STAGES or not run.options:
+        return None
+    options = importlib.import_module(f"train_{run.stage}").Options
+    known = {f.name: run.options[f.name] for f in fields(options) if type(run.options.get(f.name)) is type(f.default)}
+    return runtime.command_line(run.stage, options(**known), resume=False, overwrite=False)
+
+
+def progress(run):
+    """"36 of 36 steps, finished"."""
+    done = max((row["step"] for row in run.metrics), default=0)
+    episodes, batch = run.options.get("total_episodes"), run.options.get("batch_size")
+    known = run.stage == "ppo" and all(is_number(n) and n > 0 for n in (episodes, batch))
+    return (f"{figure(done)}{f' of {figure(-(-episodes // batch))}' if known else ''} steps, "
+            f"{'finished' if run.final else 'not finished'}")
+
+
+def result(run):
+    """The run's closing figures in a line."""
+    final, said = run.final or {}, []
+    if run.stage == "sft" and is_number(loss := get(final, "all", "nats_per_token")):
+        said = [f"held-out loss {figure(loss)} nats a token"]
+        if is_number(bits := get(final, "all", "bits_per_byte")):
+            said.append(f"{figure(bits)} bits a byte")
+    if run.stage == "rm" and is_number(accuracy := get(final, "figures", "all", "accuracy")):
+        said = [f"held-out accuracy {figure(accuracy)}", str(final.get("verdict", ""))]
+    if run.stage == "ppo":
+        rate = get(final, "after", "win_rate")
+        if isinstance(rate, list) and len(rate) == 3 and all(map(is_number, rate)):
+            said.append("preferred to the SFT answer {:.1%} ({:.1%}-{:.1%})".format(*rate))
+        if is_number(kl := get(final, "after", "kl", 0)):
+            said.append(f"KL {figure(kl)} nats a response")
+    return "; ".join(filter(None, said)) or "none yet"
+
+
+# ---- HTML
+
+def missing(words):
+    return f'<p class="missing">{text(words)}</p>'
+
+
+def table(head, rows, caption, texts=1):
+    """Rows of cells, the first `texts` of each as text; the table scrolls by itself where the page is narrow."""
+    def cells(row, tag):
+        return "".join(f'<{tag}{" class=text" * (k < texts)}>{text(cell)}</{tag}>' for k, cell in enumerate(row))
+    body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)
+    return (f'<div class="scroll" tabindex="0" role="region" aria-label="{text(caption)}"><table><caption>'
+            f'{text(caption)}</caption><thead><tr>{cells(head, "th")}</tr></thead><tbody>{body}</tbody></table></div>')
+
+
+def chart(title, series, x_label, y_label, should, where, **more):
+    """A figure whose points can be read with the mouse or arrow keys, and a line on what it should look like."""
+    series = {name: found for name, points in series.items() if (found := [*points])}
+    svg = lines(series, x_label, y_label, title, **more)
+    if not svg:
+        return missing(f"{title}: {where} has no figures of it.")
+    return (f'<figure class="chart" tabindex="0" role="group" aria-label="{text(title)}: arrow keys read its points">'
+            f'{svg}<figcaption>{text(should)} <output class="screen"></output></figcaption></figure>')
+
+
+def evenly(rows, most=ROWS):
+    """At most so many rows, spread evenly, the first and the last among them."""
+    if len(rows) <= most:
+        return rows
+    return [rows[k * (len(rows) - 1) // (most - 1)] for k in range(most)]
+
+
+def steps_table(run, columns):
+    """{heading: path of a value in a row}: the figures of steps, for who reads no chart."""
+    rows = evenly(run.steps)
+    cells = [[figure(row["step"]), *(figure(v) if is_number(v := get(row, *path)) else ""
+                                     for path in columns.values())] for row in rows]
+    some = f"{len(rows)} of {len(run.steps)} steps" if len(rows) < len(run.steps) else "all steps"
+    return (f"<details><summary>The figures of {some}</summary>"
+            f"{table(['step', *columns], cells, f'{run.folder}, {some}', 0)}</details>") if rows else ""
+
+
+def what_was_run(runs, shown):
+    out = ["<h2 id=run>What was run</h2>"]
+    out.append(table(["folder", "stage", "data", "result", "steps", "time, h:min:s"], [
+        [run.folder, STAGES.get(run.stage, run.stage), data_of(run), result(run), progress(run), seconds(run)]
+        for run in runs], "Runs", 4))
+    found = [command(run) for run in runs]
+    out.append('<h3>The commands</h3><pre class="scroll panel" tabindex="0" role="region" aria-label="Commands">'
+               + "\n".join(map(text, filter(None, found))) + "</pre>")
+    for stage, name in STAGES.items():
+        if stage not in shown:
+            out.append(missing(f"There is no run of a {name} here, and so nothing of it below."))
+    return "".join(out) + "".join(missing(fault) for run in runs for fault in run.faults)
+
+
+def data_of(run):
+    """"data/sentiment", and which preferences where these are not the usual ones."""
+    of = run.options.get("preferences", "preferences")
+    return f"{run.options.get('data_dir', 'not recorded')}" + f", {of}" * (run.stage == "rm" and of != "preferences")
+
+
+def sft_curves(run):
+    log = f"{run.folder}/metrics.jsonl"
+    kinds = [k for k in dict.fromkeys(k for row in run.steps for k in get(row, "eval") or {}) if k != "all"][:8]
+    return [
+        chart("SFT loss", {"training batch": points(run.steps, "loss"),
+                           "held out": points(run.steps, "eval", "all", "nats_per_token")}, "step",
+              "loss, nats a token", "Falls fast, then ever slower. Held out rising while training falls: it learns the "
+              "rows by heart.", log),
+        chart("SFT, held out by kind of text", {k: points(run.steps, "eval", k, "bits_per_byte") for k in kinds} or
+              {"all": points(run.steps, "eval", "all", "bits_per_byte")}, "step", "held-out loss, bits a byte",
+              "Falls for every kind; bits a byte compare models of different vocabularies.", log)], {
+        "loss, nats a token": ["loss"], "held out, nats a token": ["eval", "all", "nats_per_token"],
+        "held out, bits a byte": ["eval", "all", "bits_per_byte"], "learning rate": ["lr"],
+        "gradient norm": ["grad_norm"]}
+
+
+def by_margin(figures):
+    """{kind: points of its accuracy}: x is the middle of a range of margins, and for the last what it begins with."""
+    found = {}
+    for name, f in figures.items():
+        kind, _, margin = name.rpartition(", margin ")
+        low, _, high = margin.partition("-")
+        edges = [margin[2:], margin[2:]] if margin == f"> {evaluate.BINS[-2]}" else [low, high]
+        values = [get(f, k) for k in ("accuracy", "low", "high", "pairs")]
+        if kind and all(re.fullmatch(r"\d+(\.\d+)?", edge) for edge in edges) and all(map(is_number, values)):
+            x, n = (float(edges[0]) + float(edges[1])) / 2, values[3]
+            found.setdefault(kind, []).append(Point(x, *values[:3 if n >= evaluate.FEW else 1],
+                                                    name=f"margin {margin}, {figure(n)} pairs"))
+    return {kind: sorted(rows) for kind, rows in found.items()}
+
+
+def reliability_points(bins):
+    """[(mean probability, share, pairs)] -> points with Wilson's interval."""
+    for row in bins if isinstance(bins, list) else []:
+        if isinstance(row, list) and len(row) == 3 and all(map(is_number, row)) and row[2] >= 1:
+            given, share, n = row
+            yield Point(given, share, *wilson_interval(share * n, n), name=f"{figure(n)} pairs")
+
+
+def rm_curves(run):
+    log, final = f"{run.folder}/metrics.jsonl", run.final or {}
+    figures = {k: f for k, f in (get(final, "figures") or {}).items() if isinstance(f, dict)}
+    kept = {"as it is": get(final, "reliability", "as_is"),
+            "divided by the temperature": get(final, "reliability", "with_temperature")}
+    return [
+        chart("Reward model's loss", {"training batch": points(run.steps, "loss")}, "step", "loss, nats a pair",
+              "Falls from the 0.693 of chance, and stays above 0: people do not agree.", log,
+              guides={"chance": [(0, 0.6931), (max((row["step"] for row in run.steps), default=1), 0.6931)]}),
+        chart("Reward model's accuracy by margin", by_margin(figures), "margin between two texts, middle of its range",
+              "pairs ordered rightly, share", "Rises with the margin: clear preferences are learned first. Bars: 95 % "
+              "intervals. The last point: all margins above its own.", log, y_range=(0.5, 1)),
+        chart("Reliability diagram", {k: reliability_points(bins) for k, bins in kept.items()},
+              "probability that a text is better, as predicted", "share of pairs in which it was",
+              "On the diagonal a prediction of 70 % is right in 70 % of pairs. Below it on the right: too sure.", log,
+              guides={"as predicted": [(0, 0), (1, 1)]}, x_range=(0, 1), y_range=(0, 1))], {
+        "loss, nats a pair": ["loss"], "accuracy": ["accuracy"],
+        "held-out accuracy": ["eval", "all", "accuracy"], "learning rate": ["lr"], "gradient norm": ["grad_norm"]}
+
+
+def rm_figures(run):
+    """The closing table of a reward model, as the script printed it."""
+    final = run.final or {}
+    rows = []
+    for name, f in (get(final, "figures") or {}).items():
+        value = {k: get(f, k) for k in ("pairs", "accuracy", "low", "high", "length_only", "ceiling")}
+        if all(is_number(value[k]) for k in ("pairs", "accuracy", "low", "high")):
+            rows.append([name, figure(value["pairs"]), f"{value['accuracy']:.3f}",
+                         evaluate.spelled(value["low"], value["high"], value["pairs"]),
+                         *(f"{value[k]:.3f}" if is_number(value[k]) else "" for k in ("length_only", "ceiling"))])
+    if not rows:
+        return missing(f"{run.folder} has no closing figures: accuracy, margins and calibration come when it ends.")
+    told = {k: get(final, "calibration", k) for k in ("ece", "ece_with_temperature", "temperature")}
+    line = ("Calibration error {ece:.3f}; {ece_with_temperature:.3f} after dividing score differences by a temperature "
+            "of {temperature:.2f}.".format(**told) if all(map(is_number, told.values())) else "")
+    return (table(["held out", "pairs", "accuracy", "95 % interval", "length only", "ceiling"], rows,
+                  "What the reward model is worth on held-out pairs") + f"<p>{text(line)}</p>")
+
+
+PPO_COLUMNS = {"score": ["objective/scores"], "KL, nats a response": ["objective/kl"],
+               "KL by k3": ["objective/kl_k3"], "length, tokens": ["completions/mean_length"],
+               "answers that end": ["completions/eos_rate"], "entropy, nats a decision": ["policy/entropy_avg"],
+               "clip fraction": ["policy/clipfrac_avg"], "explained variance": ["val/explained_variance"],
+               "policy loss": ["loss/policy_avg"], "value loss": ["loss/value_avg"],
+               "held-out score": ["eval", "score", 0], "held-out KL": ["eval", "kl", 0],
+               "preferred, held out": ["eval", "win_rate", 0]}
+
+
+def ppo_curves(run):
+    log, rows, judge = f"{run.folder}/metrics.jsonl", run.steps, [*points(run.steps, "eval", "judge_win_rate")]
+    last = max((row["step"] for row in rows), default=1)
+    usual = get(run.final, "before", "mean_length")
+    guide = {"guides": {"reference model's": [(0, usual), (last, usual)]}} if is_number(usual) else {}
+
+    def of(title, series, y_label, should, **more):
+        return chart(title, series, "step", y_label, should, log, **more)
+
+    return [
+        of("Score", {"training batch": points(rows, "objective/scores"), "held out": points(rows, "eval", "score")},
+           "score of the reward model",
+           "Rises, then levels off. Still rising while answers grow alike: reward hacking."),
+        of("Preferred to the reference's answer", {"by the reward model": points(rows, "eval", "win_rate"),
+                                                   **({"by the judge": judge} if judge else {})},
+           "held-out prompts, share", "Rises from one half. The judge far below the reward model: over-optimised.",
+           guides={"even": [(0, 0.5), (last, 0.5)]}, y_range=(0, 1)),
+        of("KL from the reference", {"k1": points(rows, "objective/kl"), "k3": points(rows, "objective/kl_k3"),
+                                     "held out, k1": points(rows, "eval", "kl")}, "KL, nats a response",
+           "Rises slowly and bends as the penalty holds it; k1 and k3 stay close. A jump: too large a step."),
+        of("Length", {"mean": points(rows, "completions/mean_length")}, "length of an answer, tokens",
+           "Stays near the reference model's. Steadily longer or shorter: length is what the score likes.", **guide),
+        of("Entropy", {"mean": points(rows, "policy/entropy_avg")}, "entropy, nats a decision",
+           "Falls a little. Towards 0: the same answer to every prompt."),
+        of("Clip fraction", {"policy": points(rows, "policy/clipfrac_avg")}, "decisions with a clipped ratio, share",
+           "Between 0 and about 0.2. Always 0: steps could be larger. Above: they are too large."),
+        of("Value network", {"explained variance": points(rows, "val/explained_variance")},
+           "explained variance of returns, share", "Rises towards 1. At 0 values predict nothing; below, they harm.")
+    ], PPO_COLUMNS
+
+
+def before_and_after(run):
+    """The closing comparison, and answers to the same held-out prompts side by side."""
+    final, out = run.final or {}, []
+    rows = [[label, *(cell(get(final, when, key), form) for when in ("before", "after"))]
+            for key, label, form in evaluate.FIGURES if get(final, "after", key) is not None]
+    if rows:
+        n = get(final, "after", "prompts")
+        out.append(table(["", "before", "after"], rows, "Held-out prompts, with 95 % intervals"
+                         + (f": {figure(n)}" if is_number(n) else "")))
+    answers = [row for row in run.samples if row.get("final") and is_number(row.get("score"))
+               and is_number(row.get("sft_score")) and all(isinstance(row.get(k), str) for k in (
+                   "prompt", "completion", "sft_completion"))]
+    if not answers:
+        return "".join(out) + missing(f"{run.folder}/samples.jsonl has no answers before and after: they come with the "
+                                      "closing report, when the run ends.")
+    return "".join(out) + side_by_side(answers)
+
+
+def cell(value, form):
+    """A figure as the script prints it, "" where it is not there in that form."""
+    values = value if isinstance(value, list) else [value]
+    return form.format(*values) if all(map(is_number, values)) and len(values) == form.count("{") else ""
+
+
+def side_by_side(answers):
+    """The first answers shown, the others behind the controls; the best and the worst first where not all have room."""
+    ranked = sorted(range(len(answers)), key=lambda i: answers[i]["score"])
+    kept, used = set(), 0
+    for i in dict.fromkeys([*range(SHOWN), *ranked[:SHOWN], *ranked[-SHOWN:], *range(len(answers))]):
+        if i < len(answers) and used < ANSWERS:
+            used += len(article(answers[i], False))
+            kept.add(i)
+    shown = sorted(kept)
+    body = "".join(article(answers[i], k >= SHOWN) for k, i in enumerate(shown))
+    orders = ("as in the file", "best score after", "worst score after", "gained most", "lost most")
+    options = "".join(f"<option value={k}>{name}</option>" for k, name in enumerate(orders))
+    some = f"{len(shown)} of the {len(answers)} held-out prompts are on this page" if len(shown) < len(answers) else (
+        f"all {len(answers)} held-out prompts are on this page")
+    return ("<h3>Answers</h3><p>Before: the reference model. After: the policy. Scores are the reward model's; "
+            f'{some}.</p><div class="controls screen" hidden>'
+            f'<label>Order <select id="order">{options}</select></label> '
+            '<label>Filter <input id="filter" type="search" placeholder="words in prompt or answers"></label> '
+            '<button id="more" type="button">Show 12 more</button> <output id="count"></output></div>'
+            f'<div id="answers">{body}</div>')
+
+
+def article(row, hidden):
+    one, two = figure(row["sft_score"]), figure(row["score"])
+    return (f'<article class="panel" data-before="{one}" data-after="{two}"{" hidden" * hidden}><h4 dir="auto">'
+            f'{cut(row["prompt"])}</h4><div class="pair"><div><b>before {one}</b><p dir="auto">'
+            f'{cut(row["sft_completion"])}</p></div><div><b>after {two}</b><p dir="auto">'
+            f'{cut(row["completion"])}</p></div></div></article>')
+
+
+def cut(value):
+    """A text as HTML, at most LONGEST characters of it and how many are left out."""
+    more = f' <i>({len(value) - LONGEST:,} more characters)</i>' if len(value) > LONGEST else ""
+    return text(value[:LONGEST]) + more
+
+
+# ---- the token viewer
+
+MEASURES = {"advantage": "advantages", "KL, nats": "kl", "value": "values", "reward-to-go": "rewards_to_go",
+            "ratio after the update": "ratios"}
+COLUMNS = {"log p, policy": "logprobs", "log p, reference": "ref_logprobs", "KL, nats": "kl", "value": "values",
+           "reward": "rewards", "advantage": "advantages", "return": "returns", "reward-to-go": "rewards_to_go",
+           "ratio after the update": "ratios"}
+
+
+def token_viewer(run):
+    rows = [row for row in run.tokens if is_rollout(row)]
+    if not rows:
+        return missing(f"{run.folder}/tokens.jsonl has no answers token by token: train_ppo.py keeps some at each "
+                       "look, after --eval_interval steps.")
+    clip = run.options.get("cliprange")
+    clip = clip if is_number(clip) and clip > 0 else None
+    scales = {name: scale(rows, key) for name, key in MEASURES.items()}
+    parts, used, names = [], 0, []
+    for k, row in enumerate(rows[::-1]):  # the latest first, should not all have room
+        part = rollout(row, scales, clip, k)
+        if used + len(part) > ROLLOUTS and parts:
+            break
+        parts.append(part)
+        used += len(part)
+        names.append(f"step {figure(row['step'])}, score {cell(row.get('score'), '{:+.2f}') or 'unknown'}")
+    left = len(rows) - len(parts)
+    left = f" {left} earlier answers of {run.folder}/tokens.jsonl are left out." if left else ""
+    legends = "".join(f'<p class="legend"{" hidden" * (k > 0)}>{legend(name, scales[name], clip)}</p>'
+                      for k, name in enumerate(MEASURES))
+    picks = ["".join(f"<option value={k}>{text(name)}</option>" for k, name in enumerate(found))
+             for found in (names, MEASURES)]
+    return (f"<p>Answers that the policy was trained on, from the lowest score of a step to its highest, and what each "
+            f"token's decision got: darker is further from 0.{text(left)} With the arrow keys on the text, or a click, "
+            "a token's figures are read out; the table has them all.</p>"
+            f'<div class="controls screen" hidden><label>Answer <select id="answer">{picks[0]}</select></label> '
+            f'<label>Colour by <select id="measure">{picks[1]}</select></label></div>{legends}'
+            f'<div id="rollouts">{"".join(parts)}</div>')
+
+
+def is_rollout(row):
+    """Whether all columns are there, a number or null for each token."""
+    tokens = row.get("tokens")
+    return (isinstance(tokens, list) and tokens and isinstance(row.get("prompt"), str) and all(
+        isinstance(t, str) for t in tokens) and all(
+        isinstance(row.get(key), list) and len(row[key]) == len(tokens)
+        and all(v is None or is_number(v) for v in row[key]) for key in COLUMNS.values()))
+
+
+def scale(rows, key):
+    """What gets the darkest colour: the size that a twentieth of all tokens exceed, for a ratio that of its distance
+    from 1."""
+    sizes = sorted(abs(v - (key == "ratios")) for row in rows for v in row[key] if v is not None)
+    return (sizes[int(0.95 * (len(sizes) - 1))] if sizes else 0.0) or 1.0
+
+
+def shade(value, name, size, clip):
+    """Class of a token's colour: "low4" to "low1", "none", "high1" to "high4". A ratio's darkest is a clipped one."""
+    if value is None:
+        return "none"
+    if MEASURES[name] == "ratios":
+        value -= 1
+        if clip:
+            level = SHADES if abs(value) > clip else min(SHADES - 1, round((SHADES - 1) * abs(value) / clip))
+            return f"{'high' if value > 0 else 'low'}{level}" if level else "none"
+    level = min(SHADES, round(SHADES * abs(value) / size))
+    return f"{'high' if value > 0 else 'low'}{level}" if level else "none"
+
+
+def legend(name, size, clip):
+    """The shades with what they stand for."""
+    if MEASURES[name] == "ratios" and clip:
+        return (f'<span class="low{SHADES}">below {figure(1 - clip)}</span> <span class="low2">less</span> '
+                f'<span>1</span> <span class="high2">more</span> <span class="high{SHADES}">above {figure(1 + clip)}'
+                "</span> the darkest would be clipped, were the batch used again, where the advantage has their sign")
+    middle = 1 if MEASURES[name] == "ratios" else 0
+    steps = [(f"{end}{k}" if k else "none", middle + (k if end == "high" else -k) / SHADES * size)
+             for end, ks in (("low", range(SHADES, 0, -1)), ("high", range(SHADES + 1))) for k in ks]
+    return " ".join(f'<span class="{name}">{figure(float(f"{x:.2g}"))}</span>' for name, x in steps)
+
+
+def rollout(row, scales, clip, k):
+    """One answer: its tokens in colours, and their figures in a table."""
+    classes = [" ".join(shade(row[key][t], name, scales[name], clip) for name, key in MEASURES.items())
+               for t in range(len(row["tokens"]))]
+    tokens = "".join(f'<span class="{c.split()[0]}" data-c="{c}">{visible(t)}</span>'
+                     for t, c in zip(row["tokens"], classes))
+    score, reward = cell(row.get("score"), "{:.4g}"), cell(row.get("reward"), "{:.4g}")
+    cells = [[f"{t + 1}", f"{token!r}"[1:-1], *(figure(row[key][t]) if row[key][t] is not None else ""
+                                               for key in COLUMNS.values())] for t, token in enumerate(row["tokens"])]
+    length = row.get("length")
+    shortened = f"; the first {len(row['tokens'])} of {figure(length)} tokens" if is_number(length) and length > len(
+        row["tokens"]) else ""
+    about = (f"Step {figure(row['step'])}: score {score or 'unknown'}, reward at the last token {reward or 'unknown'}"
+             f"{'' if row.get('finished') else ', did not end'}{shortened}")
+    return (f'<section{" hidden" * (k > 0)}><h3>{text(about)}</h3><p class="faint" dir="auto">{cut(row["prompt"])}</p>'
+            '<p class="tokens panel" tabindex="0" role="group" aria-label="Tokens: arrow keys read their figures">'
+            f'{tokens}</p><p class="screen"><output></output>&nbsp;</p>'
+            f"{table(['', 'token', *COLUMNS], cells, 'Token by token', 2)}</section>")
+
+
+def visible(token):
+    """A token's text with its line ends in sight."""
+    return text(token.replace("\n", "↵\n"))
+
+
+# ---- the frontier
+
+def frontier(folder):
+    return missing("There is no frontier here.")
+
+
+# ---- the page
+
+STYLE = """
+nav a { margin-right: 1rem; }
+[hidden] { display: none !important; }
+.missing { border-left: 4px solid var(--line1); padding: .25rem .75rem; background: var(--panel); }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 24rem), 1fr)); gap: 1.5rem;
+  align-items: start; }
+figure { margin: 0; max-width: 36rem; }
+figure svg { width: 100%; }
+figcaption { font-size: .9rem; color: var(--faint); min-height: 4.5em; }
+figcaption output { display: block; color: var(--ink); }
+.now { stroke: var(--ink); stroke-width: 3; }
+caption { text-align: left; font-weight: 600; padding: .25rem 0; }
+td.text { max-width: 28rem; min-width: 6rem; }
+summary { cursor: pointer; margin: .5rem 0; }
+pre { white-space: pre-wrap; margin: .5rem 0; }
+.controls { display: flex; flex-wrap: wrap; gap: .75rem; align-items: center; margin: .75rem 0; }
+article { margin: .75rem 0; break-inside: avoid; }
+article h4 { margin: 0 0 .5rem; font-weight: 600; white-space: pre-wrap; }
+article p { margin: .25rem 0; white-space: pre-wrap; }
+.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 18rem), 1fr)); gap: 1rem; }
+.tokens { white-space: pre-wrap; line-height: 2; max-width: none; }
+.tokens span, .legend span { padding: .15rem 0; }
+.legend span { padding: .15rem .4rem; border: 1px solid var(--rule); }
+.tokens .now { outline: 2px solid var(--ink); }
+tr.now { background: var(--panel); outline: 2px solid var(--focus); outline-offset: -2px; }
+@media print { body { max-width: none; font-size: 9pt; } .scroll { overflow: visible; } td.text { min-width: 0; }
+  th, td { padding: .1rem .25rem; } }
+""" + "".join(f".{end}{k} {{ background: var(--{end}{k}); border-bottom: 2px {line} var(--ink); }}\n"
+              for end, line in (("low", "dashed"), ("high", "solid")) for k in range(1, SHADES + 1))
+
+SCRIPT = r"""
+"use strict";
+const all = (selector, from = document) => [...from.querySelectorAll(selector)];
+const one = (selector, from = document) => from.querySelector(selector);
+const moves = {ArrowRight: 1, ArrowLeft: -1, ArrowDown: 1, ArrowUp: -1, Home: -1e9, End: 1e9};
+for (const controls of all(".controls")) controls.hidden = false;
+
+// arrow keys go through items; show is told which
+function readable(element, items, show) {
+  let at = -1;
+  const go = k => {
+    if (items[at]) items[at].classList.remove("now");
+    at = Math.max(0, Math.min(items.length - 1, k));
+    items[at].classList.add("now");
+    show(at);
+  };
+  element.addEventListener("keydown", event => {
+    if (!(event.key in moves) || event.ctrlKey || event.altKey || event.metaKey) return;
+    event.preventDefault();
+    go(at + moves[event.key]);
+  });
+  return go;
+}
+
+for (const figure of all("figure.chart")) {
+  const marks = all("path", figure).filter(path => one("title", path)), svg = one("svg", figure);
+  const output = one("output", figure);
+  const places = marks.map(mark => mark.getAttribute("d").slice(1).split(/[ m]/, 2).map(Number));
+  const go = readable(figure, marks, k => { output.textContent = one("title", marks[k]).textContent; });
+  svg.addEventListener("pointermove", event => {
+    const point = new DOMPoint(event.clientX, event.clientY).matrixTransform(svg.getScreenCTM().inverse());
+    const away = places.map(([x, y]) => Math.hypot(x - point.x, (y - point.y) / 3));
+    go(away.indexOf(Math.min(...away)));
+  });
+}
+
+if (one("#answers")) {
+  const articles = all("#answers article"), size = 12, order = one("#order"), filter = one("#filter");
+  const number = (article, name) => Number(article.dataset[name]);
+  const gain = article => number(article, "after") - number(article, "before");
+  const keys = [null, a => -number(a, "after"), a => number(a, "after"), a => -gain(a), gain];
+  const texts = articles.map(article => article.textContent.toLowerCase());
+  let limit = size;
+  const update = () => {
+    const key = keys[order.value], words = filter.value.toLowerCase();
+    let found = articles.filter((article, k) => texts[k].includes(words));
+    if (key) found = found.map(a => [key(a), a]).sort((a, b) => a[0] - b[0]).map(pair => pair[1]);
+    for (const article of articles) article.hidden = true;
+    for (const article of found.slice(0, limit)) article.hidden = false;
+    one("#answers").append(...found);
+    one("#more").disabled = limit >= found.length;
+    one("#count").textContent = `${Math.min(limit, found.length)} of ${found.length} shown`;
+  };
+  const fresh = () => { limit = size; update(); };
+  order.addEventListener("change", fresh);
+  filter.addEventListener("input", fresh);
+  one("#more").addEventListener("click", () => { limit += size; update(); });
+  update();
+}
+
+if (one("#rollouts")) {
+  const sections = all("#rollouts section"), answer = one("#answer"), measure = one("#measure");
+  const update = () => {
+    sections.forEach((section, k) => { section.hidden = k != answer.value; });
+    all(".legend").forEach((legend, k) => { legend.hidden = k != measure.value; });
+    for (const token of all(".tokens span", sections[answer.value])) {
+      const now = token.classList.contains("now");
+      token.className = token.dataset.c.split(" ")[measure.value] + (now ? " now" : "");
+    }
+  };
+  for (const section of sections) {
+    const tokens = all(".tokens span", section), rows = all("tbody tr", section);
+    const head = all("th", section).map(cell => cell.textContent), output = one("output", section);
+    const go = readable(one(".tokens", section), tokens, k => {
+      for (const row of rows) row.classList.toggle("now", row === rows[k]);
+      const cells = all("td", rows[k]).map(cell => cell.textContent);
+      output.textContent = `token ${k + 1} of ${tokens.length} “${tokens[k].textContent}”: ` +
+        cells.slice(2).map((value, n) => `${head[n + 2]} ${value}`).join("; ");
+    });
+    tokens.forEach((token, k) => token.addEventListener("click", () => go(k)));
+  }
+  answer.addEventListener("change", update);
+  measure.addEventListener("change", update);
+  update();
+}
+"""
+
+
+def page(folder):
+    """The report on a folder of runs -> HTML. Exits 2 where it holds none."""
+    try:
+        runs = find_runs(folder)
+    except OSError as error:
+        fail(f"{folder}: cannot be read ({error.strerror}); name the folder that holds the runs, as out")
+    if not runs:
+        fail(f"{folder}: holds no run, nor do the folders in it; name the one in which train_sft.py, train_rm.py and "
+             "train_ppo.py have written, as out")
+    shown = shown_in_full(runs)
+    out = [what_was_run(runs, shown), "<h2 id=answers-before-and-after>Before and after</h2>"]
+    out.append(before_and_after(shown["ppo"]) if "ppo" in shown else missing("There is no PPO policy's run here."))
+    out.append("<h2 id=curves>Curves</h2><p>On a chart, the mouse or the arrow keys read out a point.</p>")
+    for stage, run in shown.items():
+        curves, columns = {"sft": sft_curves, "rm": rm_curves, "ppo": ppo_curves}[stage](run)
+        out += [f"<h3>{STAGES[stage].capitalize() if stage == 'rm' else STAGES[stage]}: {text(run.folder)}</h3>",
+                f'<div class="charts">{"".join(curves)}</div>', rm_figures(run) if stage == "rm" else "",
+                steps_table(run, columns)]
+    out += ["<h2 id=frontier>Frontier</h2>", frontier(folder), "<h2 id=tokens>Token by token</h2>"]
+    out.append(token_viewer(shown["ppo"]) if "ppo" in shown else missing("There is no PPO policy's run here."))
+    style = look(PAGE, CHART, STYLE)
+    allowed = "; ".join(f"{kind}-src 'sha256-{base64.b64encode(hashlib.sha256(s.encode()).digest()).decode()}'"
+                        for kind, s in (("style", style), ("script", SCRIPT)))
+    links = "".join(f'<a href="#{name}">{words}</a>' for name, words in (
+        ("run", "What was run"), ("answers-before-and-after", "Before and after"), ("curves", "Curves"),
+        ("frontier", "Frontier"), ("tokens", "Token by token")))
+    return ('<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">'
+            f'<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; {allowed}; base-uri \'none\'; '
+            f'form-action \'none\'"><title>RLHF report: {text(folder)}</title>'
+            f'<style>{style}</style></head><body><header><h1>RLHF report: {text(folder)}</h1>'
+            f'<nav aria-label="Sections">{links}</nav></header><main>{"".join(out)}</main>'
+            f'<script>{SCRIPT}</script></body></html>\n')
+
+
+def main(argv=None):
+    unprinted.clear()  # of an earlier call, as in a notebook
+    parser = argparse.ArgumentParser(prog="python -m minirlhf.report", allow_abbrev=False, description="What a folder "
+                                     "of runs has come to, as one HTML page that opens from the disk.")
+    parser.add_argument("folder", nargs="?", default="out", help="folder of the runs, or of one run (default: out)")
+    parser.add_argument("--output", metavar="FILE.html", help="(default: report.html in that folder)")
+    a = parser.parse_args(argv)
+    for path in (a.folder, a.output or ""):
+        check_spelling("file", path)
+    a.output = os.path.join(a.folder, "report.html") if a.output is None else a.output
+    if not os.path.isdir(a.folder):
+        fail(f"{a.folder}: is no folder; name the one that holds the runs, as out")
+    runtime.check_output(a.output)
+    html = page(a.folder)
+    with runtime.Output(a.output, ".html", []) as output:
+        output.write(html)
+    say(f"{len(html.encode()):,} bytes; open it in a browser")
+    all_printed()
+
+
+if __name__ == "__main__":
+    launch(main)
