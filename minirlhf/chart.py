@@ -192,15 +192,15 @@ def lines(series, x_label, y_label, title, guides=None, x_range=(), y_range=(), 
 
 
 def beside(*charts):
-    """Charts of `lines`, not standalone, side by side as one file, light and dark; an empty text where none is drawn."""
-    sizes = [tuple(map(int, re.search(r'width="(\d+)" height="(\d+)"', chart).groups())) for chart in filter(None, charts)]
-    out, x = [], 0
-    for chart, (width, _) in zip(filter(None, charts), sizes):
+    """Charts of `lines`, not standalone, side by side as one file, light and dark; "" where there is none."""
+    out, x, height = [], 0, 0
+    for chart in filter(None, charts):
+        size = re.search(r'width="(\d+)" height="(\d+)"', chart)
         out.append(f'<g transform="translate({x} 0)">{chart}</g>')
-        x += width + 20
+        x, height = x + int(size[1]) + 20, max(height, int(size[2]))
+    width = x - 20
     if not out:
         return ""
-    width, height = x - 20, max(height for _, height in sizes)
     return (f'<svg xmlns="http://www.w3.org/2000/svg" class="chart" viewBox="0 0 {width} {height}" width="{width}" '
             f'height="{height}"><style>{look(CHART)}</style><path fill="var(--paper)" d="M0 0h{width}v{height}H0z"/>'
             f'{"".join(out)}</svg>\n')

@@ -343,7 +343,8 @@ def main(argv=None):
             pace.add("steps", seconds, pace.steps(tokens))
             done, stopping = step + 1, run.should_stop()
             record = {"step": done, "epoch": done / order.steps_per_epoch, **figures, "pairs": n_pairs,
-                      "lr": o.learning_rate * factor, "grad_norm": norm, "tokens_per_second": seen / seen_seconds}
+                      "lr": o.learning_rate * factor, "grad_norm": norm, "seconds": seconds,
+                      "tokens_per_second": seen / seen_seconds}
             if done % o.log_interval == 0 or done == steps:
                 left = pace.left("steps", steps - done) + pace.left(
                     "looks", look * runtime.looks_left(done, steps, o.eval_interval), "steps")
