@@ -12,13 +12,13 @@ from typing import Literal
 
 import torch
 
-from minirlhf import adapters, checkpoint, evaluate, kernels, memory, prepare, rewards, runtime, sizes
+from minirlhf import adapters, checkpoint, evaluate, groups, kernels, memory, prepare, rewards, runtime, sizes
 from minirlhf.chat import Talk, about
 from minirlhf.config import RunOptions, fail, launch, parse, ranks, warn_idle
 from minirlhf.data import blank_ends, encode_prompts, endless_batch, load_parts, load_prompts, repeats
 from minirlhf.generate import Rollout, compile_model, generate
-from minirlhf.objectives import (adaptive_kl_coef, entropy, gae, k1, k2, k3, kl_above_baseline, log_ratio, policy_loss,
-                                 shape_rewards, value_loss, whiten)
+from minirlhf.objectives import (adaptive_kl_coef, entropy, gae, grpo, k1, k2, k3, kl_above_baseline, log_ratio,
+                                 policy_loss, rloo, shape_rewards, value_loss, whiten)
 
 
 @dataclass
@@ -41,7 +41,9 @@ class Options(RunOptions):
     batch_size: int = 64  # answers a step, over all ranks [1..]
     response_length: int = 48  # longest answer in tokens, eos included [1..]
     temperature: float = 1.0  # of sampling, and so of every log-probability [0.01..]
+    group_size: int = 1  # answers to each prompt: batch_size / group_size prompts a step [1..]
     # ---- rewards and advantages
+    advantages: Literal["gae", "rloo", "grpo"] = "gae"  # gae: by a value network; others: by a prompt's other answers
     kl_coef: float = 0.06  # beta, the reward lost for a nat of KL from the reference [0..]
     kl_baseline: float = 0.3  # share of the mean KL per token taken off each token's: length costs less [0..1]
     adaptive_kl_target: float = 0.0  # nats a response that kl_coef is adapted to reach; 0 = kl_coef stays [0..]
@@ -76,31 +78,34 @@ class Options(RunOptions):
 class Batch(Rollout):
     """A rollout that each paragraph adds columns to: (B,) or (B, T-1), 0 outside the response."""
     prompt_index: torch.Tensor = None  # (B,) which of the prompts a row answers
+    group: torch.Tensor = None  # (B,) which group of group_size answers to one prompt a row belongs to
     logprobs: torch.Tensor = None  # JUDGEMENT: log pi of what was sampled, under the policy that sampled it
     ref_logprobs: torch.Tensor = None  # the same under the reference
     entropies: torch.Tensor = None  # of the policy; for the log only
-    values: torch.Tensor = None  # of the value network
+    values: torch.Tensor = None  # of the value network, if there is one
     scores: torch.Tensor = None  # (B,) of the reward model or function
     final_rewards: torch.Tensor = None  # CREDIT: (B,) the score, clipped, less the penalty for a missing eos
     penalised_kl: torch.Tensor = None  # log-ratio of policy to reference, less its baseline
     rewards: torch.Tensor = None  # -kl_coef * penalised_kl, and final_rewards at the last decision
-    advantages: torch.Tensor = None  # of GAE, whitened
-    returns: torch.Tensor = None  # advantages before whitening + values: what the value network learns
+    advantages: torch.Tensor = None  # of GAE, whitened; of RLOO or GRPO
+    returns: torch.Tensor = None  # GAE's + values: what the value network learns; else the whole answer's reward
 
 
 def roll_out(policy, prompts, index, eos, step, o, run):
-    """The policy's answers to prompts[i] for i in index -> Batch, shortest first: microbatches of like length."""
-    asked = [prompts[i] for i in index]
+    """group_size answers of the policy to prompts[i] for each i in index -> Batch, shortest first: microbatches of like
+    length."""
+    group = torch.arange(len(index), device=run.device).repeat_interleave(o.group_size)
+    asked = [prompts[i] for i in index for _ in range(o.group_size)]
     with run.autocast():
         rollout = generate(policy, asked, o.response_length, eos, o.temperature, run.generator(step, "rollout"))
-    batch = Batch(**vars(rollout), prompt_index=torch.tensor(index, device=run.device))
+    batch = Batch(**vars(rollout), prompt_index=torch.tensor(index, device=run.device)[group], group=group)
     return batch.take(batch.lengths.argsort(stable=True))
 
 
 @torch.no_grad()
 def score_rollout(batch, policy, ref, value, reward, o, run):
     """Adds log-probabilities of what was sampled under policy and reference, entropies, values, scores."""
-    adapters.add_states_below(batch, policy, value, run, o.micro_batch_size)
+    adapters.add_states_below(batch, policy, value or reward.model, run, o.micro_batch_size)
     columns = []
     for part in microbatches(batch, torch.arange(len(batch.lengths), device=run.device), o):
         with run.autocast():
@@ -108,10 +113,10 @@ def score_rollout(batch, policy, ref, value, reward, o, run):
             entropies = entropy(all_logprobs)
             del all_logprobs
             ref_logprobs = ref.logprobs(part.tokens, part.decisions, o.temperature, part.below)[0]
-            columns.append((logprobs, ref_logprobs, entropies,
-                            value.values(part.tokens, part.decisions, part.value_below)))
-    batch.logprobs, batch.ref_logprobs, batch.entropies, batch.values = (  # parts follow one another row by row
-        batch.grid(torch.cat(column)) for column in zip(*columns))
+            values = [value.values(part.tokens, part.decisions, part.value_below)] if value else []
+            columns.append([logprobs, ref_logprobs, entropies, *values])
+    for name, column in zip(("logprobs", "ref_logprobs", "entropies", "values"), zip(*columns)):
+        setattr(batch, name, batch.grid(torch.cat(column)))  # parts follow one another row by row
     batch.scores = reward(batch, o.micro_batch_size)
 
 
@@ -122,10 +127,15 @@ def credit(batch, kl_coef, o, run):
     batch.final_rewards = scores - o.missing_eos_penalty * ~batch.finished
     batch.penalised_kl = kl_above_baseline(k1(batch.logprobs, batch.ref_logprobs), mask, o.kl_baseline, run.total)
     batch.rewards = shape_rewards(batch.final_rewards, batch.penalised_kl, mask, kl_coef)
-    if o.whiten_rewards:
-        batch.rewards = whiten(batch.rewards, mask, keep_mean=True, total=run.total)
-    advantages, batch.returns = gae(batch.rewards, batch.values, mask, o.gamma, o.lam)
-    batch.advantages = whiten(advantages, mask, total=run.total)
+    if o.advantages == "gae":
+        if o.whiten_rewards:
+            batch.rewards = whiten(batch.rewards, mask, keep_mean=True, total=run.total)
+        advantages, batch.returns = gae(batch.rewards, batch.values, mask, o.gamma, o.lam)
+        batch.advantages = whiten(advantages, mask, total=run.total)
+    else:  # the same at every decision of an answer
+        R = batch.rewards.sum(1)  # (B,) score - kl_coef * KL of the answer
+        A = {"rloo": rloo, "grpo": grpo}[o.advantages](R, batch.group)
+        batch.advantages, batch.returns = A[:, None] * mask, R[:, None] * mask
 
 
 def update(batch, policy, value, optimizers, step, epochs, o, run):
@@ -135,7 +145,7 @@ def update(batch, policy, value, optimizers, step, epochs, o, run):
     the k3 between new and old policy at which the epochs ended early, its minibatch moving neither network; else 0.
     """
     runtime.check_finite(o, f"step {step + 1}", advantages=batch.advantages, returns=batch.returns)
-    sums, count, ratios = {}, 0, []  # over all minibatches
+    sums, count, ratios = {"value_loss": 0.0, "value_clipped": 0.0} if value else {}, 0, []  # over all minibatches
     for epoch in range(epochs):
         order = torch.randperm(len(batch.lengths), generator=run.generator(step, f"epoch {epoch}")).to(run.device)
         for i, rows in enumerate(order.tensor_split(o.num_mini_batches)):
@@ -162,17 +172,18 @@ def update(batch, policy, value, optimizers, step, epochs, o, run):
                     return means(sums, count, ratios), update_kl
                 runtime.optimizer_step(policy, optimizers[:1], mean_loss, where, o, check_weights)
                 ratios.append(policy_sums["ratio"] / n)
-            for part in parts:
-                old_values, returns = part.flat(part.values), part.flat(part.returns)
-                with run.autocast():
-                    values = value.values(part.tokens, part.decisions, part.value_below)
-                loss, clipped = value_loss(values, old_values, returns, o.cliprange_value)
-                (o.vf_coef * loss.sum() / n).backward()
-                add(value_sums, value_loss=loss.detach(), value_clipped=clipped)
-            run.sum_gradients(value.parameters())
-            value_sums = run.totals(value_sums)
-            mean_loss = float(value_sums["value_loss"] / n)
-            runtime.optimizer_step(value, optimizers[1:], mean_loss, where, o, check_weights)
+            if value:
+                for part in parts:
+                    old_values, returns = part.flat(part.values), part.flat(part.returns)
+                    with run.autocast():
+                        values = value.values(part.tokens, part.decisions, part.value_below)
+                    loss, clipped = value_loss(values, old_values, returns, o.cliprange_value)
+                    (o.vf_coef * loss.sum() / n).backward()
+                    add(value_sums, value_loss=loss.detach(), value_clipped=clipped)
+                run.sum_gradients(value.parameters())
+                value_sums = run.totals(value_sums)
+                mean_loss = float(value_sums["value_loss"] / n)
+                runtime.optimizer_step(value, optimizers[1:], mean_loss, where, o, check_weights)
             add(sums, **policy_sums, **value_sums)
             count = count + n
     return means(sums, count, ratios), 0.0
@@ -191,27 +202,27 @@ def add(sums, **terms):
 
 def means(sums, count, ratios):
     """Sums over `count` decisions of all minibatches, and the mean ratio of each minibatch -> means by TRL's names."""
-    mean = {name: float(total / count) for name, total in sums.items()}
+    mean = {name: float(total / max(count, 1)) for name, total in sums.items()}
+    of_value = {"loss/value_avg": "value_loss", "val/clipfrac_avg": "value_clipped"}
     updates, ratios = len(ratios), torch.stack(ratios) if ratios else torch.ones(1)
     return {"policy/approxkl_avg": mean.get("approxkl", 0.0), "policy/clipfrac_avg": mean.get("policy_clipped", 0.0),
             "policy/updates": updates, "loss/policy_avg": mean.get("policy_loss", 0.0),
-            "loss/value_avg": mean.get("value_loss", 0.0),
-            "val/clipfrac_avg": mean.get("value_clipped", 0.0), "val/ratio": float(ratios.mean()),
-            "val/ratio_var": float(ratios.var(correction=0))}
+            **{ours: mean[name] for ours, name in of_value.items() if name in mean},
+            "val/ratio": float(ratios.mean()), "val/ratio_var": float(ratios.var(correction=0))}
 
 
 def make_optimizers(policy, value, o):
-    """AdamW for each of the two networks, so that each keeps its own gradient norm. No weight decay."""
+    """AdamW for each network that there is, so that each keeps its own gradient norm. No weight decay."""
     rates = o.learning_rate, o.value_learning_rate or o.learning_rate
     return [kernels.AdamW([{"params": runtime.learning(model), "peak": rate}], lr=rate, eps=1e-5, weight_decay=0.0,
-                          fused=True) for model, rate in zip((policy, value), rates)]
+                          fused=True) for model, rate in zip((policy, value), rates) if model]
 
 
 def read_options(argv):
     """-> Options, and what --resume goes on from. Exits 2 on options that exclude each other."""
     o, saved = checkpoint.resume(parse(Options, argv), "ppo", (
         "seed", "val_share", "reward", "value_init", "batch_size", "temperature", "response_length", "long_prompts",
-        "lr_schedule", *adapters.OPTIONS))
+        "lr_schedule", *groups.OPTIONS, *adapters.OPTIONS))
     sizes.check_batch(o)
     _, world = ranks()
     if o.batch_size % (o.num_mini_batches * world):
@@ -219,6 +230,7 @@ def read_options(argv):
              + (f" on each of {world} ranks" if world > 1 else ""))
     if o.adaptive_kl_target and not o.kl_coef:
         fail(f"--adaptive_kl_target {o.adaptive_kl_target:g}: adapts --kl_coef, which is 0 and would stay so")
+    groups.check_options(o)
     steps = -(-o.total_episodes // o.batch_size)  # rounded up
     if o.value_warmup >= steps:
         fail(f"--value_warmup {o.value_warmup}: must be less than the run's {steps} steps (--total_episodes "
@@ -267,8 +279,8 @@ def main(argv=None):
         judge = rewards.load(o.judge, "--judge", ref, tokenizer, o.init_from, run) if o.judge else None
         from_rm = reward.model is not None and o.value_init == "rm"
         adapters.share_below(policy, ref, reward.model)
-        value = adapters.learner(reward.model if from_rm else start, "scalar", o,
-                                 runtime.generator(o.seed, 0, 0, "value"))
+        value = adapters.learner(reward.model if from_rm else start, "scalar", o, runtime.generator(
+            o.seed, 0, 0, "value")) if o.advantages == "gae" else None
         prompts, val_prompts, about_prompts, paths = read_prompts(o, tokenizer, policy.config.block_size)
         optimizers = make_optimizers(policy, value, o)
 
@@ -278,7 +290,7 @@ def main(argv=None):
                 f"the prompts of {o.data_dir}": paths, f"--init_from {o.init_from}": checkpoint.files_of(o.init_from),
                 f"the reward {o.reward or o.reward_model}": rewards.files(o.reward or o.reward_model),
                 **({f"--reference {o.reference}": checkpoint.files_of(o.reference)} if o.reference else {})},
-            value_model=value)
+            **({"value_model": value} if value else {}))
         first, kept = training.restore(saved, steps)
         kl_coef, guard = o.kl_coef, evaluate.DivergenceGuard(o, ref_name=ref_name)
         with checkpoint.fitting(o.out_dir):
@@ -290,9 +302,9 @@ def main(argv=None):
         about_memory = memory.check(run, o, memory.of_ppo, policy, value, [ref, reward.model, judge and judge.model],
                                     max(map(len, prompts + val_prompts)))
         if o.checkpoint_activations:
-            memory.recompute(policy), memory.recompute(value)
+            memory.recompute(policy), value and memory.recompute(value)
         if o.compile:
-            compile_model(policy, decode=True), compile_model(value)
+            compile_model(policy, decode=True), value and compile_model(value)
         if o.check:
             from minirlhf import check
             check.ppo(policy, ref, value, reward, tokenizer, prompts[:64], first, o, run)
@@ -300,7 +312,7 @@ def main(argv=None):
             *about_prompts,
             f"policy: {runtime.describe_parameters(policy)} from {o.init_from}; reference of the KL: "
             f"{o.reference or 'the same model'}",
-            f"value network: from {o.reward_model if from_rm else o.init_from}; reward: {o.reward or o.reward_model}",
+            f"{groups.described(o, o.reward_model if from_rm else o.init_from)}; reward: {o.reward or o.reward_model}",
             f"{run.hardware}; {steps} steps of {o.batch_size} answers of up to {o.response_length} tokens, "
             f"{o.num_ppo_epochs} epochs x {o.num_mini_batches} minibatches each",
             about_memory], first if first < steps else 0)
@@ -315,14 +327,14 @@ def main(argv=None):
             runtime.set_rate(optimizers, runtime.rate_factor(o.lr_schedule, step, steps))
 
             # ---- ROLLOUT: the policy answers a batch of prompts
-            index = run.share(endless_batch(len(prompts), o.batch_size, o.seed, step))
+            index = run.share(endless_batch(len(prompts), o.batch_size // o.group_size, o.seed, step))
             batch = roll_out(policy, prompts, index, tokenizer.eos, step, o, run)
             rollout_seconds = time.perf_counter() - began
 
             # ---- JUDGEMENT: log-probabilities under policy and reference, values, scores; no gradients
             score_rollout(batch, policy, ref, value, reward, o, run)
 
-            # ---- CREDIT: a KL penalty at each token, the score at the last one, GAE, whitening
+            # ---- CREDIT: a KL penalty at each token, the score at the last one, GAE, whitening; or RLOO, GRPO
             credit(batch, kl_coef, o, run)
 
             # ---- UPDATE: epochs x minibatches x microbatches of the clipped losses

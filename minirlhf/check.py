@@ -17,7 +17,7 @@ from minirlhf.chat import encode_prompt
 from minirlhf.data import Row, collate
 from minirlhf.evaluate import score_all
 from minirlhf.generate import KVCache
-from minirlhf.objectives import k1
+from minirlhf.objectives import k1, rows_of_groups
 
 
 class Checks:
@@ -300,6 +300,27 @@ def dpo(policy, ref, tokenizer, batch, optimizers, first, o, run):
     checks.end()
 
 
+def answer_groups(checks, batch, o):
+    """The answers to a prompt lie together on one rank, and each is drawn by itself; without a value network their
+    advantages sum to 0, and an answer has one for all its decisions."""
+    rows, mask, A = rows_of_groups(batch.group), batch.response_mask, batch.advantages  # rows (G, K)
+    prompts = [{tuple(batch.tokens[i, :batch.prompt_lengths[i]].tolist()) for i in group} for group in rows.tolist()]
+    checks("a group is all the answers to one drawing of a prompt",
+           rows.shape[1] == o.group_size and all(len(found) == 1 for found in prompts),
+           f"{len(rows)} groups of {rows.shape[1]}", "ranks share answers instead of prompts, or rows lost their group")
+    answers = batch.responses()
+    differ = sum(len({tuple(answers[i]) for i in group}) > 1 for group in rows.tolist())
+    checks("the answers to a prompt are drawn one by one", differ > 0, f"they differ in {differ} of {len(rows)} groups",
+           "they take the same random numbers, or the temperature is so low that all are the same")
+    if o.advantages != "gae":
+        of_answer = A.sum(1) / mask.sum(1)
+        off = float(of_answer[rows].sum(1).abs().max() / A.abs().max().clamp_min(1e-12))
+        apart = float((A - of_answer[:, None])[mask].abs().max())
+        checks("the advantages of a group sum to 0, each the same for a whole answer", max(off, apart) <= 1e-3,
+               f"{off:.1e} of the largest, {apart:.1e}, at most 1e-03",
+               "rows were put in another order between their rewards and their advantages")
+
+
 class GradientRecorder:
     """In an optimizer's place: keeps the gradient and moves nothing."""
 
@@ -314,12 +335,15 @@ class GradientRecorder:
 
 
 def ppo(policy, ref, value, reward, tokenizer, prompts, first, o, run):
-    """--check: what must hold of this stage, on one batch of answers. first: the steps that were taken before."""
+    """--check: what must hold of this stage, on one batch of answers. value: None where there is no such network;
+    first: the steps that were taken before."""
     import train_ppo
 
-    checks = Checks(run)
-    o = replace(o, value_warmup=0, max_update_kl=1.0, max_grad_norm=0.0, micro_batch_size=max(1, len(prompts) // 4))
-    policy.eval(), value.eval()
+    checks, learners, prompts = Checks(run), [policy, value] if value else [policy], prompts[:-(-64 // o.group_size)]
+    o = replace(o, value_warmup=0, max_update_kl=1.0, max_grad_norm=0.0,
+                micro_batch_size=max(1, len(prompts) * o.group_size // 4))
+    for model in learners:
+        model.eval()
     batch = train_ppo.roll_out(policy, prompts, [*range(len(prompts))], tokenizer.eos, first, o, run)
     rows = [Row(row[:n], p) for row, n, p in
             zip(batch.tokens.tolist(), batch.lengths.tolist(), batch.prompt_lengths.tolist())]
@@ -329,11 +353,13 @@ def ppo(policy, ref, value, reward, tokenizer, prompts, first, o, run):
     cache(checks, policy, rows)
     train_ppo.score_rollout(batch, policy, ref, value, reward, o, run)
     train_ppo.credit(batch, o.kl_coef, o, run)
+    if o.group_size > 1:
+        answer_groups(checks, batch, o)
     checks.close("the sampler's log-probabilities are the trainer's", batch.flat(batch.sampler_logprobs),
                  batch.flat(batch.logprobs), "the temperature is missing in one of them, or positions differ")
     found = []
     for size in (len(rows), 1):
-        recorders = [GradientRecorder(model) for model in (policy, value)]
+        recorders = [GradientRecorder(model) for model in learners]
         figures, _ = train_ppo.update(batch, policy, value, recorders, first, 1,
                                       replace(o, num_mini_batches=1, micro_batch_size=size), run)
         found.append(torch.cat([recorder.gradient for recorder in recorders]))
@@ -346,11 +372,11 @@ def ppo(policy, ref, value, reward, tokenizer, prompts, first, o, run):
     if not first and not o.reference:
         checks("the KL from the SFT model is 0 at the start", abs(kl) <= 10 * checks.limit, f"{float(kl):.1e} nats a "
                "response", "policy and reference start from different weights")
-    before = [[p.detach().clone() for p in model.parameters()] for model in (policy, value)]
+    before = [[p.detach().clone() for p in model.parameters()] for model in learners]
     optimizers = train_ppo.make_optimizers(policy, value, replace(o, learning_rate=0.0, value_learning_rate=0.0))
     figures, _ = train_ppo.update(batch, policy, value, optimizers, first, o.num_ppo_epochs, o, run)
     approxkl, clipfrac = figures["policy/approxkl_avg"], figures["policy/clipfrac_avg"]
-    moved = not same_weights([policy, value], before)
+    moved = not same_weights(learners, before)
     train_ppo.score_rollout(batch, policy, ref, value, reward, o, run)
     drift = abs(float(k1(batch.logprobs, batch.ref_logprobs).sum(1).mean() - kl))
     checks("at learning rate 0 KL, approxkl and clipfrac stay 0",

@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 
 import torch
 
-from minirlhf import adapters, checkpoint, kernels, rewards, runtime
+from minirlhf import adapters, checkpoint, groups, kernels, rewards, runtime
 from minirlhf.config import (Parser, RunOptions, all_printed, check_spelling, fail, launch, one_line, positive_int,
                              say, temperature_number, unprinted)
 from minirlhf.data import collate, divide, encode_prompts, label_of, load_prompts, number
@@ -468,34 +468,41 @@ def rollout_figures(batch, kl_coef, run):
             "objective/scores": a_row["score"], "objective/non_score_reward": -a_row["kl_penalty"],
             "objective/rlhf_reward": a_row["final_reward"] - a_row["kl_penalty"], "objective/kl_coef": kl_coef,
             "policy/entropy_avg": a_row["entropy"] / length, "val/sampler_gap": a_row["gap"] / length,
-            "val/explained_variance": float(explained_variance(batch.values, batch.returns, batch.response_mask,
-                                                               run.total)),
-            "completions/mean_length": length, "completions/eos_rate": a_row["finished"]}
+            **({} if batch.values is None else {"val/explained_variance": float(explained_variance(
+                batch.values, batch.returns, batch.response_mask, run.total))}),
+            "completions/mean_length": length, "completions/eos_rate": a_row["finished"], **groups.figures(batch, run)}
 
 
 def describe_step(record):
     """The log line of a step."""
+    explained = record.get("val/explained_variance")
     return (f"score {record['objective/scores']:+.3f}  kl {record['objective/kl']:.2f} (k3 "
             f"{record['objective/kl_k3']:.2f})  entropy {record['policy/entropy_avg']:.2f}  clip "
-            f"{record['policy/clipfrac_avg']:.3f}  value ev {record['val/explained_variance']:+.2f}  length "
-            f"{record['completions/mean_length']:.1f}  eos {record['completions/eos_rate']:.2f}  "
+            f"{record['policy/clipfrac_avg']:.3f}  " + (f"value ev {explained:+.2f}  " if explained is not None else "")
+            + f"length {record['completions/mean_length']:.1f}  eos {record['completions/eos_rate']:.2f}  "
             f"{record['tokens_per_second']:,.0f} tokens/s")
 
 
 def concerns(record, variance, sft, o, white=1.0, ref_name="SFT"):
     """Yields (cause, a warning) where a step's figures have left those of the SFT model's answers, `sft`.
 
-    variance: of the step's scores; white: of its whitened advantages, 1 but where they hardly differ.
+    variance: of the step's scores; white: of its advantages, which whitened is 1 but where they hardly differ.
     """
     done, score, kl_coef = (record[k] for k in ("step", "objective/scores", "objective/kl_coef"))
     length, H, eos = (record[k] for k in ("completions/mean_length", "policy/entropy_avg", "completions/eos_rate"))
     usual_length, usual_H = sft["mean_length"], -sft["ref_logprob_per_token"]
     bonus = [f"the entropy bonus (--ent_coef {o.ent_coef:g})"] * (o.ent_coef > 0)
-    errors, momentum = "the value network's errors", "what is left of earlier gradients in the optimizer"
+    errors, momentum = ["the value network's errors"], "what is left of earlier gradients in the optimizer"
+    several = o.advantages != "gae"
     if variance <= 1e-12 * (1 + score ** 2) and o.batch_size > 1:
+        moving = ["the KL penalty"] * (kl_coef > 0) + errors * (not several) + bonus
         yield "variance", (f"all scores of step {done} are {score:.4f}: there is nothing to learn from; what moves the "
-                           f"policy is {', '.join(['the KL penalty'] * (kl_coef > 0) + [errors] + bonus)}")
-    if white < 0.01 and done > o.value_warmup:
+                           f"policy is {', '.join(moving or [momentum])}")
+    elif several and record["groups/equal_scores"] > 0.5:
+        yield "groups", (f"in {record['groups/equal_scores']:.0%} of the groups of step {done} the {o.group_size} "
+                         f"answers have the same score: {'only their KL' if kl_coef > 0 else 'nothing'} says which is "
+                         f"better; raise --group_size above {o.group_size}, or --reward_clip if scores lie beyond it")
+    if white < 0.01 and done > o.value_warmup and not several:
         yield "advantages", (f"the advantages of step {done} do not differ, so that whitened they are 0 and teach "
                              f"nothing; what moved the policy is {', '.join(bonus + [momentum])}; a "
                              "larger --batch_size gives more to compare")

@@ -435,9 +435,9 @@ def figure(points, base, o):
             line = [chart.Point(0, base[name][0], name="the SFT model")]
             for row in over_seeds(found):
                 kl, (mean, half) = kl_of(row), row[name]
-                around = row["kl"][1] if "kl" in row else math.nan
+                around = row["kl"][1] if "kl" in row else 0.0
                 line.append(chart.Point(math.sqrt(kl), mean, mean - half, mean + half, math.sqrt(max(0.0, kl - around)),
-                                        math.sqrt(max(0.0, kl + around)), strength(row)))
+                                        math.sqrt(kl + around), strength(row)))
             if len(line) > 1:
                 series[CALLED[method]] = line
         panels.append(chart.lines(series, "root of the KL from the SFT model, nats a response",
@@ -472,8 +472,8 @@ def findings(points, base, o):
             others.append(f"; {CALLED[method]} has as much " + (
                 f"at {kl_of(reached):.2f} ({strength(reached)})" if reached else "nowhere"))
         yield (f"Without any training the best of {row['n']} answers has a judge's score of "
-               f"{row['judge_score'][0]:+.2f} and a reward model's of {row['score'][0]:+.2f} at a KL of {row['kl_bound']:.2f} at most"
-               + "".join(others) + ".")
+               f"{row['judge_score'][0]:+.2f} and a reward model's of {row['score'][0]:+.2f} at a KL of "
+               f"{row['kl_bound']:.2f} at most{''.join(others)}.")
 
 
 def over_optimised(line):

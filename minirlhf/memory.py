@@ -178,19 +178,20 @@ def answered(rows):
 
 
 def of_ppo(o, run, policy, value, others, prompt):
-    """others: models that do not learn; prompt: tokens of the longest."""
+    """value: None where there is none; others: models that do not learn; prompt: tokens of the longest."""
     c, w, cpu = policy.config, run.dtype.itemsize, run.device.type == "cpu"
     rows, length = o.batch_size // run.world, prompt + o.response_length
     learning, scored = (min(o.micro_batch_size, n) for n in (rows // o.num_mini_batches, rows))
     logits = FLOAT * c.vocab_size * o.response_length  # of an answer
-    shared = adapters.same_memory(policy, value, policy.first)
-    below = FLOAT * length * c.n_embd * ((policy.first > 0) + (value.first > 0 and not shared))  # of an answer
+    learners, scalar = [policy, value] if value else [policy], value or others[1]
+    apart = scalar and scalar.first > 0 and not adapters.same_memory(policy, scalar, policy.first)
+    below = FLOAT * length * c.n_embd * ((policy.first > 0) + bool(apart))  # of an answer
     update = training(c, o, [(learning, length - 1, learning * o.response_length)],
                       (5 if o.ent_coef else 3) * logits * learning, w, cpu)
-    return lasting(o, run, [policy, value], others), [
+    return lasting(o, run, learners, others), [
         *(sampling(c, o, n, prompt, o.response_length, w, cpu) for n in (rows, min(BATCH, o.num_eval_prompts))),
         {"logits": 4 * logits * scored, "states": below * rows},
-        *in_turn(update | {"states": below * (rows + rows // o.num_mini_batches)}, gradients(o, policy, value),
+        *in_turn(update | {"states": below * (rows + rows // o.num_mini_batches)}, gradients(o, *learners),
                  learning < rows // o.num_mini_batches)]
 
 
@@ -270,7 +271,8 @@ def smaller(o):
     if o.stage == "ppo":
         _, world = ranks()
         fewer = (o.batch_size >> n for n in range(1, o.batch_size.bit_length()))
-        yield from ({"batch_size": size} | least for size in fewer if size % (o.num_mini_batches * world) == 0)
+        yield from ({"batch_size": size} | least for size in fewer
+                    if size % (o.num_mini_batches * world) == 0 == size % (o.group_size * world))
 
 
 def words(changes):

@@ -188,6 +188,33 @@ def whiten(x, mask, keep_mean=False, total=lambda t: t):
     return (white + mean if keep_mean else white).masked_fill(~mask, 0)
 
 
+def rows_of_groups(group):
+    """(B,) which group each row belongs to, all groups of K rows, numbered from 0 -> (G, K) the rows of each."""
+    return group.argsort(stable=True).view(int(group.max()) + 1, -1)
+
+
+def rloo(rewards, group):
+    """A_i = R_i - mean of R_j over the other K-1 answers to its prompt.   Kool et al. 2019; Ahmadian et al. 2024.
+
+    The others know nothing of answer i, so that subtracting their mean leaves the policy gradient unbiased.
+
+    rewards (B,) of whole answers, group (B,) as in `rows_of_groups`, K > 1 -> (B,)
+    """
+    rows = rows_of_groups(group)
+    R = rewards[rows]  # (G, K)
+    return rewards.index_put((rows,), R - (R.sum(1, keepdim=True) - R) / (R.shape[1] - 1))
+
+
+def grpo(rewards, group):
+    """A_i = (R_i - mean) / (s + 1e-4), with mean and deviation of the K answers to its prompt.   Shao et al. 2024.
+
+    s^2 = sum_i (R_i - mean)^2 / (K-1), as TRL has it. Arguments and result as those of `rloo`.
+    """
+    rows = rows_of_groups(group)
+    R = rewards[rows]
+    return rewards.index_put((rows,), (R - R.mean(1, keepdim=True)) / (R.std(1, keepdim=True) + 1e-4))
+
+
 # ---- PPO's losses
 
 def log_ratio(logprobs, old_logprobs):

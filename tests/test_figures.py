@@ -1034,6 +1034,10 @@ def test_the_line_of_a_step():
               "completions/mean_length": 33.456, "completions/eos_rate": 0.8765, "tokens_per_second": 12345.6}
     assert numbers(evaluate.describe_step(record)) == [
         "-1.235", "12.35", "7.89", "2.35", "0.123", "-0.46", "33.5", "0.88", "12,346"]
+    del record["val/explained_variance"]  # where there is no value network
+    line = evaluate.describe_step(record)
+    assert numbers(line) == ["-1.235", "12.35", "7.89", "2.35", "0.123", "33.5", "0.88", "12,346"]
+    assert "  clip 0.123  length 33.5  " in line
 
 
 def test_the_line_of_held_out_losses():

@@ -1,4 +1,5 @@
 """Every formula against numbers worked out by hand, an independent oracle, or its own gradient."""
+import itertools
 import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -273,6 +274,92 @@ def test_gae_leaves_its_inputs_alone():
     copies = rewards.clone(), values.clone()
     O.gae(rewards, values, mask, 1.0, 0.95)
     assert torch.equal(rewards, copies[0]) and torch.equal(values, copies[1])
+
+
+# Several answers to a prompt
+
+
+SHUFFLED = torch.tensor([1, 0, 0, 1, 2, 1, 2, 0, 2])  # which group each of nine rows is of
+
+
+def test_rows_of_groups_by_hand():
+    """Rows 1, 2 and 7 are of group 0, rows 0, 3 and 5 of group 1, the others of group 2."""
+    assert O.rows_of_groups(SHUFFLED).tolist() == [[1, 2, 7], [0, 3, 5], [4, 6, 8]]
+    assert O.rows_of_groups(torch.tensor([0, 1, 2])).tolist() == [[0], [1], [2]]
+    assert O.rows_of_groups(torch.tensor([0, 0])).tolist() == [[0, 1]]
+
+
+def test_rloo_by_hand():
+    """Rewards 1, 2, 6: each less the mean of the other two, 4, 3.5, 1.5. Two answers: their difference, both ways."""
+    one = torch.zeros(3, dtype=torch.long)
+    close(O.rloo(torch.tensor([1.0, 2.0, 6.0]), one), [-3.0, -1.5, 4.5])
+    close(O.rloo(torch.tensor([0.25, 7.0, -1.0, 3.0]), torch.tensor([0, 1, 0, 1])), [1.25, 4.0, -1.25, -4.0])
+
+
+def test_grpo_by_hand():
+    """Rewards 1, 2, 6: mean 3, s^2 = (4 + 1 + 9) / 2 = 7. Two answers: s = |d| / sqrt(2), so +-1/sqrt(2)."""
+    one, s = torch.zeros(3, dtype=torch.long), math.sqrt(7) + 1e-4
+    close(O.grpo(tensor(1.0, 2.0, 6.0), one), [-2 / s, -1 / s, 3 / s])
+    close(O.grpo(tensor(5.0, -3.0), one[:2]), [4 / (math.sqrt(32) + 1e-4), -4 / (math.sqrt(32) + 1e-4)])
+
+
+def group_oracle(rewards, group, name):
+    """One answer after another, with Python's floats."""
+    out = []
+    for i, (R, g) in enumerate(zip(rewards, group)):
+        others = [x for j, (x, h) in enumerate(zip(rewards, group)) if h == g and j != i]
+        if name == "rloo":
+            out.append(R - sum(others) / len(others))
+        else:
+            mean = (R + sum(others)) / (1 + len(others))
+            squares = sum((x - mean) ** 2 for x in [R, *others])
+            out.append((R - mean) / (math.sqrt(squares / len(others)) + 1e-4))
+    return out
+
+
+@pytest.mark.parametrize("name", ["rloo", "grpo"])
+@pytest.mark.parametrize("K", [2, 3, 8])
+def test_group_advantages_equal_the_scalar_oracle(name, K):
+    """Groups whose rows lie anywhere in the batch, of rewards of several scales; each group's sum is 0, and what was
+    given stays as it was."""
+    group = torch.arange(6).repeat_interleave(K)[torch.randperm(6 * K, generator=torch.Generator().manual_seed(K))]
+    rewards = some(6 * K, seed=K) * 10.0 ** (group - 2)
+    copies = rewards.clone(), group.clone()
+    found = getattr(O, name)(rewards, group)
+    close(found, group_oracle(rewards.tolist(), group.tolist(), name))
+    close(torch.zeros(6, dtype=torch.double).index_add(0, group, found), torch.zeros(6), atol=1e-9, rtol=0)
+    assert torch.equal(rewards, copies[0]) and torch.equal(group, copies[1])
+
+
+@pytest.mark.parametrize("name", ["rloo", "grpo"])
+def test_equal_answers_teach_nothing(name):
+    """All rewards of a group equal: 0 but for rounding, not NaN, whatever the other groups have."""
+    found = getattr(O, name)(torch.tensor([0.3, 0.3, 5.0, 0.3, -1.0, 2.0]), torch.tensor([0, 0, 1, 0, 1, 1]))
+    assert found.isfinite().all() and found[[0, 1, 3]].abs().max() < 1e-3 and found[2] > 0.9
+
+
+def test_group_advantages_in_other_units():
+    """A constant added to a prompt's rewards changes nothing; ten times the rewards are ten times RLOO's advantages,
+    and the same of GRPO's."""
+    rewards, group = some(12), torch.arange(12) % 3
+    for name, scale in (("rloo", 10.0), ("grpo", 1.0)):
+        advantages = getattr(O, name)(rewards, group)
+        close(getattr(O, name)(rewards + tensor(3.0, -7.0, 0.0)[group], group), advantages)
+        close(getattr(O, name)(10 * rewards, group), scale * advantages, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("K", [2, 3])
+def test_rloo_is_an_unbiased_policy_gradient(K):
+    """Over all tuples of K answers out of 3, each as probable as the policy makes it, the mean of A grad log pi is the
+    gradient of the expected reward; with its own reward in the baseline it would be (K-1)/K of it."""
+    logits, table = tensor(0.3, -0.8, 0.4, grad=True), tensor(1.0, -2.0, 0.7)
+    logp = logits.log_softmax(0)
+    expected, = torch.autograd.grad((logp.exp() * table).sum(), logits, retain_graph=True)
+    total = 0.0
+    for answers in itertools.product(range(3), repeat=K):
+        A = O.rloo(table[[*answers]], torch.zeros(K, dtype=torch.long))
+        total = total + logp[[*answers]].sum().exp().detach() * (A * logp[[*answers]]).mean()
+    close(torch.autograd.grad(total, logits)[0], expected)
 
 
 GRID = [[1.2, 1.3, 1.4], [1.5, 1.6, 1.7], [1.8, 1.9, 2.0]]

@@ -325,6 +325,7 @@ EFFECTS = {
         "judge": row("{folder}/reward.py:length", "evals"), "value_init": row("sft", "weights", "steps"),
         "long_prompts": row("trim", "weights", "steps"), "total_episodes": row(12, "weights", "steps"),
         "batch_size": row(8, "weights", "steps"), "response_length": row(4, "weights", "steps"),
+        "group_size": row(2, "weights", "steps"), "advantages": Alone("test_advantages_of_several_answers"),
         "temperature": row(0.7, "weights", "steps"), "kl_coef": row(1.0, "weights", "steps"),
         "kl_baseline": row(0.9, "weights", "steps"),
         "adaptive_kl_target": row(1.0, "steps", "rounding"),  # moves kl_coef by 8e-5 of it
@@ -476,6 +477,16 @@ def test_a_part_learns(tiny, deep, passes, monkeypatch, stage):
         assert not any(alike(weights, other) or alike(steps, figures) for other, figures, _ in seen[:i])
     counts = [learns for *_, learns in seen]
     assert counts[0] is None and counts[1] == counts[3] and len({*counts}) == 5
+
+
+def test_advantages_of_several_answers(tiny, passes, monkeypatch):
+    """--advantages: each gives other weights and figures, of the same answers in the first step."""
+    monkeypatch.setattr(evaluate.AgainstSFT, "closing_report", lambda *arguments: None)
+    seen = [look(tiny.train("ppo", "--group_size", "2", "--advantages", name), passes)
+            for name in ("gae", "rloo", "grpo")]
+    for i, found in enumerate(seen):
+        assert found["steps"][0]["objective/scores"] == seen[0]["steps"][0]["objective/scores"]
+        assert not any(alike(found[kind], other[kind]) for other in seen[:i] for kind in ("weights", "steps"))
 
 
 @EVERY

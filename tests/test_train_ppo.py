@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import train_ppo
-from minirlhf import adapters, evaluate, rewards
+from minirlhf import adapters, evaluate, groups, objectives, rewards
 from minirlhf.config import parse
 from minirlhf.generate import KVCache, compile_model, generate
 from minirlhf.model import GPT, GPTConfig, flat_indices
@@ -76,10 +76,13 @@ def world(make_model):
             policy, value = (adapters.learner(model, model.head, o, g) for model in (ref, reward))
             for p in (p for model in (policy, value) for p in model.parameters() if p.requires_grad):
                 p.data += 0.2 * torch.randn(p.shape, dtype=p.dtype, generator=g)
-        nets = types.SimpleNamespace(policy=policy, ref=ref, value=value)
-        prompts = [[(5 * b + t) % 12 + 1 for t in range(1 + b % 4)] for b in range(rows)]
+        nets = types.SimpleNamespace(policy=policy, ref=ref, value=value if o.advantages == "gae" else None)
+        group = torch.arange(rows) // o.group_size
+        prompts = [[(5 * b + t) % 12 + 1 for t in range(1 + b % 4)] for b in group.tolist()]
         batch = train_ppo.Batch(**vars(generate(policy, prompts, o.response_length, EOS, o.temperature,
-                                                torch.Generator().manual_seed(3))))
+                                                torch.Generator().manual_seed(3))), group=group)
+        if o.group_size > 1:  # as roll_out leaves them, groups mixed
+            batch = batch.take(batch.lengths.argsort(stable=True))
         assert 0 < batch.finished.sum() < rows and len(set(batch.lengths.tolist())) > 2
         return nets, rewards.RewardModel(reward, None, run_of(o)), batch
     return make
@@ -116,7 +119,8 @@ def naive_value(model, ids):
 
 
 def naive_batch(nets, reward, rollout, o, kl_coef):
-    """[(ids before, token, old logprob, advantage, return, value), ...] for each row, advantages whitened."""
+    """[(ids before, token, old logprob, advantage, return, value), ...] for each row; GAE's advantages whitened, others
+    the same for a row as its return, which is the sum of its rewards."""
     batch, kls = [], []
     for b in range(len(rollout.lengths)):
         start, end = int(rollout.prompt_lengths[b]), int(rollout.lengths[b])
@@ -124,7 +128,8 @@ def naive_batch(nets, reward, rollout, o, kl_coef):
         row = []
         for n in range(start, end):
             old, ref = (naive_logprob(m, ids[:n], ids[n], o.temperature).item() for m in (nets.policy, nets.ref))
-            row.append([ids[:n], ids[n], old, old - ref, naive_value(nets.value, ids[:n]).item()])
+            value = naive_value(nets.value, ids[:n]).item() if nets.value else 0.0
+            row.append([ids[:n], ids[n], old, old - ref, value])
             kls.append(old - ref)
         score = naive_value(reward, ids).item()
         score = max(-o.reward_clip, min(score, o.reward_clip)) if o.reward_clip else score
@@ -132,6 +137,10 @@ def naive_batch(nets, reward, rollout, o, kl_coef):
             score -= o.missing_eos_penalty
         batch.append((row, score))
     free = o.kl_baseline * sum(kls) / len(kls)
+    if o.advantages != "gae":
+        returns = [score - kl_coef * sum(kl - free for _, _, _, kl, _ in row) for row, score in batch]
+        return [[[*step[:3], naive_comparison(b, returns, rollout.group.tolist(), o), returns[b], 0.0] for step in row]
+                for b, (row, _) in enumerate(batch)]
     out = []
     for row, score in batch:
         rewards = [-kl_coef * (kl - free) for _, _, _, kl, _ in row]
@@ -150,6 +159,17 @@ def naive_batch(nets, reward, rollout, o, kl_coef):
         for d in row:
             d[3] = (d[3] - mean) / deviation
     return out
+
+
+def naive_comparison(b, returns, group, o):
+    """The advantage of row b beside those that answer the same prompt."""
+    others = [R for n, R in enumerate(returns) if group[n] == group[b] and n != b]
+    assert len(others) == o.group_size - 1
+    if o.advantages == "rloo":
+        return returns[b] - sum(others) / len(others)
+    mean = (returns[b] + sum(others)) / o.group_size
+    squares = (returns[b] - mean) ** 2 + sum((R - mean) ** 2 for R in others)
+    return (returns[b] - mean) / (math.sqrt(squares / len(others)) + 1e-4)
 
 
 def naive_entropy(model, ids, temperature):
@@ -175,7 +195,8 @@ def naive_update(nets, batch, o, lr, step):
                 low, high = 1 - o.cliprange, 1 + o.cliprange
                 clipped = low if ratio < low else high if ratio > high else ratio
                 gain = ratio * A if ratio * A < clipped * A else clipped * A
-                V, low, high = naive_value(nets.value, ids), V_old - o.cliprange_value, V_old + o.cliprange_value
+                V = naive_value(nets.value, ids) if nets.value else R  # without one there is no error
+                low, high = (V_old - o.cliprange_value, V_old + o.cliprange_value) if nets.value else (R, R)
                 near = low if V < low else high if V > high else V
                 worse = (V - R) ** 2 if (V - R) ** 2 > (near - R) ** 2 else (near - R) ** 2
                 d, ratio_sum = math.log(ratio.item()), ratio_sum + ratio.item()
@@ -187,7 +208,7 @@ def naive_update(nets, batch, o, lr, step):
             (sum(losses) / len(losses)).backward()
             ratios.append(ratio_sum / len(losses))
             count += len(losses)
-            for model in (nets.policy, nets.value):
+            for model in filter(None, (nets.policy, nets.value)):
                 for p in model.parameters():
                     p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # all of its decisions were clipped
                 norm = math.sqrt(sum(float((p.grad ** 2).sum()) for p in model.parameters()))
@@ -207,7 +228,12 @@ def naive_update(nets, batch, o, lr, step):
     {"num_ppo_epochs": 3, "num_mini_batches": 5, "max_grad_norm": 0.01, "missing_eos_penalty": 2.0,
      "reward_clip": 0.5, "vf_coef": 1.0, "cliprange": 0.1, "cliprange_value": 0.3},
     {"lora_rank": 3, "lora_layers": 1, "num_ppo_epochs": 3}, {"freeze_layers": 1, "temperature": 0.7},
-], ids=["defaults", "other credit", "other update", "adapters in the last block", "the first block frozen"])
+    {"group_size": 2}, {"advantages": "rloo", "group_size": 5, "num_ppo_epochs": 3, "whiten_rewards": True},
+    {"advantages": "grpo", "group_size": 2, "kl_baseline": 0.5, "reward_clip": 0.5, "missing_eos_penalty": 2.0},
+    {"advantages": "rloo", "group_size": 2, "lora_rank": 3, "lora_layers": 1, "num_ppo_epochs": 3, "temperature": 0.7,
+     "ent_coef": 0.05},
+], ids=["defaults", "other credit", "other update", "adapters in the last block", "the first block frozen",
+        "several answers", "rloo", "grpo", "rloo with adapters"])
 def test_a_step_equals_the_naive_one(world, changes):
     """Same weights, same rollout: log-probabilities, advantages and returns, and the weights after all epochs and
     minibatches, are those of loops over rows and tokens, in float64; ratios were clipped on the way."""
@@ -220,23 +246,26 @@ def test_a_step_equals_the_naive_one(world, changes):
     train_ppo.credit(batch, kl_coef, o, run)
     naive = naive_batch(other, reward.model, batch, o, kl_coef)
     mask = batch.response_mask
-    for place, ours in ((2, batch.logprobs), (3, batch.advantages), (4, batch.returns), (5, batch.values)):
+    assert (batch.values is None) == (o.advantages != "gae")
+    for place, ours in [(2, batch.logprobs), (3, batch.advantages), (4, batch.returns), (5, batch.values)][
+            :4 if nets.value else 3]:
         torch.testing.assert_close(ours[mask], torch.tensor([d[place] for row in naive for d in row],
                                                             dtype=torch.double), **DOUBLE)
         assert not ours[~mask].any()
     figures, update_kl = update(batch, nets, optimizers(nets, o, lr), 7, o, run)
     expected, count, ratios = naive_update(other, naive, o, lr, 7)
-    names = "policy_loss", "approxkl", "policy_clipped", "ratio", "k3", "value_loss", "value_clipped"
-    assert sums == pytest.approx(dict(zip(names, expected)), rel=1e-5)
+    names = ["policy_loss", "approxkl", "policy_clipped", "ratio", "k3", "value_loss", "value_clipped"]
+    assert sums == pytest.approx(dict(zip(names if nets.value else names[:5], expected)), rel=1e-5)
     assert count == o.num_ppo_epochs * mask.sum() and sums["policy_clipped"] > 0  # some were clipped
     loss, approxkl, clipped, _, _, value_loss, value_clipped = (x / count for x in expected)
     mean = sum(ratios) / len(ratios)
     assert figures == pytest.approx({
         "policy/approxkl_avg": approxkl, "policy/clipfrac_avg": clipped, "policy/updates": len(ratios),
-        "loss/policy_avg": loss, "loss/value_avg": value_loss, "val/clipfrac_avg": value_clipped, "val/ratio": mean,
+        "loss/policy_avg": loss, "val/ratio": mean,
+        **({"loss/value_avg": value_loss, "val/clipfrac_avg": value_clipped} if nets.value else {}),
         "val/ratio_var": sum((r - mean) ** 2 for r in ratios) / len(ratios)}, rel=1e-5)
     assert update_kl == 0 and len(ratios) == o.num_ppo_epochs * o.num_mini_batches
-    for ours, theirs in ((nets.policy, other.policy), (nets.value, other.value)):
+    for ours, theirs in [(nets.policy, other.policy), (nets.value, other.value)][:2 if nets.value else 1]:
         for (name, p), q in zip(ours.named_parameters(), theirs.parameters()):
             torch.testing.assert_close(p, q, msg=lambda m, name=name: f"{name}: {m}", **DOUBLE)
 
@@ -285,6 +314,23 @@ def test_a_rollout_is_shortest_first_and_knows_its_prompts(world):
     assert sorted(batch.prompt_index.tolist()) == [*range(2, 12)] and len(set(batch.lengths.tolist())) > 2
     for i, row, n in zip(batch.prompt_index.tolist(), batch.tokens.tolist(), batch.prompt_lengths.tolist()):
         assert row[:n] == prompts[i]
+
+
+def test_a_rollout_of_several_answers(world):
+    """Three answers to each prompt that is named, each drawn by itself; a prompt named twice has two groups, which
+    stay apart as rows are put in order of length."""
+    o = options(group_size=3)
+    nets, *_ = world(options())
+    prompts = [[(5 * b + t) % 12 + 1 for t in range(1 + b % 4)] for b in range(12)]
+    batch = train_ppo.roll_out(nets.policy, prompts, [7, 2, 7, 10], EOS, 0, o, run_of(o))
+    assert batch.lengths.tolist() == sorted(batch.lengths.tolist()) and len(batch.tokens) == 12
+    assert batch.group.tolist() != sorted(batch.group.tolist())
+    rows = objectives.rows_of_groups(batch.group)
+    assert batch.prompt_index[rows].tolist() == [[i] * 3 for i in (7, 2, 7, 10)]
+    answers = batch.responses()
+    for i, group in zip((7, 2, 7, 10), rows.tolist()):
+        assert all(batch.tokens[row, :len(prompts[i])].tolist() == prompts[i] for row in group)
+    assert sum(len({tuple(answers[row]) for row in group}) > 1 for group in rows.tolist()) > 2
 
 
 def test_microbatches_are_of_like_length(world):
@@ -370,6 +416,61 @@ def test_whitened_rewards_keep_their_mean():
     r = torch.tensor([-0.1, 1.9, -0.1, 0.4])
     r = (r - 0.525) / r.std(correction=0) + 0.525
     torch.testing.assert_close(batch.returns, torch.tensor([[r[0] + r[1], r[1], 0], [0, r[2] + r[3], r[3]]]))
+
+
+@pytest.mark.parametrize("advantages", ["rloo", "grpo"])
+def test_credit_of_compared_answers_by_hand(advantages):
+    """Scores 2 and 1, no eos costs .5, KL 1 a token at beta .1: whole answers get 1.8 and .3, and so 1.5 and -1.5 at
+    each decision, or these over 1.5 / sqrt(2); nothing is whitened, nor does gamma or lambda count."""
+    batch = hand_batch(ref_logprobs=-hand_batch().response_mask.float(), scores=torch.tensor([2.0, 1.0]),
+                       group=torch.tensor([0, 0]), values=None)
+    o = options(advantages=advantages, group_size=2, missing_eos_penalty=0.5, gamma=0.5, lam=0.5, whiten_rewards=True)
+    train_ppo.credit(batch, 0.1, o, run_of(o))
+    A = 1.5 if advantages == "rloo" else 0.75 / (1.5 / math.sqrt(2) + 1e-4)
+    torch.testing.assert_close(batch.advantages, torch.tensor([[A, A, 0], [0, -A, -A]]))
+    torch.testing.assert_close(batch.returns, torch.tensor([[1.8, 1.8, 0], [0, 0.3, 0.3]]))
+    torch.testing.assert_close(batch.rewards, torch.tensor([[-0.1, 1.9, 0], [0, -0.1, 0.4]]))
+
+
+@pytest.mark.parametrize("scores, group, ranks, expected", [
+    ([2.0, 2.0, 1.0, 0.5], [0, 0, 1, 1], 1, 0.5), ([2.0, 1.0, 2.0, 1.0], [0, 1, 0, 1], 2, 1.0),
+    ([2.0, 1.0, 2.0, 1.0], [0, 0, 1, 1], 1, 0.0), ([1.0] * 4, [0] * 4, 1, 1.0),
+    ([1.0] * 4, [0, 1, 2, 3], 1, None)])  # single answers are no groups
+def test_groups_of_equal_scores_by_hand(scores, group, ranks, expected):
+    """The share of groups whose answers all count the same after clip and penalty, on all ranks."""
+    batch = types.SimpleNamespace(final_rewards=torch.tensor(scores), group=torch.tensor(group))
+    found = groups.figures(batch, run_of(options(), ranks))
+    assert found == ({} if expected is None else {"groups/equal_scores": expected})
+
+
+def test_a_ratio_of_one_is_reinforce(world):
+    """RLOO in one epoch of one minibatch: the gradient of -sum A log pi over all decisions, divided by their number."""
+    o = options(advantages="rloo", group_size=5, num_ppo_epochs=1, num_mini_batches=1)
+    nets, batch = ready(world, o)
+    recorder = Recorder(nets.policy)
+    update(batch, nets, [recorder], 0, replace(o, max_grad_norm=0.0))
+    logprobs = nets.policy.logprobs(batch.tokens, batch.decisions, o.temperature)[0]
+    A = torch.cat([batch.advantages[b, batch.response_mask[b]][:1].expand(int(batch.response_mask[b].sum()))
+                   for b in range(10)])
+    (-(A * logprobs).sum() / len(A)).backward()
+    for p, gradient in zip(nets.policy.parameters(), recorder.gradients, strict=True):
+        torch.testing.assert_close(p.grad, gradient, **DOUBLE)
+
+
+@pytest.mark.parametrize("size", [1, 4, 7])
+def test_microbatches_may_divide_groups(world, size):
+    """Gradients and means of two groups of five rows in microbatches are those of all rows at once; the same on two
+    ranks, each with these rows, whose gradients are summed."""
+    o = options(advantages="grpo", group_size=5, ent_coef=0.1, num_ppo_epochs=1, num_mini_batches=1, max_grad_norm=0.0)
+    nets, batch = ready(world, o)
+    found = []
+    for micro_batch_size, ranks in ((10, 1), (size, 1), (size, 2)):
+        recorder = Recorder(nets.policy)
+        figures, _ = update(batch, nets, [recorder], 0, replace(o, micro_batch_size=micro_batch_size), run_of(o, ranks))
+        found.append(([ranks * g for g in recorder.gradients], figures))
+    for gradients, figures in found[1:]:
+        torch.testing.assert_close(gradients, found[0][0], **DOUBLE)
+        assert figures == pytest.approx(found[0][1])
 
 
 def ready(world, o):
@@ -698,7 +799,8 @@ def test_figures_of_a_rollout_by_hand():
         logprobs=torch.tensor([[0, -1.0, 0], [-2, -3, -4]]), ref_logprobs=torch.tensor([[0, -1.5, 0], [-2, -3, -3]]),
         entropies=torch.tensor([[0, 3.0, 0], [1, 3, 1]]), values=torch.tensor([[0, 1.0, 0], [2, 0, 3]]),
         returns=torch.tensor([[0, 1.0, 0], [3, 1, 3]]), scores=torch.tensor([2.0, 1.0]),
-        final_rewards=torch.tensor([2.0, 0.5]), penalised_kl=torch.tensor([[0, 1.0, 0], [0.5, 0.5, 1]]))
+        final_rewards=torch.tensor([2.0, 0.5]), penalised_kl=torch.tensor([[0, 1.0, 0], [0.5, 0.5, 1]]),
+        group=torch.tensor([0, 1]))
     expected = {
         "objective/kl": (0.5 + 0 + 0 - 1) / 2, "objective/kl_k3": ((math.exp(-0.5) - 0.5) + (math.e - 2)) / 2,
         "objective/entropy": (1 + 9) / 2, "objective/scores": 1.5, "objective/non_score_reward": -0.1 * 3 / 2,
@@ -787,12 +889,13 @@ def converge(score_of, beta, response_length, steps, rows, lam=0.95, **changes):
     run = run_of(o)
     ref = GPT(GPTConfig(1, 1, 16, 5, 4)).init_weights(torch.Generator().manual_seed(0)).eval()
     ref.wte.weight.data *= 6  # an uneven start
-    nets = types.SimpleNamespace(policy=ref.with_head("lm"), ref=ref, value=ref.with_head("scalar"))
+    nets = types.SimpleNamespace(policy=ref.with_head("lm"), ref=ref,
+                                 value=ref.with_head("scalar") if o.advantages == "gae" else None)
     adam, reward = optimizers(nets, o, 0.0), Table(score_of)
     for step in range(steps):
         for optimizer in adam:
             optimizer.param_groups[0]["lr"] = 3e-3 * (1 - step / steps)
-        batch = train_ppo.roll_out(nets.policy, [[1]] * rows, [*range(rows)], EOS, step, o, run)
+        batch = train_ppo.roll_out(nets.policy, [[1]] * rows, [*range(rows // o.group_size)], EOS, step, o, run)
         score(batch, nets, reward, o, run)
         train_ppo.credit(batch, beta, o, run)
         update(batch, nets, adam, step, o, run)
@@ -833,5 +936,18 @@ def test_two_tokens_share_the_credit():
         return {0: 0.5, 1: -1.0, 2: 1.0, 3: 0.5, 4: 0.0}[y[0]] * (1.5 if y[-1] in (2, 3) else -0.5)
 
     ref, policy = converge(score, 0.7, 2, steps=60, rows=384)
+    assert distance(ref, ref, score, 0.7) > 0.25
+    assert distance(policy, ref, score, 0.7) < 0.03
+
+
+@pytest.mark.parametrize("advantages, K, length, rows", [
+    ("rloo", 4, 2, 96), ("grpo", 8, 1, 96), pytest.param("rloo", 2, 2, 512, marks=pytest.mark.slow),
+    pytest.param("grpo", 8, 2, 384, marks=pytest.mark.slow)])
+def test_answers_to_a_prompt_reach_the_known_optimum(advantages, K, length, rows):
+    """Without a value network, compared with one another, they lead to ref exp(r / beta) / Z as well."""
+    def score(y):
+        return {0: 0.5, 1: -1.0, 2: 1.0, 3: 0.5, 4: 0.0}[y[0]] * (1.5 if y[-1] in (2, 3) else -0.5)
+
+    ref, policy = converge(score, 0.7, length, steps=60, rows=rows, advantages=advantages, group_size=K)
     assert distance(ref, ref, score, 0.7) > 0.25
     assert distance(policy, ref, score, 0.7) < 0.03
