@@ -58,7 +58,7 @@ th:first-child, td.text, th.text {{ text-align: left; }}
 """
 
 HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069"
-                    "\ufdd0-\ufdef\ufeff\ufff9-\uffff]")  # controls, halves of characters, turns of direction
+                    "\ufdd0-\ufdef\ufeff\ufff9-\ufffb\ufffe\uffff]")  # controls, halves of characters, turns of direction
 
 
 def text(value):
@@ -108,7 +108,7 @@ def is_number(x):
 
 def figure(x):
     """A number as a person reads it: whole ones whole, others to four digits."""
-    return f"{x:.0f}" if x == round(x) and abs(x) < 1e15 else f"{x:.4g}"
+    return f"{x + 0.0:.0f}" if x == round(x) and abs(x) < 1e15 else f"{x:.4g}"  # + 0.0: no "-0"
 
 
 def ticks(low, high, about=5):
@@ -129,7 +129,7 @@ def span(values, least=()):
     return (low if low in least else low - room), (high if high in least else high + room)
 
 
-def thinned(points, most=400):
+def thinned(points, most=300):
     """At most so many of many points: in each stretch its lowest and its highest, and both ends of the line."""
     if len(points) <= most:
         return points

@@ -442,7 +442,7 @@ def save_tokens(batch, policy, done, steps, tokenizer, o, run):
         logprobs = some.grid(policy.logprobs(some.tokens, some.decisions, o.temperature, some.below)[0])
     columns = {"logprobs": some.logprobs, "ref_logprobs": some.ref_logprobs, "kl": k1(some.logprobs, some.ref_logprobs),
                "values": some.values, "rewards": some.rewards, "advantages": some.advantages, "returns": some.returns,
-               "rewards_to_go": gae(some.rewards, torch.zeros_like(some.values), some.response_mask, o.gamma, 1.0)[1],
+               "rewards_to_go": gae(some.rewards, torch.zeros_like(some.rewards), some.response_mask, o.gamma, 1.0)[1],
                "ratios": log_ratio(logprobs, some.logprobs).exp()}
     for i, (response, n) in enumerate(zip(some.responses(), some.prompt_lengths.tolist())):
         prompt = some.prompt_texts[i] if some.prompt_texts else tokenizer.decode(some.tokens[i, :n].tolist())
@@ -451,7 +451,7 @@ def save_tokens(batch, policy, done, steps, tokenizer, o, run):
             "reward": float(some.final_rewards[i]), "finished": bool(some.finished[i]), "length": len(response),
             "tokens": [tokenizer.bytes[t].decode("utf-8", "backslashreplace")[:40] for t in response[:TOKENS]],
             **{name: [round(v, 4) for v in x[i, n - 1:n - 1 + len(response[:TOKENS])].tolist()]
-               for name, x in columns.items()}})
+               for name, x in columns.items() if x is not None}})
 
 
 def rollout_figures(batch, kl_coef, run):

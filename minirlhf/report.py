@@ -12,6 +12,7 @@ import base64
 import hashlib
 import importlib
 import json
+import math
 import os
 import re
 from dataclasses import fields
@@ -25,7 +26,7 @@ from minirlhf.objectives import wilson_interval
 STAGES = {"sft": "SFT model", "rm": "reward model", "ppo": "PPO policy"}
 SHOWN = 12  # answers before and after at a time
 LONGEST = 2000  # characters of a text
-ANSWERS, ROLLOUTS = 300_000, 300_000  # characters of the page that answers, and rollouts, may take
+ANSWERS, ROLLOUTS = 250_000, 300_000  # characters of the page that answers, and rollouts, may take
 ROWS = 100  # of a table of steps
 
 
@@ -139,11 +140,17 @@ def points(rows, *path):
     """Of each row that has it: (step, value), with an interval where it is [mean, half] or [share, low, high]."""
     for row in rows:
         value = get(row, *path)
-        if isinstance(value, list) and value and all(map(is_number, value)):
-            ends = value[1:3] if len(value) > 2 else [value[0] - value[1], value[0] + value[1]] if value[1:] else []
-            yield Point(row["step"], value[0], *ends)
-        elif is_number(value):
-            yield Point(row["step"], value)
+        mean, *ends = value if isinstance(value, list) and value else [value]
+        if is_number(mean):
+            if not all(map(is_number, ends)):  # of one prompt a mean has no interval
+                ends = []
+            yield Point(row["step"], mean, *([mean - ends[0], mean + ends[0]] if len(ends) == 1 else ends[:2]))
+
+
+def ends_of(rows):
+    """The first and the last step."""
+    steps = [row["step"] for row in rows] or [0]
+    return min(steps), max(steps)
 
 
 def seconds(run):
@@ -170,18 +177,17 @@ def progress(run):
     episodes, batch = run.options.get("total_episodes"), run.options.get("batch_size")
     known = run.stage == "ppo" and all(is_number(n) and n > 0 for n in (episodes, batch))
     return (f"{figure(done)}{f' of {figure(-(-episodes // batch))}' if known else ''} steps, "
-            f"{'finished' if run.final else 'not finished'}")
+            f"{'finished' if run.final else 'without closing figures'}")
 
 
 def result(run):
     """The run's closing figures in a line."""
     final, said = run.final or {}, []
-    if run.stage == "sft" and is_number(loss := get(final, "all", "nats_per_token")):
-        said = [f"held-out loss {figure(loss)} nats a token"]
-        if is_number(bits := get(final, "all", "bits_per_byte")):
-            said.append(f"{figure(bits)} bits a byte")
-    if run.stage == "rm" and is_number(accuracy := get(final, "figures", "all", "accuracy")):
-        said = [f"held-out accuracy {figure(accuracy)}", str(final.get("verdict", ""))]
+    if run.stage == "sft" and (looks := [*points(run.steps, "eval", "all", "nats_per_token")]):
+        best = min(looks, key=lambda p: p.y)
+        said = [f"lowest held-out loss {figure(best.y)} nats a token, at step {figure(best.x)}"]
+    if run.stage == "rm":
+        said = [str(final.get("verdict", ""))]
     if run.stage == "ppo":
         rate = get(final, "after", "win_rate")
         if isinstance(rate, list) and len(rate) == 3 and all(map(is_number, rate)):
@@ -198,12 +204,18 @@ def missing(words):
 
 
 def table(head, rows, caption, texts=1):
-    """Rows of cells, the first `texts` of each as text; the table scrolls by itself where the page is narrow."""
-    def cells(row, tag):
-        return "".join(f'<{tag}{" class=text" * (k < texts)}>{text(cell)}</{tag}>' for k, cell in enumerate(row))
-    body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)
+    """Rows of cells, the first `texts` of each as text, the very first the row's name; the table scrolls by itself
+    where the page is narrow."""
+    def classes(cell, k):
+        return f' class="text{" long" * (len(str(cell)) > 40)}"' if k < texts else ""
+
+    def cells(row, tag, first):
+        return "".join(f'<{tag if k else first}{classes(cell, k)}>{text(cell)}</{tag if k else first[:2]}>'
+                       for k, cell in enumerate(row))
+    body = "".join(f"<tr>{cells(row, 'td', 'th scope=row')}</tr>" for row in rows)
     return (f'<div class="scroll" tabindex="0" role="region" aria-label="{text(caption)}"><table><caption>'
-            f'{text(caption)}</caption><thead><tr>{cells(head, "th")}</tr></thead><tbody>{body}</tbody></table></div>')
+            f'{text(caption)}</caption><thead><tr>{cells(head, "th", "th")}</tr></thead><tbody>{body}</tbody></table>'
+            "</div>")
 
 
 def chart(title, series, x_label, y_label, should, where, **more):
@@ -239,8 +251,8 @@ def what_was_run(runs, shown):
         [run.folder, STAGES.get(run.stage, run.stage), data_of(run), result(run), progress(run), seconds(run)]
         for run in runs], "Runs", 4))
     found = [command(run) for run in runs]
-    out.append('<h3>The commands</h3><pre class="scroll panel" tabindex="0" role="region" aria-label="Commands">'
-               + "\n".join(map(text, filter(None, found))) + "</pre>")
+    out.append('<h3>The commands</h3><pre class="panel">' + re.sub(  # an option's name is not broken
+        r"(--\w+)", r"<span>\1</span>", "\n".join(map(text, filter(None, found)))) + "</pre>")
     for stage, name in STAGES.items():
         if stage not in shown:
             out.append(missing(f"There is no run of a {name} here, and so nothing of it below."))
@@ -300,7 +312,7 @@ def rm_curves(run):
     return [
         chart("Reward model's loss", {"training batch": points(run.steps, "loss")}, "step", "loss, nats a pair",
               "Falls from the 0.693 of chance, and stays above 0: people do not agree.", log,
-              guides={"chance": [(0, 0.6931), (max((row["step"] for row in run.steps), default=1), 0.6931)]}),
+              guides={"chance": [(x, math.log(2)) for x in ends_of(run.steps)]}),
         chart("Reward model's accuracy by margin", by_margin(figures), "margin between two texts, middle of its range",
               "pairs ordered rightly, share", "Rises with the margin: clear preferences are learned first. Bars: 95 % "
               "intervals. The last point: all margins above its own.", log, y_range=(0.5, 1)),
@@ -342,9 +354,8 @@ PPO_COLUMNS = {"score": ["objective/scores"], "KL, nats a response": ["objective
 
 def ppo_curves(run):
     log, rows, judge = f"{run.folder}/metrics.jsonl", run.steps, [*points(run.steps, "eval", "judge_win_rate")]
-    last = max((row["step"] for row in rows), default=1)
-    usual = get(run.final, "before", "mean_length")
-    guide = {"guides": {"reference model's": [(0, usual), (last, usual)]}} if is_number(usual) else {}
+    ends, usual = ends_of(rows), get(run.final, "before", "mean_length")
+    guide = {"guides": {"reference model's": [(x, usual) for x in ends]}} if is_number(usual) else {}
 
     def of(title, series, y_label, should, **more):
         return chart(title, series, "step", y_label, should, log, **more)
@@ -356,7 +367,7 @@ def ppo_curves(run):
         of("Preferred to the reference's answer", {"by the reward model": points(rows, "eval", "win_rate"),
                                                    **({"by the judge": judge} if judge else {})},
            "held-out prompts, share", "Rises from one half. The judge far below the reward model: over-optimised.",
-           guides={"even": [(0, 0.5), (last, 0.5)]}, y_range=(0, 1)),
+           guides={"even": [(x, 0.5) for x in ends]}, y_range=(0, 1)),
         of("KL from the reference", {"k1": points(rows, "objective/kl"), "k3": points(rows, "objective/kl_k3"),
                                      "held out, k1": points(rows, "eval", "kl")}, "KL, nats a response",
            "Rises slowly and bends as the penalty holds it; k1 and k3 stay close. A jump: too large a step."),
@@ -378,7 +389,7 @@ def before_and_after(run):
             for key, label, form in evaluate.FIGURES if get(final, "after", key) is not None]
     if rows:
         n = get(final, "after", "prompts")
-        out.append(table(["", "before", "after"], rows, "Held-out prompts, with 95 % intervals"
+        out.append(table(["figure", "before", "after"], rows, "Held-out prompts, with 95 % intervals"
                          + (f": {figure(n)}" if is_number(n) else "")))
     answers = [row for row in run.samples if row.get("final") and is_number(row.get("score"))
                and is_number(row.get("sft_score")) and all(isinstance(row.get(k), str) for k in (
@@ -412,7 +423,7 @@ def side_by_side(answers):
     return ("<h3>Answers</h3><p>Before: the reference model. After: the policy. Scores are the reward model's; "
             f'{some}.</p><div class="controls screen" hidden>'
             f'<label>Order <select id="order">{options}</select></label> '
-            '<label>Filter <input id="filter" type="search" placeholder="words in prompt or answers"></label> '
+            '<label>Filter by words <input id="filter" type="search"></label> '
             '<button id="more" type="button">Show 12 more</button> <output id="count"></output></div>'
             f'<div id="answers">{body}</div>')
 
@@ -441,7 +452,7 @@ COLUMNS = {"log p, policy": "logprobs", "log p, reference": "ref_logprobs", "KL,
 
 
 def token_viewer(run):
-    rows = [row for row in run.tokens if is_rollout(row)]
+    rows = [*filter(None, map(whole, run.tokens))]
     if not rows:
         return missing(f"{run.folder}/tokens.jsonl has no answers token by token: train_ppo.py keeps some at each "
                        "look, after --eval_interval steps.")
@@ -470,13 +481,16 @@ def token_viewer(run):
             f'<div id="rollouts">{"".join(parts)}</div>')
 
 
-def is_rollout(row):
-    """Whether all columns are there, a number or null for each token."""
-    tokens = row.get("tokens")
-    return (isinstance(tokens, list) and tokens and isinstance(row.get("prompt"), str) and all(
+def whole(row):
+    """A row of tokens.jsonl with all columns, None where a token lacks the figure; None where it is no such row."""
+    tokens, row = row.get("tokens"), {**row}
+    for key in COLUMNS.values():
+        row[key] = row.get(key, [None] * len(tokens or ()))
+    fits = isinstance(tokens, list) and tokens and isinstance(row.get("prompt"), str) and all(
         isinstance(t, str) for t in tokens) and all(
-        isinstance(row.get(key), list) and len(row[key]) == len(tokens)
-        and all(v is None or is_number(v) for v in row[key]) for key in COLUMNS.values()))
+        isinstance(row[key], list) and len(row[key]) == len(tokens)
+        and all(v is None or is_number(v) for v in row[key]) for key in COLUMNS.values())
+    return row if fits else None
 
 
 def scale(rows, key):
@@ -528,7 +542,7 @@ def rollout(row, scales, clip, k):
     return (f'<section{" hidden" * (k > 0)}><h3>{text(about)}</h3><p class="faint" dir="auto">{cut(row["prompt"])}</p>'
             '<p class="tokens panel" tabindex="0" role="group" aria-label="Tokens: arrow keys read their figures">'
             f'{tokens}</p><p class="screen"><output></output>&nbsp;</p>'
-            f"{table(['', 'token', *COLUMNS], cells, 'Token by token', 2)}</section>")
+            f"{table(['no.', 'token', *COLUMNS], cells, 'The figures of each token', 2)}</section>")
 
 
 def visible(token):
@@ -539,13 +553,53 @@ def visible(token):
 # ---- the frontier
 
 def frontier(folder):
-    return missing("There is no frontier here.")
+    """What `python -m minirlhf.frontier` has measured: for each method its points, and what it found."""
+    paths = [os.path.join(folder, *names) for names in (("frontier", "frontier.json"), ("frontier.json",))]
+    path, faults = next(filter(os.path.isfile, paths), paths[0]), []
+    state = read_object(path, faults)
+    rows, kept = get(state, "rows"), get(state, "points")
+    if faults or not isinstance(rows, dict) or not isinstance(kept, dict):
+        return missing(f"No frontier: {faults[0] if faults else f'{path} holds no rows and points.'}")
+    points = {method: [(name, get(rows, name)) for name in names if isinstance(name, str) and place(get(rows, name))]
+              for method, names in kept.items() if isinstance(names, list)}
+    charts = []
+    for key, title in (("score", "The reward model that was optimised"), ("judge_score", "A judge that looks on")):
+        start = get(state, "baseline", key, 0)
+        first = [Point(0, start, name="the SFT model")] if is_number(start) else []
+        charts.append(chart(title, {method: first + sorted(filter(None, (at_kl(row, key, name) for name, row in found)))
+                                    for method, found in points.items()},
+                            "root of the KL from the SFT model, nats a response", "mean score", "Higher and further "
+                            "left is better. Where the judge falls and the reward model rises: over-optimised.", path))
+    cells = [[method, name, ("<= " * ("kl_bound" in row)) + figure(place(row)[0]), *(
+        cell(get(row, key), form) for key, _, form in evaluate.FIGURES if key not in ("kl", "kl_k3"))]
+        for method, found in points.items() for name, row in found]
+    said = state.get("findings") if isinstance(state.get("findings"), list) else []
+    head = ["method", "run", "KL, nats", *(label for key, label, _ in evaluate.FIGURES if key not in ("kl", "kl_k3"))]
+    return (f'<div class="charts">{"".join(charts)}</div>'
+            + "".join(f"<p>{cut(line)}</p>" for line in said if isinstance(line, str))
+            + (table(head, cells, f"The points of {path}", 2) if cells else ""))
+
+
+def place(row):
+    """A row's KL and the half-width of its interval: by k1, or the bound of best-of-n; None where it has neither."""
+    kl = [get(row, "kl_bound"), 0.0] if is_number(get(row, "kl_bound")) else get(row, "kl")
+    return kl if isinstance(kl, list) and len(kl) == 2 and all(map(is_number, kl)) else None
+
+
+def at_kl(row, key, name):
+    """A row as a point of its chart, intervals on both axes; None where it lacks the figure."""
+    value, (kl, around) = get(row, key), place(row)
+    if not (isinstance(value, list) and len(value) == 2 and all(map(is_number, value))):
+        return None
+    mean, half = value
+    x = [math.sqrt(max(0.0, v)) for v in (kl, kl - around, kl + around)]
+    return Point(x[0], mean, mean - half, mean + half, *x[1:], name)
 
 
 # ---- the page
 
 STYLE = """
-nav a { margin-right: 1rem; }
+nav a { margin-right: 1rem; white-space: nowrap; }
 [hidden] { display: none !important; }
 .missing { border-left: 4px solid var(--line1); padding: .25rem .75rem; background: var(--panel); }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 24rem), 1fr)); gap: 1.5rem;
@@ -555,10 +609,16 @@ figure svg { width: 100%; }
 figcaption { font-size: .9rem; color: var(--faint); min-height: 4.5em; }
 figcaption output { display: block; color: var(--ink); }
 .now { stroke: var(--ink); stroke-width: 3; }
-caption { text-align: left; font-weight: 600; padding: .25rem 0; }
-td.text { max-width: 28rem; min-width: 6rem; }
+caption { text-align: left; font-weight: 600; padding: .25rem 0; max-width: calc(100vw - 3rem); }
+td { white-space: nowrap; }
+.text { white-space: pre-wrap; min-width: 7rem; max-width: 28rem; }
+.text.long { min-width: 16rem; }
+section .text:first-child { min-width: 0; }
+th { overflow-wrap: normal; }
 summary { cursor: pointer; margin: .5rem 0; }
-pre { white-space: pre-wrap; margin: .5rem 0; }
+pre { margin: .5rem 0; white-space: pre-wrap; }
+pre span { white-space: nowrap; }
+tbody th { font-weight: normal; }
 .controls { display: flex; flex-wrap: wrap; gap: .75rem; align-items: center; margin: .75rem 0; }
 article { margin: .75rem 0; break-inside: avoid; }
 article h4 { margin: 0 0 .5rem; font-weight: 600; white-space: pre-wrap; }
@@ -569,8 +629,8 @@ article p { margin: .25rem 0; white-space: pre-wrap; }
 .legend span { padding: .15rem .4rem; border: 1px solid var(--rule); }
 .tokens .now { outline: 2px solid var(--ink); }
 tr.now { background: var(--panel); outline: 2px solid var(--focus); outline-offset: -2px; }
-@media print { body { max-width: none; font-size: 9pt; } .scroll { overflow: visible; } td.text { min-width: 0; }
-  th, td { padding: .1rem .25rem; } }
+@media print { body { max-width: none; font-size: 9pt; } .scroll { overflow: visible; }
+  .text, .text.long { min-width: 0; } th, td { padding: .1rem .25rem; } }
 """ + "".join(f".{end}{k} {{ background: var(--{end}{k}); border-bottom: 2px {line} var(--ink); }}\n"
               for end, line in (("low", "dashed"), ("high", "solid")) for k in range(1, SHADES + 1))
 
@@ -646,10 +706,10 @@ if (one("#rollouts")) {
   };
   for (const section of sections) {
     const tokens = all(".tokens span", section), rows = all("tbody tr", section);
-    const head = all("th", section).map(cell => cell.textContent), output = one("output", section);
+    const head = all("thead th", section).map(cell => cell.textContent), output = one("output", section);
     const go = readable(one(".tokens", section), tokens, k => {
       for (const row of rows) row.classList.toggle("now", row === rows[k]);
-      const cells = all("td", rows[k]).map(cell => cell.textContent);
+      const cells = all("th, td", rows[k]).map(cell => cell.textContent);
       output.textContent = `token ${k + 1} of ${tokens.length} “${tokens[k].textContent}”: ` +
         cells.slice(2).map((value, n) => `${head[n + 2]} ${value}`).join("; ");
     });

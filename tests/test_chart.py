@@ -82,7 +82,7 @@ def test_the_style_holds_both_palettes_and_no_colour_of_its_own():
      "&lt;script&gt;alert(&#x27;x&#x27;)&lt;/script&gt; &amp; &quot;y&quot;"),
     ("a\x00b\x1bc\x7f", r"a\x00b\x1bc\x7f"), ("\ud800", r"\ud800"), ("\u202eevil", r"\u202eevil"),
     ("\u2066x\u2069\u200f\ufeff", r"\u2066x\u2069\u200f\ufeff"), ("a\n\tb\r", "a\n\tb\\r"),
-    ("שלום é 👩‍👩‍👧 \u00a0", "שלום é 👩‍👩‍👧 \u00a0"), (3, "3"), ("\uffff\ufffe", r"\uffff\ufffe")])
+    ("שלום é 👩‍👩‍👧 \u00a0\ufffd", "שלום é 👩‍👩‍👧 \u00a0\ufffd"), (3, "3"), ("\uffff\ufffe", r"\uffff\ufffe")])
 def test_a_text_shows_and_does_nothing_else(given, expected):
     """Markup is escaped, what is invisible or turns the direction is named; letters of any script stay as they are.
     The result is always well-formed XML, in an attribute too."""
@@ -118,8 +118,8 @@ def test_an_axis_has_room_around_its_values_and_reaches_what_it_must():
 
 
 def test_a_figure_is_whole_or_has_four_digits():
-    assert [*map(figure, (12, 12.0, 0.31254, 123456, 1234567.8, -0.5))] == [
-        "12", "12", "0.3125", "123456", "1.235e+06", "-0.5"]
+    assert [*map(figure, (12, 12.0, 0.31254, 123456, 1234567.8, -0.5, -0.0))] == [
+        "12", "12", "0.3125", "123456", "1.235e+06", "-0.5", "0"]
 
 
 def test_lines_put_each_point_where_its_figures_are():
@@ -194,14 +194,14 @@ def test_a_legend_names_each_line_and_does_not_depend_on_colour():
 
 
 def test_of_many_points_the_highest_and_the_lowest_stay():
-    """Of 5,000 points with one spike up and one down at most 400 are drawn, in order, ends and both spikes among them;
-    400 stay as they are."""
+    """Of 5,000 points with one spike up and one down at most 300 are drawn, in order, ends and both spikes among them;
+    300 stay as they are."""
     rows = [Point(k, k % 7) for k in range(5000)]
     rows[1234], rows[4321] = Point(1234, 50), Point(4321, -50)
     kept = thinned(rows)
-    assert len(kept) <= 400 and kept == sorted(kept) and {*kept} <= {*rows}
+    assert len(kept) <= 300 and kept == sorted(kept) and {*kept} <= {*rows}
     assert {rows[0], rows[-1], rows[1234], rows[4321]} <= {*kept}
-    assert thinned(rows[:400]) == rows[:400]
+    assert thinned(rows[:300]) == rows[:300]
     assert len(drawn(lines({"a": rows}, "x", "y", "t"))[1]) == len(kept)
 
 

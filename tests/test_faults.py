@@ -41,7 +41,7 @@ PPO = ["train_ppo.py", *scratch("ppo")] + (
 STAGES = {"sft": SFT, "rm": RM, "ppo": PPO}
 READS = {"sft": "sft.train.jsonl", "rm": "preferences.train.jsonl", "ppo": "prompts.train.jsonl"}
 EVERY = pytest.mark.parametrize("stage", STAGES)
-CLOCKS = ("tokens_per_second", "eps", "seconds", "rollout_seconds")
+CLOCKS = ("tokens_per_second", "eps", "seconds", "rollout_seconds", "elapsed")
 
 
 def write(path, records):

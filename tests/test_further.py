@@ -39,7 +39,7 @@ CONSTANT = {"sft": ["--lr_schedule", "constant"], "rm": ["--lr_schedule", "const
             "ppo": ["--lr_schedule", "constant", "--reward_clip", "0.5"]}
 KEEP = {"sft": ["--keep_checkpoints", "2"], "rm": ["--keep_checkpoints", "2"],
         "ppo": ["--keep_checkpoints", "2", "--save_rollouts"]}
-CLOCKS = {"eps", "tokens_per_second", "rollout_seconds", "seconds"}
+CLOCKS = {"eps", "tokens_per_second", "rollout_seconds", "seconds", "elapsed"}
 EVERY = pytest.mark.parametrize("stage", STAGES)
 EXPECTED = {"linear": [1, 0.75, 0.5, 0.25], "cosine": [1, 0.853553, 0.5, 0.146447], "constant": [1, 1, 1, 1]}
 

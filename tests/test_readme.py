@@ -23,7 +23,7 @@ TINY = "--data_dir data --device cpu --dtype float32 --batch_size 8 --response_l
 SFT = "--n_layer 3 --n_head 2 --n_embd 16 --vocab_size 300 --block_size 32 --num_train_epochs 1".split()
 PPO = ("--total_episodes 16 --value_warmup 0 --num_ppo_epochs 1 --learning_rate 3e-3 --num_eval_prompts 4 "
        "--init_from out/sft/ckpt.pt --reward_model out/rm/ckpt.pt").split()
-CLOCKS = {"eps", "tokens_per_second", "rollout_seconds", "seconds"}
+CLOCKS = {"eps", "tokens_per_second", "rollout_seconds", "seconds", "elapsed"}
 
 
 # ---- the experiments

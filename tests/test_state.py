@@ -22,7 +22,7 @@ from minirlhf.tokenizer import Tokenizer
 
 SCRIPTS = {"sft": train_sft, "rm": train_rm, "ppo": train_ppo}
 EVERY = pytest.mark.parametrize("stage", SCRIPTS)
-CLOCKS = ("tokens_per_second", "eps", "seconds", "rollout_seconds")
+CLOCKS = ("tokens_per_second", "eps", "seconds", "rollout_seconds", "elapsed")
 DROPOUT = {"sft": ["--dropout", "0.5"], "rm": ["--dropout", "0.5"], "ppo": []}
 LONGER = {"sft": ["--num_train_epochs", "2"], "rm": ["--num_train_epochs", "2"], "ppo": ["--total_episodes", "12"]}
 
@@ -491,12 +491,13 @@ def test_advantages_of_several_answers(tiny, passes, monkeypatch):
 
 @EVERY
 def test_further_files(tiny, stage):
-    """--keep_checkpoints 1 leaves the last step's under its number too, --save_rollouts the answers; nothing else."""
+    """--keep_checkpoints 1 leaves the last step's under its number too, --save_rollouts the answers, and stage 3 some
+    of them token by token; nothing else."""
     ended = tiny.train(stage, "--keep_checkpoints", "1", *["--save_rollouts"] * (stage == "ppo"))
     names = {path.name for path in ended.folder.iterdir()} - {"ckpt.pt", "config.json", "metrics.jsonl", "samples.jsonl",
                                                               "ckpt.previous.pt"}
     last = f"ckpt.{ended.payload()['training']['step']:06}.pt"
-    assert names == {last} | ({"rollouts.jsonl"} if stage == "ppo" else set())
+    assert names == {last} | ({"rollouts.jsonl", "tokens.jsonl"} if stage == "ppo" else set())
 
 
 def test_check_is_said_to_be_one(tiny):
