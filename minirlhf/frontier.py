@@ -441,7 +441,7 @@ def figure(points, base, o):
             if len(line) > 1:
                 series[CALLED[method]] = line
         panels.append(chart.lines(series, "root of the KL from the SFT model, nats a response",
-                                  "mean score, in deviations of SFT answers", title, x_range=(0,)))
+                                  "mean score, in deviations of SFT answers", title, x_range=(0, 1)))
     return chart.beside(*panels)
 
 
@@ -593,7 +593,8 @@ def run_all(o, runner, results):
 def outcome(job, runner, ground):
     """Runs a job, unless it has run -> the figures of its policy, or that it failed."""
     status, last = (0, "") if runner.ended(job) else runner.run(job)
-    if status and (status < 0 or not os.path.exists(os.path.join(job.path, "metrics.jsonl"))):
+    began = os.path.exists(os.path.join(job.path, "metrics.jsonl"))
+    if status and not (began and last.startswith("error: ")):
         give_up(job, status, last, runner)
     if status:  # it left the language that it knew, or diverged, which is a result
         say(f"  {job.name}: failed: {last}")

@@ -28,12 +28,12 @@ NEAREST = {
     "minirlhf/kernels.py": ["model", "runtime", "benchmark"],
     "train_sft.py": ["figures", "state", "check", "further", "held_out", "chat"],
     "train_rm.py": ["figures", "train_rm", "state", "check", "held_out", "further"],
-    "train_ppo.py": ["figures", "train_ppo", "state", "further", "held_out"],
+    "train_ppo.py": ["figures", "train_ppo", "groups", "state", "further", "held_out"],
     "minirlhf/prepare.py": ["prepare"],
-    "minirlhf/evaluate.py": ["figures", "train_ppo", "train_rm", "state", "held_out", "runtime"],
+    "minirlhf/evaluate.py": ["figures", "train_ppo", "groups", "train_rm", "state", "held_out", "runtime"],
     "minirlhf/sizes.py": ["faults"],
     "minirlhf/checkpoint.py": ["state", "checkpoint", "adapters", "further", "pretrained", "faults", "hub", "export"],
-    "minirlhf/check.py": ["check", "figures"],
+    "minirlhf/check.py": ["check", "groups", "figures"],
     "minirlhf/runtime.py": ["runtime", "figures", "state", "train_ppo", "faults"],
     "minirlhf/sample.py": ["figures", "state", "sample", "chat"],
     "minirlhf/benchmark.py": ["figures", "benchmark"],
@@ -48,7 +48,8 @@ NEAREST = {
     "minirlhf/sentiment.py": ["sentiment"],
     "minirlhf/dialects.py": ["dialects", "prepare"],
     "minirlhf/chat.py": ["chat"],
-    "minirlhf/memory.py": ["memory"],
+    "minirlhf/memory.py": ["memory", "groups"],
+    "minirlhf/groups.py": ["groups", "train_ppo"],
 }
 
 OBJECTIVES = [
@@ -251,8 +252,7 @@ PPO = [
     ("ref_logprobs = ref.logprobs(", "ref_logprobs = policy.logprobs("),
     ("entropies = entropy(all_logprobs)", "entropies = -logprobs"),
     ("part.decisions, o.temperature, part.below)  # (N, V)", "part.decisions, 1.0, part.below)  # (N, V)"),
-    ("batch.grid(torch.cat(column)) for column in zip(*columns))",
-     "batch.grid(torch.cat(column)) for column in zip(*columns[::-1]))"),
+    ('"values"), zip(*columns)):', '"values"), zip(*columns[::-1])):'),
     ("@torch.no_grad()\ndef score_rollout", "def score_rollout"),
     ("scores - o.missing_eos_penalty * ~batch.finished", "scores - o.missing_eos_penalty * batch.finished"),
     ("batch.scores.clamp(-o.reward_clip, o.reward_clip)", "batch.scores.clamp(0, o.reward_clip)"),
@@ -413,7 +413,7 @@ MEMORY = [
     ("for limit in (there, min(0.9 * need, there)))", "for limit in (need, min(0.9 * need, there)))"),
     ("    if o.resume:\n        return\n", ""),
     (" * (not o.checkpoint_activations and not o.compile)", ""),
-    ("if size % (o.num_mini_batches * world) == 0)", ")"),
+    ("if size % (o.num_mini_batches * world) == 0 == size", "if 0 == size"),
     ("return min(free / beside + resident(), sizes.memory_of(device))", "return free / beside + resident()"),
     ("return min(free / beside + resident(), sizes", "return min(free / beside, sizes"),
     ("min(field(\"/proc/meminfo\", \"MemAvailable\"), group_room())", "field(\"/proc/meminfo\", \"MemAvailable\")"),
@@ -507,17 +507,15 @@ STATE = [
     ("train_ppo.py", 'run.generator(step, "rollout")', 'run.generator(0, "rollout")'),
     ("train_ppo.py", 'run.generator(step, "rollout")', 'runtime.generator(o.seed, step, 0, "rollout")'),  # of all ranks
     ("train_ppo.py", 'run.generator(step, "rollout")', 'run.generator(step, "epoch 0")'),  # of the minibatches too
-    ("train_ppo.py", 'endless_batch(len(prompts), o.batch_size, o.seed, step)',
-     'endless_batch(len(prompts), o.batch_size, o.seed, step - first)'),
-    ("train_ppo.py", 'endless_batch(len(prompts), o.batch_size, o.seed, step)',
-     'endless_batch(len(prompts), o.batch_size, 0, step)'),
+    ("train_ppo.py", 'o.batch_size // o.group_size, o.seed, step)', 'o.batch_size // o.group_size, o.seed, step - first)'),
+    ("train_ppo.py", 'o.batch_size // o.group_size, o.seed, step)', 'o.batch_size // o.group_size, 0, step)'),
     ("minirlhf/adapters.py", 'return model.with_head(head, dropout)',
      'return model if head == model.head else model.with_head(head, dropout)'),  # reference and reward are trained too
     ("train_ppo.py", 'from_rm = reward.model is not None and o.value_init == "rm"',
      'from_rm = reward.model is not None'),
     ("train_ppo.py", '            if scheduled or stopping:\n', '            if scheduled:\n'),
     ("train_ppo.py", 'asked, o.response_length, eos, o.temperature,', 'asked, o.response_length, eos, 1.0,'),
-    ("train_ppo.py", '            value_model=value)', '            )'),
+    ("train_ppo.py", '**({"value_model": value} if value else {}))', ')'),
     ("train_ppo.py", 'if o.adaptive_kl_target:\n                kl_coef', 'if False:\n                kl_coef'),
     ("minirlhf/evaluate.py", '    model.train()\n    sums = defaultdict', '    sums = defaultdict'),
     ("minirlhf/evaluate.py", '    model.eval()\n    order = sorted', '    order = sorted'),
@@ -813,7 +811,7 @@ EVALUATE_FIGURES = [
     ('"score": batch.scores,\n', '"score": batch.final_rewards,\n'),
     ('"rows": torch.ones_like(batch.scores), "kl": k1(batch.logprobs, batch.ref_logprobs)',
      '"rows": torch.ones_like(batch.scores), "kl": k1(batch.ref_logprobs, batch.logprobs)'),
-    ("explained_variance(batch.values, batch.returns,", "explained_variance(batch.returns, batch.values,"),
+    ("batch.values, batch.returns, batch.response_mask", "batch.returns, batch.values, batch.response_mask"),
     ('{record[\'objective/kl\']:.2f} (k3 "', '{record[\'objective/kl_k3\']:.2f} (k3 "'),
     ("{record['policy/clipfrac_avg']:.3f}", "{record['val/clipfrac_avg']:.3f}"),
     ("{record['policy/entropy_avg']:.2f}  clip", "{record['objective/entropy']:.2f}  clip"),
@@ -1059,8 +1057,8 @@ ADAPTERS = [  # with their files: what learns, what is shared, what lies below, 
     ("minirlhf/rewards.py", 'getattr(part, "value_below", None)', "None"),  # lower blocks once more
     ("train_ppo.py", "ref.logprobs(part.tokens, part.decisions, o.temperature, part.below)",
      "ref.logprobs(part.tokens, part.decisions, o.temperature)"),
-    ("train_ppo.py", "                    values = value.values(part.tokens, part.decisions, part.value_below)",
-     "                    values = value.values(part.tokens, part.decisions)"),
+    ("train_ppo.py", "                        values = value.values(part.tokens, part.decisions, part.value_below)",
+     "                        values = value.values(part.tokens, part.decisions)"),
     ("train_ppo.py", '[{"params": runtime.learning(model)', '[{"params": [*model.parameters()]'),
     ("train_sft.py", "        model.train()\n        seen", "        seen"),  # no dropout before the first evaluation
     ("train_sft.py", 'if adapters.is_partial(model) else {})})', "if False else {})})"),  # another base on resume
@@ -1205,6 +1203,61 @@ HUB_IN_CHECKPOINT = [
     ("+ did_you_mean(os.path.basename(path.rstrip(\"/\")), hub.NAMES))", ")"),
     ("if saved and o.init_from not in hub.NAMES and not", "if saved and not"),
 ]
+GROUPS = [
+    ("minirlhf/objectives.py", "return group.argsort(stable=True).view(int(group.max()) + 1, -1)",
+     "return torch.arange(len(group)).view(int(group.max()) + 1, -1)"),  # as if rows were in order
+    ("minirlhf/objectives.py", "return group.argsort(stable=True).view(int(group.max()) + 1, -1)",
+     "return group.argsort(stable=True).view(-1, int(group.max()) + 1)"),
+    ("minirlhf/objectives.py", "R - (R.sum(1, keepdim=True) - R) / (R.shape[1] - 1)", "R - R.mean(1, keepdim=True)"),
+    ("minirlhf/objectives.py", "R - (R.sum(1, keepdim=True) - R) / (R.shape[1] - 1)",
+     "R - (R.sum(1, keepdim=True) - R) / R.shape[1]"),
+    ("minirlhf/objectives.py", "R - (R.sum(1, keepdim=True) - R) / (R.shape[1] - 1)",
+     "R - (R.sum() - R) / (R.numel() - 1)"),  # over the batch
+    ("minirlhf/objectives.py", "R.std(1, keepdim=True) + 1e-4", "R.std(1, keepdim=True, correction=0) + 1e-4"),
+    ("minirlhf/objectives.py", "R.std(1, keepdim=True) + 1e-4", "R.std(1, keepdim=True)"),  # 0 / 0
+    ("minirlhf/objectives.py", "R.std(1, keepdim=True) + 1e-4", "R.std() + 1e-4"),
+    ("minirlhf/objectives.py", "(R - R.mean(1, keepdim=True)) /", "(R - R.mean()) /"),
+    ("train_ppo.py", "for i in index for _ in range(o.group_size)]", "for _ in range(o.group_size) for i in index]"),
+    ("train_ppo.py", ".repeat_interleave(o.group_size)", ".repeat(o.group_size)"),
+    ("train_ppo.py", "prompt_index=torch.tensor(index, device=run.device)[group], group=group)",
+     "prompt_index=(i := torch.tensor(index, device=run.device)[group]), group=i.unique(return_inverse=True)[1])"),
+    ("train_ppo.py", "R = batch.rewards.sum(1)", "R = batch.final_rewards"),  # no KL
+    ("train_ppo.py", "R = batch.rewards.sum(1)", "R = batch.rewards.sum(1) / mask.sum(1)"),
+    ("train_ppo.py", '{"rloo": rloo, "grpo": grpo}', '{"rloo": grpo, "grpo": rloo}'),
+    ("train_ppo.py", "A[:, None] * mask, R[:, None] * mask", "A[:, None] * mask / mask.sum(1)[:, None], R[:, None] * mask"),
+    ("train_ppo.py", "A[:, None] * mask, R[:, None] * mask",
+     "whiten(A[:, None] * mask, mask, total=run.total), R[:, None] * mask"),
+    ("train_ppo.py", 'if o.advantages == "gae":\n        if o.whiten_rewards:\n', 'if o.advantages != "grpo":\n        if True:\n'),
+    ("train_ppo.py", "value or reward.model, run", "value, run"),
+    ("train_ppo.py", "o.batch_size // o.group_size, o.seed, step)", "o.batch_size, o.seed, step)"),
+    ("train_ppo.py", "*groups.OPTIONS, ", ""),
+    ("train_ppo.py", "    groups.check_options(o)\n", ""),
+    ("train_ppo.py", '"value")) if o.advantages == "gae" else None', '"value"))'),  # made all the same
+    ("train_ppo.py", "{\"value_loss\": 0.0, \"value_clipped\": 0.0} if value else {}", "{}"),
+    ("minirlhf/groups.py", "o.group_size < 2", "o.group_size < 1"),
+    ("minirlhf/groups.py", "o.batch_size % (o.group_size * world)", "o.batch_size % o.group_size"),
+    ("minirlhf/groups.py", "        o.value_warmup = 0\n", ""),
+    ("minirlhf/groups.py", '"value_init", "whiten_rewards", "gamma"', '"value_init", "gamma"'),
+    ("minirlhf/groups.py", "(scores == scores[:, :1]).all(1)", "(scores == scores[:, :1]).any(1)"),
+    ("minirlhf/groups.py", "run.total(torch.stack([equal.sum(), equal.new_ones(len(equal)).sum()]))",
+     "torch.stack([run.total(equal.sum()), equal.new_ones(len(equal)).sum()])"),  # all ranks' over one's
+    ("minirlhf/groups.py", "scores = batch.final_rewards", "scores = batch.scores"),  # before the clip
+    ("minirlhf/groups.py", "if scores.shape[1] == 1:", "if False:"),
+    ("minirlhf/evaluate.py", "> 0.5:\n        yield \"groups\"", ">= 0.5:\n        yield \"groups\""),
+    ("minirlhf/evaluate.py", "and done > o.value_warmup and not several:", "and done > o.value_warmup:"),
+    ("minirlhf/evaluate.py", "elif several and record", "elif record"),
+    ("minirlhf/evaluate.py", "errors * (not several) + bonus", "errors + bonus"),
+    ("minirlhf/evaluate.py", "', '.join(moving or [momentum])", "', '.join(moving)"),
+    ("minirlhf/memory.py", "learners, scalar = [policy, value] if value else [policy], value or others[1]",
+     "learners, scalar = [policy, value] if value else [policy], value"),
+    ("minirlhf/memory.py", "== 0 == size % (o.group_size * world))", "== 0)"),
+    ("minirlhf/check.py", "prompts[:-(-64 // o.group_size)]", "prompts"),
+    ("minirlhf/check.py", "if o.group_size > 1:\n        answer_groups", "if False:\n        answer_groups"),
+    ("minirlhf/check.py", "max(off, apart) <= 1e-3", "off <= 1e-3"),
+    ("minirlhf/check.py", "max(off, apart) <= 1e-3", "apart <= 1e-3"),
+    ("minirlhf/check.py", "all(len(found) == 1 for found in prompts)", "True"),
+    ("minirlhf/check.py", "drawn one by one\", differ > 0,", "drawn one by one\", True,"),
+]
 MUTATIONS = [(file, *pair) for file, pairs in (
     ("minirlhf/fetch.py", FETCH), ("minirlhf/hub.py", HUB), ("minirlhf/checkpoint.py", HUB_IN_CHECKPOINT),
     ("minirlhf/objectives.py", OBJECTIVES), ("minirlhf/generate.py", GENERATE), ("minirlhf/model.py", MODEL),
@@ -1216,7 +1269,7 @@ MUTATIONS = [(file, *pair) for file, pairs in (
     ("minirlhf/check.py", CHECK), ("minirlhf/benchmark.py", BENCHMARK), ("minirlhf/config.py", CONFIG),
     ("minirlhf/sizes.py", SIZES), ("minirlhf/pretrained.py", PRETRAINED), ("minirlhf/tokenizer.py", TOKENIZER),
     ("minirlhf/rewards.py", REWARDS), ("minirlhf/export.py", EXPORT), ("minirlhf/sentiment.py", SENTIMENT),
-    ("minirlhf/dialects.py", DIALECTS), ("minirlhf/chat.py", CHAT), ("minirlhf/memory.py", MEMORY)) for pair in pairs] + STATE + ADAPTERS + HELD_OUT
+    ("minirlhf/dialects.py", DIALECTS), ("minirlhf/chat.py", CHAT), ("minirlhf/memory.py", MEMORY)) for pair in pairs] + STATE + ADAPTERS + HELD_OUT + GROUPS
 
 
 def misplaced():
