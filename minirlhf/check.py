@@ -253,7 +253,8 @@ def downhill(checks, policy, ref, batch, eos, o, run):
     moved = sum(not torch.equal(p, copy) for p, copy in zip(still, copies))
     for p, copy in zip(learn, kept):
         p.data.copy_(copy)
-    checks("a step against the gradient lowers the loss as it should", 0.5 < (before - after) / wanted < 1.5,
+    slack = 0.2 if run.dtype == torch.float32 else 0.5  # bfloat16 rounds the sums of long answers by tenths of a nat
+    checks("a step against the gradient lowers the loss as it should", abs((before - after) / wanted - 1) < slack,
            f"by {before - after:.2g} of {before:.3g}, expected {wanted:.2g}",
            "the gradient is not that of the loss: chosen and rejected are exchanged, or a part is detached")
     checks("the reference stays as it is", not moved, f"{len(still)} tensors, {moved} of them moved by a step of the "

@@ -691,9 +691,6 @@ RM = [
     ('had mean {mean:.3f} and', 'had mean {std:.3f} and'),
     ('{tokens_per_epoch // order.steps_per_epoch:,} tokens each"',
      '{tokens_per_epoch // len(train_set):,} tokens each"'),
-    ("(sum(len(record[k]) for record in sets[0]) for k in (0, 1))",
-     "(sum(len(record[k]) for record in sets[0]) for k in (1, 0))"),
-    ('"too long" if long else', '"too long" if not long else'),
     ("{o.num_scale_samples} samples of", "{len(set(map(tuple, scale_prompts)))} samples of"),
 ]
 PPO_FIGURES = [

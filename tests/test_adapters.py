@@ -15,10 +15,9 @@ import pytest
 import torch
 
 import train_ppo
-import train_rm
 import train_sft
 from conftest import both_families
-from minirlhf import adapters, checkpoint, evaluate, kernels, pretrained, runtime, sample
+from minirlhf import adapters, checkpoint, data, evaluate, kernels, pretrained, runtime, sample
 from minirlhf.adapters import LowRank, learner, merge, merged
 from minirlhf.config import RunOptions
 from minirlhf.data import Row, spread
@@ -966,21 +965,21 @@ def test_pairs_among_few_texts(monkeypatch):
     Three texts: y adds a and b. All texts of a record are chosen, also where they are more than were asked for."""
     a, b, c, d = (Row([i], 0) for i in range(4))
     records = [([a, c, d], [(0, 1), (2, 1)], "x"), ([a, b], [(0, 1)], "y"), ([Row([3], 0), Row([2], 0)], [(1, 0)], "z")]
-    monkeypatch.setattr(train_rm.torch, "randperm", lambda n, generator: torch.tensor([2, 1, 0]))
-    assert train_rm.among(records, 2) == [(records[0][0], [(2, 1)], "x"), records[2]] == train_rm.among(records, 1)
-    assert train_rm.among(records, 3) == records == train_rm.among(records, 99)
+    monkeypatch.setattr(data.torch, "randperm", lambda n, generator: torch.tensor([2, 1, 0]))
+    assert data.among(records, 2) == [(records[0][0], [(2, 1)], "x"), records[2]] == data.among(records, 1)
+    assert data.among(records, 3) == records == data.among(records, 99)
 
 
 def test_a_sample_of_pairs():
     """Of 1,000 pairs that share no texts, 250 have 500 texts; of all pairs of 40 texts, 20 texts have about a quarter,
     and come from all over. A second time they are the same ones."""
     apart = [([Row([2 * i], 1), Row([2 * i + 1], 1)], [(0, 1)], None) for i in range(1000)]
-    assert len(train_rm.among(apart, 500)) == 250
+    assert len(data.among(apart, 500)) == 250
     texts = [Row([i, i + 1], 1) for i in range(40)]
     records = [([texts[i], texts[j]], [(0, 1)], None) for i in range(40) for j in range(i)]
-    found = train_rm.among(records, 20)
+    found = data.among(records, 20)
     few = {row.ids[0] for rows, _, _ in found for row in rows}
-    assert len(few) in (20, 21) and len(found) == len(few) * (len(few) - 1) / 2 and found == train_rm.among(records, 20)
+    assert len(few) in (20, 21) and len(found) == len(few) * (len(few) - 1) / 2 and found == data.among(records, 20)
     assert 5 <= len(few & {*range(20)}) <= 15
 
 
@@ -999,5 +998,5 @@ def test_fewer_texts_are_evaluated(runs, monkeypatch, stage, rows):
     if stage == "sft":
         assert seen[1] == tuple(spread(seen[0], rows)) and len(seen[1]) == rows
     else:
-        assert seen[1] == train_rm.among(seen[0], rows) and len(seen[1]) < len(seen[0])
+        assert seen[1] == data.among(seen[0], rows) and len(seen[1]) < len(seen[0])
         assert f"held-out records: {len(seen[0]) - len(seen[1])} of {len(seen[0])} left out" in few.said

@@ -24,6 +24,12 @@ CLAIMS = {
             "microbatch size changes no gradient", "the KL from the SFT model is 0 at the start",
             "at learning rate 0 KL, approxkl and clipfrac stay 0",
             "policy and reward model see the same ids for the same text", "eos is reachable",
+            "saved and loaded is the same to the last bit"],
+    "dpo": ["padding changes nothing in the policy", "the KV cache changes nothing",
+            "a log-probability does not depend on what else is in the pass", "all log-ratios are 0 at the start",
+            "microbatch size changes no gradient", "a step against the gradient lowers the loss as it should",
+            "the reference stays as it is", "at learning rate 0 no weight moves",
+            "prompts and completions have the same ids wherever they are encoded", "eos is a part of each answer",
             "saved and loaded is the same to the last bit"]}
 
 
@@ -58,7 +64,9 @@ def letters(tiny):
     ("sft", ["--init_from", "{sft}", "--dropout", "0.5"], ["a new model knows nothing"]),
     ("rm", ["--optimizer", "adamw"], ()), ("rm", ["--long_prompts", "trim", "--dropout", "0.5"], ()),
     ("ppo", ["--temperature", "0.7", "--ent_coef", "0.1"], ()),
-    ("ppo", ["--value_init", "sft", "--num_ppo_epochs", "1", "--num_mini_batches", "4"], ())])
+    ("ppo", ["--value_init", "sft", "--num_ppo_epochs", "1", "--num_mini_batches", "4"], ()),
+    ("dpo", ["--loss", "ipo", "--long_prompts", "trim"], ()), ("dpo", ["--loss", "simpo", "--beta", "2"], ()),
+    ("dpo", ["--reference", "{sft}", "--lora_rank", "2"], ["all log-ratios are 0 at the start"])])
 def test_what_is_right_passes(tiny, checked, stage, options, without):
     """Every line says ok and the exit status is 0."""
     assert checked(stage, *(o.format(sft=tiny.sft) for o in options), without=without) == (0, [])
@@ -87,9 +95,9 @@ def leaking(of, over=torch.mean):
     return "minirlhf.model.GPT.hidden", broken
 
 
-def unmerged(script):
+def unmerged(module):
     """Rows of bytes, where texts are encoded with merges."""
-    return f"train_{script}.encode_row", lambda f: lambda tokenizer, p, c, *more: Row(
+    return f"{module}.encode_row", lambda f: lambda tokenizer, p, c, *more: Row(
         [tokenizer.eos, *p.encode(), *c.encode(), tokenizer.eos], 1 + len(p.encode()))
 
 
@@ -171,7 +179,7 @@ SABOTAGE = {
         (CLAIMS["sft"][2], *per_microbatch("train_sft.sft_loss")),
         (CLAIMS["sft"][3], "minirlhf.model.GPT.logits", lambda f: lambda self, hidden: 400 * f(self, hidden)),
         (CLAIMS["sft"][4], *drifting("minirlhf.kernels.AdamW")), (CLAIMS["sft"][4], *drifting("minirlhf.kernels.Muon")),
-        (CLAIMS["sft"][5], *unmerged("sft")),
+        (CLAIMS["sft"][5], *unmerged("train_sft")),
         (CLAIMS["sft"][6], "minirlhf.data.response_mask", lambda f: lambda p, n, T: f(p, n - 1, T)),
         (CLAIMS["sft"][6], *NO_EOS), (CLAIMS["sft"][7], *HALF), (CLAIMS["sft"][7], *LAST_BIT),
         (CLAIMS["sft"][7], *RANKS)],
@@ -180,7 +188,7 @@ SABOTAGE = {
         (CLAIMS["rm"][1], "minirlhf.model.GPT.score", lambda f: lambda self, t, n: f(self, t, 0 * n + t.shape[1])),
         (CLAIMS["rm"][2], *per_microbatch("train_rm.bradley_terry_loss")),
         (CLAIMS["rm"][3], *drifting("minirlhf.kernels.AdamW")), (CLAIMS["rm"][3], *drifting("minirlhf.kernels.Muon")),
-        (CLAIMS["rm"][4], *unmerged("rm")), (CLAIMS["rm"][5], *NO_EOS), (CLAIMS["rm"][6], *HALF),
+        (CLAIMS["rm"][4], *unmerged("minirlhf.data")), (CLAIMS["rm"][5], *NO_EOS), (CLAIMS["rm"][6], *HALF),
         (CLAIMS["rm"][6], *RANKS)],
     "ppo": [
         (CLAIMS["ppo"][0], *leaking(lambda model: model.head == "lm")),
@@ -196,7 +204,18 @@ SABOTAGE = {
         (CLAIMS["ppo"][8], *drifting("minirlhf.kernels.AdamW")), (CLAIMS["ppo"][8], "train_ppo.score_rollout", falling),
         (CLAIMS["ppo"][9], "minirlhf.checkpoint.compatible", other_tokenizer),
         (CLAIMS["ppo"][10], "minirlhf.generate.sample", without_eos),
-        (CLAIMS["ppo"][11], *HALF), (CLAIMS["ppo"][11], *RANKS)]}
+        (CLAIMS["ppo"][11], *HALF), (CLAIMS["ppo"][11], *RANKS)],
+    "dpo": [
+        (CLAIMS["dpo"][0], *EVERYWHERE), (CLAIMS["dpo"][1], *SHIFTED),
+        (CLAIMS["dpo"][2], "minirlhf.dpo.response_mask", lambda f: lambda p, n, T: f(p, 0 * n + T, T)),
+        (CLAIMS["dpo"][3], "minirlhf.model.GPT.with_head", copied),
+        (CLAIMS["dpo"][4], *per_microbatch("minirlhf.dpo.dpo_loss")),
+        (CLAIMS["dpo"][5], "minirlhf.dpo.dpo_loss", lambda f: lambda chosen, rejected, *more: f(
+            chosen, rejected.detach(), *more)),
+        (CLAIMS["dpo"][6], "minirlhf.model.GPT.with_head", lambda f: lambda self, head, *more: self),
+        (CLAIMS["dpo"][7], *drifting("minirlhf.kernels.AdamW")), (CLAIMS["dpo"][8], *unmerged("minirlhf.data")),
+        (CLAIMS["dpo"][9], "minirlhf.dpo.response_mask", lambda f: lambda p, n, T: f(p, n - 1, T)),
+        (CLAIMS["dpo"][9], *NO_EOS), (CLAIMS["dpo"][10], *HALF), (CLAIMS["dpo"][10], *RANKS)]}
 
 
 @pytest.fixture

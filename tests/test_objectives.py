@@ -90,6 +90,66 @@ def test_bradley_terry_by_hand():
     close(rejected.grad, -chosen.grad)
 
 
+# Direct alignment: each pair's two texts
+
+
+def test_dpo_loss_by_hand():
+    """h = 2 - (-1) = 3 at beta 0.5: -log sigmoid(1.5) = log(1 + e^-1.5). Of labels that are wrong in a quarter of the
+    cases: 3/4 log(1 + e^-1.5) + 1/4 log(1 + e^1.5). Gradient: -beta sigmoid(-1.5) in h, and less a quarter of it all."""
+    chosen, rejected = tensor(2.0, 0.7, grad=True), tensor(-1.0, 0.7)
+    right, wrong = math.log1p(math.exp(-1.5)), math.log1p(math.exp(1.5))
+    close(O.dpo_loss(chosen, rejected, 0.5), [right, math.log(2)])
+    loss = O.dpo_loss(chosen, rejected, 0.5, 0.25)
+    close(loss, [0.75 * right + 0.25 * wrong, math.log(2)])
+    # d/dh: -beta (1-e) sigmoid(-beta h) + beta e sigmoid(beta h)
+    down, up = 1 / (1 + math.exp(1.5)), 1 / (1 + math.exp(-1.5))
+    close(torch.autograd.grad(loss.sum(), chosen)[0], [0.5 * (-0.75 * down + 0.25 * up), 0.5 * (-0.75 + 0.25) / 2])
+
+
+def test_dpo_loss_is_bradley_terry_s_of_implicit_rewards():
+    """Rewards beta (log pi - log ref) in stage 2's loss; only the difference of a pair counts."""
+    chosen, rejected = some(9), some(9, seed=1)
+    close(O.dpo_loss(chosen, rejected, 0.3), O.bradley_terry_loss(0.3 * chosen, 0.3 * rejected))
+    for loss in (O.dpo_loss, O.ipo_loss):
+        close(loss(chosen + 7.0, rejected + 7.0, 0.3), loss(chosen, rejected, 0.3))
+
+
+def test_smoothed_labels_have_their_own_best_margin():
+    """A share e of wrong labels is best met by sigmoid(beta h) = 1 - e, not by a margin without end."""
+    h = torch.linspace(-40, 40, 8001, dtype=torch.double)
+    best = h[O.dpo_loss(h, torch.zeros_like(h), 0.1, 0.2).argmin()]
+    assert float(best) == pytest.approx(math.log(0.8 / 0.2) / 0.1, abs=0.01)
+    assert h[O.dpo_loss(h, torch.zeros_like(h), 0.1).argmin()] == 40
+
+
+def test_ipo_loss_by_hand():
+    """h = 3 at beta 0.25 shall be 1 / (2 beta) = 2: a loss of 1; none at h = 2; gradient 2 (h - 2), also downwards."""
+    chosen, rejected = tensor(2.0, 2.0, 0.0, grad=True), tensor(-1.0, 0.0, 0.0)
+    loss = O.ipo_loss(chosen, rejected, 0.25)
+    close(loss, [1.0, 0.0, 4.0])
+    close(torch.autograd.grad(loss.sum(), chosen)[0], [2.0, 0.0, -4.0])
+
+
+def test_simpo_loss_by_hand():
+    """Means a token of -1 and -2 at beta 2: a difference of 2, less a margin of 0.5: log(1 + e^-1.5)."""
+    close(O.simpo_loss(tensor(-1.0, -1.0), tensor(-2.0, -1.0), 2.0, 0.5),
+          [math.log1p(math.exp(-1.5)), math.log1p(math.exp(0.5))])
+
+
+@pytest.mark.parametrize("name, more", [("dpo_loss", (0.5, 0.1)), ("ipo_loss", (0.5,)), ("simpo_loss", (2.0, 0.7))])
+def test_alignment_losses_and_their_gradients(name, more):
+    """Autograd's are those of finite differences, each pair has its own, and chosen's is minus rejected's; finite where
+    log-ratios are hundreds of nats."""
+    chosen, rejected, loss = some(5, grad=True), some(5, seed=1, grad=True), getattr(O, name)
+    assert torch.autograd.gradcheck(lambda a, b: loss(a, b, *more), (chosen, rejected))
+    gradients = torch.autograd.grad(loss(chosen, rejected, *more)[3], (chosen, rejected))
+    close(gradients[0], -gradients[1])
+    assert gradients[0].count_nonzero() == 1
+    for far in (tensor(-900.0, 900.0, grad=True),):
+        found = loss(far, -far, *more)
+        assert found.isfinite().all() and torch.autograd.grad(found.sum(), far)[0].isfinite().all()
+
+
 def test_expected_calibration_error_by_hand():
     """Bin .9-1: four at .95 of which 3 happened, gap .2; bin .1-.2: one at .15 that did not; 4/5 .2 + 1/5 .15 = .19."""
     p, happened = torch.tensor([0.95, 0.95, 0.15, 0.95, 0.95]), torch.tensor([True, True, False, True, False])

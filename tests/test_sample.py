@@ -12,10 +12,10 @@ import sys
 import pytest
 import torch
 
-import train_rm
 from minirlhf import benchmark, checkpoint, evaluate, prepare, runtime, sample
 from minirlhf.config import RunOptions
-from minirlhf.data import encode_row, load_demonstrations, load_preferences, load_prompts
+from minirlhf.data import (encode_preferences, encode_row, load_demonstrations, load_preferences,
+                           load_prompts)
 from minirlhf.model import GPT, GPTConfig
 from minirlhf.tokenizer import Tokenizer
 
@@ -100,7 +100,7 @@ def test_a_completion_gets_the_score_of_its_text(folder, capsys):
 
 
 def test_pairs_get_the_figures_of_stage_2(folder, capsys):
-    """Score differences, accuracy and interval are those of train_rm.py's rows and evaluate's function."""
+    """Score differences, accuracy and interval are those of stage 2's rows and evaluate's function."""
     rng = random.Random(2)
     records = [{"prompt": text(rng, 3), "chosen": text(rng), "rejected": text(rng), "kind": "a"} for _ in range(60)]
     records[3]["rejected"] = records[3]["chosen"]  # no pair
@@ -110,7 +110,7 @@ def test_pairs_get_the_figures_of_stage_2(folder, capsys):
     path = write(folder / "p.jsonl", records)
     sample.main(["out/rm", "--prompts", path, "--output", "s.jsonl"])
     scored, (model, tokenizer, _) = rows(folder / "s.jsonl"), load("out/rm")
-    kept, _, _ = train_rm.encode_preferences(tokenizer, load_preferences(path), 32, "drop")
+    kept, _, _ = encode_preferences(tokenizer, load_preferences(path), 32, "drop")
     figures, differences = evaluate.reward_model_figures(model, CPU, kept, tokenizer.eos, True)
     found = [row["score_chosen"] - row["score_rejected"] for row in scored[:60] if row["chosen"] != row["rejected"]]
     best, *others = scored[60]["score_completions"]

@@ -6,6 +6,7 @@ import math
 import os
 import random
 import re
+import sys
 from collections import Counter
 from dataclasses import fields
 
@@ -16,15 +17,15 @@ import train_ppo
 import train_rm
 import train_sft
 from conftest import scratch
-from minirlhf import checkpoint, data, evaluate, runtime, sample
+from minirlhf import checkpoint, data, dpo, evaluate, runtime, sample
 from minirlhf.model import GPT
 from minirlhf.tokenizer import Tokenizer
 
-SCRIPTS = {"sft": train_sft, "rm": train_rm, "ppo": train_ppo}
+SCRIPTS = {"sft": train_sft, "rm": train_rm, "ppo": train_ppo, "dpo": dpo}
 EVERY = pytest.mark.parametrize("stage", SCRIPTS)
 CLOCKS = ("tokens_per_second", "eps", "seconds", "rollout_seconds", "elapsed")
-DROPOUT = {"sft": ["--dropout", "0.5"], "rm": ["--dropout", "0.5"], "ppo": []}
-LONGER = {"sft": ["--num_train_epochs", "2"], "rm": ["--num_train_epochs", "2"], "ppo": ["--total_episodes", "12"]}
+DROPOUT = {"sft": ["--dropout", "0.5"], "rm": ["--dropout", "0.5"], "ppo": [], "dpo": []}
+LONGER = {**{stage: ["--num_train_epochs", "2"] for stage in ("sft", "rm", "dpo")}, "ppo": ["--total_episodes", "12"]}
 
 
 def tensors(value, name=""):
@@ -47,10 +48,12 @@ def without_clocks(rows, *also):
 
 @pytest.fixture
 def stopping(monkeypatch):
-    """stopping(*steps): runs get a signal in those steps, counted over all runs from now on."""
+    """stopping(*steps): runs get a signal in those steps, counted over all runs from now on. Where DPO asks the
+    reference, before its steps, it gets none."""
     def arm(*steps):
         asked = iter(range(1, 1000))
-        monkeypatch.setattr(runtime.Run, "should_stop", lambda run: next(asked) in steps)
+        monkeypatch.setattr(runtime.Run, "should_stop", lambda run: sys._getframe(1).f_code.co_name
+                            != "reference_logprobs" and next(asked) in steps)
     return arm
 
 
@@ -105,9 +108,10 @@ def test_dropout_begins_with_the_first_step(tiny, passes, part):
     assert {*steps} == {(0.5, True)} and len(steps) >= 3
 
 
-def test_stage_3_has_no_dropout_anywhere(tiny, passes):
+@pytest.mark.parametrize("stage", ["ppo", "dpo"])
+def test_stage_3_and_dpo_have_no_dropout_anywhere(tiny, passes, stage):
     """The SFT model was trained with it. A rollout or reference with dropout would sample and score another policy."""
-    assert tiny.train("ppo", "--eval_interval", "1").code == 0
+    assert tiny.train(stage, "--eval_interval", "1").code == 0
     assert json.loads((tiny.folder / "sft" / "config.json").read_text())["dropout"] == 0.1
     assert passes and not any(p for _, p, *_ in passes)
 
@@ -339,7 +343,14 @@ EFFECTS = {
         "vf_coef": row(1e-4, "weights", "steps"), "ent_coef": row(1.0, "weights", "steps"),
         "value_warmup": row(1, "weights", "steps"), "max_update_kl": row(1e-6, "weights", "steps"),
         "max_ref_kl": row(1e-4, "weights", "steps"), "eval_interval": row(1, "evals", "samples"),
-        "num_eval_prompts": row(3, "evals"), "save_rollouts": Alone("test_further_files")}}
+        "num_eval_prompts": row(3, "evals"), "save_rollouts": Alone("test_further_files")},
+    "dpo": COMMON | {name: effect for name, effect in TRAINING.items() if name not in (
+        "dropout", "optimizer", "muon_learning_rate", "weight_decay")} | {
+        "init_from": row("{folder}/other_sft", "weights", "steps"), "num_eval_texts": row(8, "evals"),
+        "reference": row("{folder}/other_sft", "weights", "steps"), "preferences": row("judge", "weights", "steps"),
+        "loss": row("ipo", "weights", "steps"), "beta": row(0.5, "weights", "steps"),
+        "label_smoothing": row(0.2, "weights", "steps"), "simpo_gamma": Alone("test_a_margin_of_simpo"),
+        "response_length": row(2, "evals"), "num_eval_prompts": row(3, "evals")}}
 
 
 def look(ended, passes):
@@ -432,7 +443,17 @@ def test_compile(tiny, monkeypatch, stage):
                         lambda model, decode=False: compiled.append((model.head, decode)))
     assert tiny.train(stage, "--compile").code == 0
     assert compiled == {"sft": [("lm", False)], "rm": [("scalar", False)],
-                        "ppo": [("lm", True), ("scalar", False)]}[stage]
+                        "ppo": [("lm", True), ("scalar", False)], "dpo": [("lm", False)] * 2}[stage]
+
+
+def test_a_margin_of_simpo(tiny):
+    """--simpo_gamma moves SimPO's weights, and the loss of the first step; of the others it is said to be idle."""
+    runs = [tiny.train("dpo", "--loss", "simpo", "--beta", "2", "--simpo_gamma", gamma) for gamma in ("0.5", "1.5")]
+    losses = [ended.rows()[0]["loss"] for ended in runs]
+    assert losses[1] > losses[0] + 0.3 and not equal(*(ended.payload()["model"] for ended in runs))
+    assert "--simpo_gamma has no effect with --loss sigmoid" in tiny.train("dpo", "--simpo_gamma", "1").said
+    assert "--label_smoothing has no effect with --loss ipo" in tiny.train(
+        "dpo", "--loss", "ipo", "--label_smoothing", "0.1").said
 
 
 @EVERY
@@ -459,7 +480,7 @@ def deep(tiny):
     sft = tiny.train("sft", "--n_layer", "2", "--num_train_epochs", "4", "--learning_rate", "0.05").folder
     rm = tiny.train("rm", "--init_from", sft).folder
     start = ["--init_from", sft]
-    return {"sft": ["--n_layer", "2", *start], "rm": start, "ppo": [*start, "--reward_model", rm]}
+    return {"sft": ["--n_layer", "2", *start], "rm": start, "dpo": start, "ppo": [*start, "--reward_model", rm]}
 
 
 @EVERY
@@ -514,8 +535,8 @@ FIXED = {
     "samples": "an evaluation of stage 1 draws as the one before, so that what has changed is the model",
     "held-out 0": "the SFT model's answers and each evaluation's, so that a comparison is of models"}
 # Streams of the same name in different stages: each stage has rows of its own, so the numbers meet other things
-SHARED = {"dropout": "rows of stage 1, rows of stage 2", "order": "rows of stage 1, records of stage 2",
-          "held-out": "`evaluate` gives the figures that stage 3 gave"}
+SHARED = {"dropout": "rows of stage 1, rows of stage 2", "order": "rows of stage 1, records of stage 2 and of DPO",
+          "policy": "adapters of stage 3 and of DPO", "held-out": "`evaluate` gives the figures that stage 3 gave"}
 
 
 @pytest.fixture
@@ -560,7 +581,7 @@ def test_no_two_uses_share_a_stream(tiny, asked):
     times = {use: {purpose_of(stream): n for stream, n in Counter(streams).items() if n > 1}
              for use, streams in uses.items()}
     assert times == {"sft": {"samples": 3}, "rm": {}, "ppo": {"prompts": 3, "held-out 0": 4}, "sample": {},
-                     "evaluate": {"held-out 0": 2}}  # of the SFT model, two evaluations and the end; of two models
+                     "dpo": {"held-out 0": 4}, "evaluate": {"held-out 0": 2}}  # of the SFT model, two evaluations and the end; of two models
     assert {purpose for found in times.values() for purpose in found} == FIXED.keys()
     meet = Counter(stream for streams in uses.values() for stream in {*streams})
     assert {purpose_of(stream).split()[0] for stream, n in meet.items() if n > 1} == SHARED.keys()
@@ -568,6 +589,7 @@ def test_no_two_uses_share_a_stream(tiny, asked):
     assert {purpose_of(s) for s in uses["rm"]} == {"order", "reward", "head", "dropout", "scale"}
     assert {purpose_of(s) for s in uses["ppo"]} == {"policy", "value", "prompts", "rollout", "epoch 0", "epoch 1",
                                                     *(f"held-out {draw}" for draw in range(evaluate.BEST_OF))}
+    assert {purpose_of(s) for s in uses["dpo"]} == {"order", "policy", "held-out 0"}
     assert {purpose_of(s) for s in uses["evaluate"]} == {f"held-out {draw}" for draw in range(3)}
     assert len({*uses["sample"]}) == len(uses["sample"]) == 3  # 130 completions in batches of 64
     streams = {stream for streams in uses.values() for stream in streams}
@@ -585,7 +607,7 @@ def test_a_stream_depends_on_the_run_s_seed_and_step(tiny, asked, stage):
         found.append({*asked})
         asked.clear()
     assert len(found[0]) == len(found[1]) and not found[0] & found[1]
-    for purpose, steps in (("rollout", 3), ("epoch 1", 3)) if stage == "ppo" else (("dropout", 6),):
+    for purpose, steps in {"ppo": [("rollout", 3), ("epoch 1", 3)], "dpo": []}.get(stage, [("dropout", 6)]):
         assert sorted(s[1] for s in found[0] if s[3] == purpose) == [*range(steps)]
 
 
@@ -797,7 +819,7 @@ def test_a_file_system_that_cannot_sync_folders(tmp_path, monkeypatch):
     assert not before or len(os.listdir("/proc/self/fd")) == before  # the handle was closed
 
 
-@pytest.mark.parametrize("stage", ["sft", "rm"])
+@pytest.mark.parametrize("stage", ["sft", "rm", "dpo"])
 def test_max_steps_ends_a_run(tiny, stage):
     """After the steps of all epochs or so many, whichever are fewer; the schedule falls over these, so that a run of
     half an epoch is the same to the last bit. It does not change on resume, nor do epochs make the run longer."""

@@ -7,10 +7,9 @@ import pytest
 import torch
 
 import train_rm
-from minirlhf.data import Preference, Row, load_parts, load_prompts
+from minirlhf.data import Preference, Row, encode_preferences, load_parts, load_prompts
 from minirlhf.evaluate import accuracy_with_interval, calibration, score_all, verdict
 from minirlhf.tokenizer import Tokenizer
-from train_rm import encode_preferences
 
 
 def test_scores_do_not_depend_on_the_batch(make_model):
