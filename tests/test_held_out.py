@@ -241,7 +241,7 @@ def test_a_prompt_on_both_sides_of_two_sets_is_told(folder):
     """Held out by the file of one set, for training in another: a warning with the count; texts without a prompt are
     none."""
     data = folder / "data"
-    for name, train, val in (("a", ["one", "two", ""], ["three"]), ("b", ["Three!", "three", "four"], ["", "two"])):
+    for name, train, val in (("a", ["one", "two", ""], ["THREE?", "One"]), ("b", ["Three!", "three", "four"], ["", "two"])):
         write(data / f"{name}.train.jsonl", [{"prompt": w, "chosen": " y", "rejected": " n"} for w in train])
         write(data / f"{name}.val.jsonl", [{"prompt": w, "chosen": " y", "rejected": " n"} for w in val])
     said = load_sets(options(folder, preferences=("a", "b"), given={"val_share"}))[3]
