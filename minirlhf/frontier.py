@@ -12,6 +12,7 @@ stopped; its row is on the disk before the next one begins.
 
 Left out: other models than @scratch's; METHODS holds what is particular to it.
 """
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -182,10 +183,14 @@ def jobs_of(method, rows, o):
 # ---- running
 
 class Runner:
-    """Runs jobs, one at a time, each a process with a log; says how far it is, and all of them."""
+    """Runs jobs, one at a time, each a process with a log; says how far it is, and all of them.
 
-    def __init__(self, o):
-        self.o, self.child, self.stop, self.left = o, None, 0, []  # left: [(kind, how many)] of the runs to come
+    lock: an open file whose lock each process holds too, so that one which outlives this one is waited for.
+    """
+
+    def __init__(self, o, lock=None):
+        self.o, self.lock, self.child, self.stop = o, lock, None, 0
+        self.left = []  # [(kind, how many)] of the runs to come
         self.began, self.pace = time.monotonic(), runtime.Pace()
 
     def log_of(self, job):
@@ -219,9 +224,9 @@ class Runner:
         """-> its exit status, and the last line that it wrote. A run that was begun before goes on."""
         begun = job.script != "minirlhf.sample" and any(
             os.path.exists(os.path.join(job.path, name)) for name in ("config.json", "ckpt.pt"))
-        wait_for(job.path)
         root, resume = os.path.dirname(os.path.dirname(os.path.abspath(__file__))), ["--resume"] * begun
         program = [os.path.join(root, job.script)] if job.script.endswith(".py") else ["-m", job.script]
+        paths = filter(None, [root, os.environ.get("PYTHONPATH")])
         began, kind, last = time.monotonic(), job.row.get("method", job.name), ""
         told = began
         with open(self.log_of(job), "a", encoding="utf-8", errors="replace") as log:
@@ -230,7 +235,7 @@ class Runner:
             self.child = subprocess.Popen(  # in a session of its own: Ctrl-C comes to it once, from `on_signal`
                 [sys.executable, *program, *job.words, *resume], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))})
+                pass_fds=[self.lock.fileno()], env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)})
             for line in self.child.stdout:
                 log.write(line)
                 log.flush()
@@ -253,17 +258,20 @@ class Runner:
         return f"{runtime.clock(time.monotonic() - self.began)}<{runtime.clock(max(0.0, left)) if taken else '?'}"
 
 
-def wait_for(folder):
-    """Until a run there has ended that outlived the command that had begun it."""
+def take(lock, o):
+    """Locks the folder for this command. Exits 2 where another holds it; waits for a run that outlived a killed one."""
     try:
-        with open(os.path.join(folder, "lock"), "rb") as f:
-            try:
-                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                say(f"    waits for the run with pid {f.read().decode()} in {folder}")
-                fcntl.flock(f, fcntl.LOCK_EX)
-    except OSError:
-        pass
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        pid = lock.read().decode()
+        with contextlib.suppress(ProcessLookupError, ValueError):
+            os.kill(int(pid), 0)
+            fail(f"--out {o.out}: another run of this command, with pid {pid}, is writing there")
+        say(f"waits for the run that the command with pid {pid}, which was killed, had begun")
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    lock.truncate(0)
+    lock.write(str(os.getpid()).encode())
 
 
 def again(o):
@@ -617,22 +625,17 @@ def main(argv=None):
     methods = o.methods.split(",")
     if wrong := [method for method in methods if method not in METHODS or methods.count(method) > 1]:
         fail(f"--methods {o.methods}: {wrong[0]!r}: name each of these once: {', '.join(METHODS)}")
-    results, runner = Results(o), Runner(o)
+    results = Results(o)
     if o.dry_run:
-        return show_plan(o, runner, results)
+        return show_plan(o, Runner(o), results)
     try:
         os.makedirs(os.path.join(o.out, "logs"), exist_ok=True)
         lock = open(os.path.join(o.out, "lock"), "a+b", buffering=0)
     except OSError as error:
         fail(f"--out {o.out}: cannot be written ({error.strerror})")
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            fail(f"--out {o.out}: another run of this command, with pid {lock.read().decode()}, is writing there")
-        lock.truncate(0)
-        lock.write(str(os.getpid()).encode())
+        take(lock, o)
+        results, runner = Results(o), Runner(o, lock)
         before = {number: signal.signal(number, runner.on_signal) for number in runtime.STOPS}
         try:
             run_all(o, runner, results)

@@ -1,5 +1,5 @@
-"""`python -m minirlhf.frontier`: what it runs, keeps, measures and says, on models of one narrow layer. Its runs happen in
-this process, but for one test with real ones."""
+"""`python -m minirlhf.frontier`: what it runs, keeps, measures and says, on models of one narrow layer. Its runs happen
+in this process, but for one test with real ones."""
 import contextlib
 import importlib
 import io
@@ -10,11 +10,13 @@ import re
 import shlex
 import shutil
 import signal
+import subprocess
+import sys
 import types
 
 import pytest
 
-from conftest import Tiny
+from conftest import ROOT, Tiny
 from minirlhf import checkpoint, evaluate, frontier, runtime
 from minirlhf.frontier import METHODS, Method, Options, Runner
 
@@ -54,7 +56,8 @@ response_length = 3
 num_eval_prompts = 2
 """
 FEW = {"ppo": Method("train_ppo.py", "kl_coef", (0.01, 0.1), 0.1, (1e-3, 3e-3, 1e-2), ()),
-       "rloo": Method("train_ppo.py", "kl_coef", (0.1,), 0.1, (3e-3, 1e-2), ("--advantages", "rloo", "--group_size", "2")),
+       "rloo": Method("train_ppo.py", "kl_coef", (0.1,), 0.1, (3e-3, 1e-2),
+                       ("--advantages", "rloo", "--group_size", "2")),
        "dpo": Method("minirlhf.dpo", "beta", (0.1, 1.0), 0.1, (3e-3, 1e-2), ()),
        "dpo-on-policy": Method("minirlhf.dpo", "beta", (0.1,), 0.1, (3e-3, 1e-2), ()), "best-of-n": None}
 ALL = "ppo,rloo,dpo,dpo-on-policy,best-of-n"
@@ -285,7 +288,8 @@ def test_a_run_that_diverges_is_a_row_and_any_other_end_is_not(folder, capsys, r
     frontier.main([*START, "--methods", "dpo"])
     rows = state(folder)["rows"]
     (failed,) = [name for name, row in rows.items() if "failed" in row]
-    assert rows[failed]["failed"] == "error: step 2: the policy is leaving" and frontier.worth(rows[failed]) == -math.inf
+    assert rows[failed]["failed"] == "error: step 2: the policy is leaving"
+    assert frontier.worth(rows[failed]) == -math.inf
     assert failed not in state(folder)["points"]["DPO, people's pairs"]
     assert "| error: step 2: the policy is leaving |" in (folder / "out/frontier/frontier.md").read_text("utf-8")
     for message, code in (("ValueError: no", 1), (2, 2)):
@@ -350,8 +354,8 @@ def test_a_dry_run_shows_the_commands_and_writes_nothing(finished, tmp_path, cap
         out = capsys.readouterr().out.splitlines()
         assert sorted(os.listdir()) == ["data", "tiny.toml"] and Process.calls == []
     assert [line[:5] for line in out] == ["run  "] * len(out) and len(out) == 4 + 3 + 1 + 2 + 1
-    assert out[7] == "run    3 more of ppo at the best of these learning rates, --kl_coef 0.01, 0.1, with that of above " \
-                     "where it is the same" and "--preferences out/frontier/ranked.jsonl" in out[8]
+    assert out[7] == ("run    3 more of ppo at the best of these learning rates, --kl_coef 0.01, 0.1, with that of above "
+                      "where it is the same") and "--preferences out/frontier/ranked.jsonl" in out[8]
     with here(finished[0]):
         frontier.main([*START, "--dry_run"])
         out = capsys.readouterr().out.splitlines()
@@ -407,7 +411,8 @@ def row(method, value, kl, score, judge, half=0.1, **more):
 
 
 BASE = {"score": [0.1, 0.1], "judge_score": [0.2, 0.1]}
-POINTS = {"ppo": {"a": row("ppo", 0.3, 1.0, 1.0, 0.8), "b": row("ppo", 0.1, 4.0, 2.0, 1.4), "c": row("ppo", 0.03, 9.0, 3.0, 0.9)},
+POINTS = {"ppo": {"a": row("ppo", 0.3, 1.0, 1.0, 0.8), "b": row("ppo", 0.1, 4.0, 2.0, 1.4),
+                  "c": row("ppo", 0.03, 9.0, 3.0, 0.9)},
           "dpo": {"d": row("dpo", 1.0, 1.0, 0.4, 0.3), "e": row("dpo", 0.1, 4.0, 0.6, 0.5)},
           "best-of-n": {"f": row("best-of-n", 1, 0.0, 0.1, 0.2), "g": row("best-of-n", 4, 2.25, 1.2, 1.1)}}
 
@@ -418,14 +423,14 @@ def test_what_is_found_by_hand():
     1.1 of best-of-4 PPO has at 4 nats."""
     found = [*frontier.findings(POINTS, BASE, options(methods="ppo,dpo,best-of-n"))]
     assert found == [
-        "At a KL of 2.25 nats, as far as each method went, the judge's score has risen most by PPO: PPO +0.90; best of n "
-        "+0.90; DPO, people's pairs +0.20.",
+        "At a KL of 2.25 nats, as far as each method went, the judge's score has risen most by PPO: PPO +0.90; best of "
+        "n +0.90; DPO, people's pairs +0.20.",
         "PPO: over-optimised from a KL of 4.00 on: at 9.00 the reward model's score has risen by 1.00, and the judge's "
         "fallen by 0.50.",
         "DPO, people's pairs: up to a KL of 4.00 the judge's score does not fall where the reward model's rises.",
         "best of n: up to a KL of 2.25 the judge's score does not fall where the reward model's rises.",
-        "Without any training the best of 4 answers has a judge's score of +1.10 and a reward model's of +1.20 at a KL of "
-        "2.25 at most; PPO has as much at 4.00 (kl_coef 0.1); DPO, people's pairs has as much nowhere."]
+        "Without any training the best of 4 answers has a judge's score of +1.10 and a reward model's of +1.20 at a KL "
+        "of 2.25 at most; PPO has as much at 4.00 (kl_coef 0.1); DPO, people's pairs has as much nowhere."]
 
 
 @pytest.mark.parametrize("last, over", [((9.0, 3.0, 0.9), True), ((9.0, 1.9, 0.9), False), ((9.0, 3.0, 1.3), False)])
@@ -452,8 +457,8 @@ def test_the_figure_has_the_points(tmp_path):
             for r in found.values():
                 kl = r.get("kl_bound", r.get("kl", [0])[0])
                 mean, half = r[name]
-                shown = (f"{frontier.CALLED[method]}, {frontier.strength(r)}, root of the KL from the SFT model, nats a "
-                         f"response {frontier.chart.figure(math.sqrt(kl))}: ").replace("'", "&#x27;")
+                shown = (f"{frontier.CALLED[method]}, {frontier.strength(r)}, root of the KL from the SFT model, nats "
+                         f"a response {frontier.chart.figure(math.sqrt(kl))}: ").replace("'", "&#x27;")
                 ends = f"({frontier.chart.figure(mean - half)} to {frontier.chart.figure(mean + half)})"
                 assert any(title.startswith(shown) and title.endswith(f" {frontier.chart.figure(mean)} {ends}")
                            for title in titles), (shown, ends)
@@ -463,7 +468,8 @@ def test_the_figure_has_the_points(tmp_path):
 
 def test_several_seeds_are_one_point():
     """The mean of 1 and 2 is 1.5; as far as 0.5 from either; KL 3 of 2 and 4."""
-    points = {"a": row("ppo", 0.1, 2.0, 1.0, 5.0), "b": row("ppo", 0.1, 4.0, 2.0, 6.0), "c": row("ppo", 0.3, 1.0, 0.5, 1)}
+    points = {"a": row("ppo", 0.1, 2.0, 1.0, 5.0), "b": row("ppo", 0.1, 4.0, 2.0, 6.0),
+              "c": row("ppo", 0.3, 1.0, 0.5, 1)}
     first, second = frontier.over_seeds(points)
     assert first == points["c"] and second["kl"] == (3.0, 1.0)
     assert second["score"] == (1.5, 0.5) and second["judge_score"] == (5.5, 0.5)
@@ -488,3 +494,32 @@ def test_the_table_shows_every_row(finished):
         assert (line in upper) == (name in chosen) and (line in lower) == (name not in chosen), name
     assert all(f"- {sentence}" in upper for sentence in found["findings"])
     assert (finished[0] / "out/frontier/frontier.svg").read_text("utf-8").startswith("<svg")
+
+
+@pytest.mark.slow
+def test_real_processes_killed_and_resumed(finished, tmp_path):
+    """Ctrl-C, SIGTERM and kill -9 of the command while runs of its are in progress, again and again: the run in progress
+    ends or outlives it, and is waited for; the last start comes to the rows of the command that was never stopped."""
+    for name in ("data", "tiny.toml"):
+        (shutil.copytree if name == "data" else shutil.copy)(finished[0] / name, tmp_path / name)
+    (tmp_path / "tiny.py").write_text(
+        f"import sys\nsys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\nimport test_frontier\n"
+        "from minirlhf import frontier\nfrontier.PRESET, frontier.METHODS = '@tiny.toml', test_frontier.FEW\n"
+        "frontier.launch(frontier.main)\n")
+    command = [sys.executable, "tiny.py", *START, "--methods", "ppo,dpo"]
+    for seconds, number in ((9, signal.SIGINT), (14, signal.SIGKILL), (12, signal.SIGTERM), (17, signal.SIGKILL)):
+        process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(seconds)
+        process.send_signal(number)
+        out, _ = process.communicate(timeout=300)
+        assert process.returncode in (0, 130, 143, -9) and "Traceback" not in out, out
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    with here(tmp_path):
+        shutil.move("out", "stopped")
+        frontier.main([*START, "--methods", "ppo,dpo"])
+        whole = timeless(state(tmp_path)["rows"])
+    stopped = json.loads((tmp_path / "stopped/frontier/frontier.json").read_text("utf-8"))["rows"]
+    assert {name: {k: v for k, v in row.items() if k not in ("command", "seconds")} for name, row in stopped.items()} == {
+        name: {k: v for k, v in row.items() if k != "command"} for name, row in whole.items()}
