@@ -53,7 +53,7 @@ class Method(NamedTuple):
     words: tuple  # options of all of its runs
 
 
-RL = tuple("--total_episodes 3840 --batch_size 96 --eval_interval 1000 --num_eval_prompts 64".split())
+RL = tuple("--total_episodes 5760 --batch_size 96 --eval_interval 1000 --num_eval_prompts 64".split())
 DPO = tuple("--eval_interval 100000 --num_eval_texts 512 --num_eval_prompts 64".split())
 METHODS = {
     "ppo": Method("train_ppo.py", "kl_coef", (0.01, 0.03, 0.1, 0.3), 0.03, (1e-4, 3e-4, 1e-3), RL),
