@@ -142,6 +142,119 @@ def options(**changes):
     return types.SimpleNamespace(**{name: getattr(Options, name) for name in Options.__dataclass_fields__} | changes)
 
 
+# ---- learning rates
+
+def scored(scores, o, kl=0.0):
+    """Rows of ppo at the middle kl_coef: {learning rate: score}, None for a run that failed."""
+    rows = {}
+    for rate, score in scores.items():
+        job = frontier.job_of("ppo", METHODS["ppo"].middle, rate, 1337, o)
+        rows[job.name] = job.row | ({"failed": "error"} if score is None else {"score": [score, 0], "kl": [kl, 0]})
+    return rows
+
+
+@pytest.mark.parametrize("scores, tried, best", [
+    ({}, [1e-4, 3e-4, 1e-3], None), ({1e-4: 1, 3e-4: 2}, [1e-4, 3e-4, 1e-3], None),
+    ({1e-4: 1, 3e-4: 2, 1e-3: 1.5}, [1e-4, 3e-4, 1e-3], 3e-4),
+    ({1e-4: 1, 3e-4: 2, 1e-3: 3}, [1e-4, 3e-4, 1e-3, 3e-3], None),
+    ({1e-4: 1, 3e-4: 2, 1e-3: 3, 3e-3: 2}, [1e-4, 3e-4, 1e-3, 3e-3], 1e-3),
+    ({1e-4: 1, 3e-4: 2, 1e-3: 3, 3e-3: 4, 1e-2: 5}, [1e-4, 3e-4, 1e-3, 3e-3, 1e-2], 1e-2),  # as many as are tried
+    ({1e-4: 3, 3e-4: 2, 1e-3: 1}, [3e-5, 1e-4, 3e-4, 1e-3], None),
+    ({1e-4: 1, 3e-4: 2, 1e-3: None}, [1e-4, 3e-4, 1e-3], 3e-4)])
+def test_more_learning_rates_are_tried_until_the_best_lies_within(scores, tried, best):
+    """Three at first; another beyond an end that is best; five at most. A run that failed is worth least."""
+    o = options()
+    jobs, rate = frontier.sweep("ppo", scored(scores, o), o)
+    assert [job.row["learning_rate"] for job in jobs] == tried and rate == best
+
+
+def test_a_nat_costs_what_it_costs():
+    """0.05 a nat: 1 at 2 nats is worth 0.9."""
+    assert frontier.worth({"score": [1.0, 0.1], "kl": [2.0, 0.3]}) == pytest.approx(0.9)
+
+
+def test_how_many_runs_there_are():
+    """Two seeds: the sweep has one, the points both at each value, of which one was run in the sweep."""
+    o = options(seeds=2)
+    jobs, more, points = frontier.jobs_of("ppo", scored({1e-4: 1}, o), o)
+    assert (len(jobs), more, points) == (3, 7, ["ppo-kl_coef-0.03-lr-0.0001-seed-1337"])
+    jobs, more, points = frontier.jobs_of("ppo", scored({1e-4: 1, 3e-4: 2, 1e-3: 1}, o), o)
+    assert (len(jobs), more, len(points)) == (3 + 7, 0, 8) and len({job.name for job in jobs}) == 10
+    assert [name[-4:] for name in points] == ["1337"] * 4 + ["ed-1"] * 4 and all("lr-0.0003" in name for name in points)
+
+
+# ---- what is told
+
+def row(method, value, kl, score, judge, half=0.1, **more):
+    where = {"n": value, "kl_bound": kl} if method == "best-of-n" else {METHODS[method].option: value, "kl": [kl, 0.5]}
+    return {"method": method, **where, "score": [score, half], "judge_score": [judge, half], **more}
+
+
+BASE = {"score": [0.1, 0.1], "judge_score": [0.2, 0.1]}
+POINTS = {"ppo": {"a": row("ppo", 0.3, 1.0, 1.0, 0.8), "b": row("ppo", 0.1, 4.0, 2.0, 1.4),
+                  "c": row("ppo", 0.03, 9.0, 3.0, 0.9)},
+          "dpo": {"d": row("dpo", 1.0, 1.0, 0.4, 0.3), "e": row("dpo", 0.1, 4.0, 0.6, 0.5)},
+          "best-of-n": {"f": row("best-of-n", 1, 0.0, 0.1, 0.2), "g": row("best-of-n", 4, 2.25, 1.2, 1.1)}}
+
+
+def test_what_is_found_by_hand():
+    """At the KL that all reach, 2.25 (the root is 1.5, half way from 1 to 2): PPO's judge (0.8 + 1.4) / 2 - 0.2 = 0.9,
+    DPO's 0.4 - 0.2, best-of-n's 1.1 - 0.2; PPO's judge falls by 0.5, more than sqrt(2) 0.1, where its score rises by 1;
+    1.1 of best-of-4 PPO has at 4 nats."""
+    found = [*frontier.findings(POINTS, BASE, options(methods="ppo,dpo,best-of-n"))]
+    assert found == [
+        "At a KL of 2.25 nats, as far as each method went, the judge's score has risen most by PPO: PPO +0.90; best of "
+        "n +0.90; DPO, people's pairs +0.20.",
+        "PPO: over-optimised from a KL of 4.00 on: at 9.00 the reward model's score has risen by 1.00, and the judge's "
+        "fallen by 0.50.",
+        "DPO, people's pairs: up to a KL of 4.00 the judge's score does not fall where the reward model's rises.",
+        "best of n: up to a KL of 2.25 the judge's score does not fall where the reward model's rises.",
+        "Without any training the best of 4 answers has a judge's score of +1.10 and a reward model's of +1.20 at a KL "
+        "of 2.25 at most; PPO has as much at 4.00 (kl_coef 0.1); DPO, people's pairs has as much nowhere."]
+
+
+@pytest.mark.parametrize("last, over", [((9.0, 3.0, 0.9), True), ((9.0, 1.9, 0.9), False), ((9.0, 3.0, 1.3), False)])
+def test_over_optimised_is_a_fall_beyond_the_noise_while_the_score_rises(last, over):
+    """Of 0.5 yes; where the reward model's score falls too, or by 0.1 with intervals of 0.1, no."""
+    line = [row("ppo", 0.1, 4.0, 2.0, 1.4), row("ppo", 0.03, *last)]
+    assert frontier.over_optimised(line).startswith("over-optimised from a KL of 4.00 on") == over
+
+
+def test_a_line_between_its_points():
+    """Straight in the root of the KL from the SFT model on: 4 nats of 0 to 16, half way; nothing beyond the end."""
+    line = [row("ppo", 0.1, 16.0, 0, 3.0)]
+    assert [frontier.at(line, kl, 1.0, "judge_score") for kl in (0.0, 4.0, 16.0, 17.0)] == [1.0, 2.0, 3.0, None]
+
+
+def test_the_figure_has_the_points(tmp_path):
+    """Two panels; each point's tooltip has the root of its KL, its score and interval; each line begins at the SFT
+    model; KL bars end at the roots of the interval's ends, below 0 at 0."""
+    svg = frontier.figure(POINTS, BASE, options(methods="ppo,dpo,best-of-n"))
+    titles = re.findall("<title>(.*?)</title>", svg)
+    assert svg.count('class="chart"') == 3 and len(titles) == 2 * (3 + 1 + 2 + 1 + 2 + 1)
+    for name, key in (("score", "The reward model"), ("judge_score", "A judge")):
+        for method, found in POINTS.items():
+            for r in found.values():
+                kl = r.get("kl_bound", r.get("kl", [0])[0])
+                mean, half = r[name]
+                shown = (f"{frontier.CALLED[method]}, {frontier.strength(r)}, root of the KL from the SFT model, nats "
+                         f"a response {frontier.chart.figure(math.sqrt(kl))}: ").replace("'", "&#x27;")
+                ends = f"({frontier.chart.figure(mean - half)} to {frontier.chart.figure(mean + half)})"
+                assert any(title.startswith(shown) and title.endswith(f" {frontier.chart.figure(mean)} {ends}")
+                           for title in titles), (shown, ends)
+    assert sum("the SFT model, root" in title for title in titles) == 6
+    assert frontier.figure({"ppo": {}}, BASE, options(methods="ppo")) == ""
+
+
+def test_several_seeds_are_one_point():
+    """The mean of 1 and 2 is 1.5; as far as 0.5 from either; KL 3 of 2 and 4."""
+    points = {"a": row("ppo", 0.1, 2.0, 1.0, 5.0), "b": row("ppo", 0.1, 4.0, 2.0, 6.0),
+              "c": row("ppo", 0.3, 1.0, 0.5, 1)}
+    first, second = frontier.over_seeds(points)
+    assert first == points["c"] and second["kl"] == (3.0, 1.0)
+    assert second["score"] == (1.5, 0.5) and second["judge_score"] == (5.5, 0.5)
+
+
 # ---- what is run, kept and measured
 
 def test_it_trains_what_is_missing_and_each_row_is_its_command_s(finished):
@@ -360,119 +473,6 @@ def test_a_dry_run_shows_the_commands_and_writes_nothing(finished, tmp_path, cap
         frontier.main([*START, "--dry_run"])
         out = capsys.readouterr().out.splitlines()
         assert {line[:5] for line in out} == {"there"} and len(out) == 4 + len(state(finished[0])["rows"])
-
-
-# ---- learning rates
-
-def scored(scores, o, kl=0.0):
-    """Rows of ppo at the middle kl_coef: {learning rate: score}, None for a run that failed."""
-    rows = {}
-    for rate, score in scores.items():
-        job = frontier.job_of("ppo", METHODS["ppo"].middle, rate, 1337, o)
-        rows[job.name] = job.row | ({"failed": "error"} if score is None else {"score": [score, 0], "kl": [kl, 0]})
-    return rows
-
-
-@pytest.mark.parametrize("scores, tried, best", [
-    ({}, [1e-4, 3e-4, 1e-3], None), ({1e-4: 1, 3e-4: 2}, [1e-4, 3e-4, 1e-3], None),
-    ({1e-4: 1, 3e-4: 2, 1e-3: 1.5}, [1e-4, 3e-4, 1e-3], 3e-4),
-    ({1e-4: 1, 3e-4: 2, 1e-3: 3}, [1e-4, 3e-4, 1e-3, 3e-3], None),
-    ({1e-4: 1, 3e-4: 2, 1e-3: 3, 3e-3: 2}, [1e-4, 3e-4, 1e-3, 3e-3], 1e-3),
-    ({1e-4: 1, 3e-4: 2, 1e-3: 3, 3e-3: 4, 1e-2: 5}, [1e-4, 3e-4, 1e-3, 3e-3, 1e-2], 1e-2),  # as many as are tried
-    ({1e-4: 3, 3e-4: 2, 1e-3: 1}, [3e-5, 1e-4, 3e-4, 1e-3], None),
-    ({1e-4: 1, 3e-4: 2, 1e-3: None}, [1e-4, 3e-4, 1e-3], 3e-4)])
-def test_more_learning_rates_are_tried_until_the_best_lies_within(scores, tried, best):
-    """Three at first; another beyond an end that is best; five at most. A run that failed is worth least."""
-    o = options()
-    jobs, rate = frontier.sweep("ppo", scored(scores, o), o)
-    assert [job.row["learning_rate"] for job in jobs] == tried and rate == best
-
-
-def test_a_nat_costs_what_it_costs():
-    """0.05 a nat: 1 at 2 nats is worth 0.9."""
-    assert frontier.worth({"score": [1.0, 0.1], "kl": [2.0, 0.3]}) == pytest.approx(0.9)
-
-
-def test_how_many_runs_there_are():
-    """Two seeds: the sweep has one, the points both at each value, of which one was run in the sweep."""
-    o = options(seeds=2)
-    jobs, more, points = frontier.jobs_of("ppo", scored({1e-4: 1}, o), o)
-    assert (len(jobs), more, points) == (3, 7, ["ppo-kl_coef-0.03-lr-0.0001-seed-1337"])
-    jobs, more, points = frontier.jobs_of("ppo", scored({1e-4: 1, 3e-4: 2, 1e-3: 1}, o), o)
-    assert (len(jobs), more, len(points)) == (3 + 7, 0, 8) and len({job.name for job in jobs}) == 10
-    assert [name[-4:] for name in points] == ["1337"] * 4 + ["ed-1"] * 4 and all("lr-0.0003" in name for name in points)
-
-
-# ---- what is told
-
-def row(method, value, kl, score, judge, half=0.1, **more):
-    where = {"n": value, "kl_bound": kl} if method == "best-of-n" else {METHODS[method].option: value, "kl": [kl, 0.5]}
-    return {"method": method, **where, "score": [score, half], "judge_score": [judge, half], **more}
-
-
-BASE = {"score": [0.1, 0.1], "judge_score": [0.2, 0.1]}
-POINTS = {"ppo": {"a": row("ppo", 0.3, 1.0, 1.0, 0.8), "b": row("ppo", 0.1, 4.0, 2.0, 1.4),
-                  "c": row("ppo", 0.03, 9.0, 3.0, 0.9)},
-          "dpo": {"d": row("dpo", 1.0, 1.0, 0.4, 0.3), "e": row("dpo", 0.1, 4.0, 0.6, 0.5)},
-          "best-of-n": {"f": row("best-of-n", 1, 0.0, 0.1, 0.2), "g": row("best-of-n", 4, 2.25, 1.2, 1.1)}}
-
-
-def test_what_is_found_by_hand():
-    """At the KL that all reach, 2.25 (the root is 1.5, half way from 1 to 2): PPO's judge (0.8 + 1.4) / 2 - 0.2 = 0.9,
-    DPO's 0.4 - 0.2, best-of-n's 1.1 - 0.2; PPO's judge falls by 0.5, more than sqrt(2) 0.1, where its score rises by 1;
-    1.1 of best-of-4 PPO has at 4 nats."""
-    found = [*frontier.findings(POINTS, BASE, options(methods="ppo,dpo,best-of-n"))]
-    assert found == [
-        "At a KL of 2.25 nats, as far as each method went, the judge's score has risen most by PPO: PPO +0.90; best of "
-        "n +0.90; DPO, people's pairs +0.20.",
-        "PPO: over-optimised from a KL of 4.00 on: at 9.00 the reward model's score has risen by 1.00, and the judge's "
-        "fallen by 0.50.",
-        "DPO, people's pairs: up to a KL of 4.00 the judge's score does not fall where the reward model's rises.",
-        "best of n: up to a KL of 2.25 the judge's score does not fall where the reward model's rises.",
-        "Without any training the best of 4 answers has a judge's score of +1.10 and a reward model's of +1.20 at a KL "
-        "of 2.25 at most; PPO has as much at 4.00 (kl_coef 0.1); DPO, people's pairs has as much nowhere."]
-
-
-@pytest.mark.parametrize("last, over", [((9.0, 3.0, 0.9), True), ((9.0, 1.9, 0.9), False), ((9.0, 3.0, 1.3), False)])
-def test_over_optimised_is_a_fall_beyond_the_noise_while_the_score_rises(last, over):
-    """Of 0.5 yes; where the reward model's score falls too, or by 0.1 with intervals of 0.1, no."""
-    line = [row("ppo", 0.1, 4.0, 2.0, 1.4), row("ppo", 0.03, *last)]
-    assert frontier.over_optimised(line).startswith("over-optimised from a KL of 4.00 on") == over
-
-
-def test_a_line_between_its_points():
-    """Straight in the root of the KL from the SFT model on: 4 nats of 0 to 16, half way; nothing beyond the end."""
-    line = [row("ppo", 0.1, 16.0, 0, 3.0)]
-    assert [frontier.at(line, kl, 1.0, "judge_score") for kl in (0.0, 4.0, 16.0, 17.0)] == [1.0, 2.0, 3.0, None]
-
-
-def test_the_figure_has_the_points(tmp_path):
-    """Two panels; each point's tooltip has the root of its KL, its score and interval; each line begins at the SFT
-    model; KL bars end at the roots of the interval's ends, below 0 at 0."""
-    svg = frontier.figure(POINTS, BASE, options(methods="ppo,dpo,best-of-n"))
-    titles = re.findall("<title>(.*?)</title>", svg)
-    assert svg.count('class="chart"') == 3 and len(titles) == 2 * (3 + 1 + 2 + 1 + 2 + 1)
-    for name, key in (("score", "The reward model"), ("judge_score", "A judge")):
-        for method, found in POINTS.items():
-            for r in found.values():
-                kl = r.get("kl_bound", r.get("kl", [0])[0])
-                mean, half = r[name]
-                shown = (f"{frontier.CALLED[method]}, {frontier.strength(r)}, root of the KL from the SFT model, nats "
-                         f"a response {frontier.chart.figure(math.sqrt(kl))}: ").replace("'", "&#x27;")
-                ends = f"({frontier.chart.figure(mean - half)} to {frontier.chart.figure(mean + half)})"
-                assert any(title.startswith(shown) and title.endswith(f" {frontier.chart.figure(mean)} {ends}")
-                           for title in titles), (shown, ends)
-    assert sum("the SFT model, root" in title for title in titles) == 6
-    assert frontier.figure({"ppo": {}}, BASE, options(methods="ppo")) == ""
-
-
-def test_several_seeds_are_one_point():
-    """The mean of 1 and 2 is 1.5; as far as 0.5 from either; KL 3 of 2 and 4."""
-    points = {"a": row("ppo", 0.1, 2.0, 1.0, 5.0), "b": row("ppo", 0.1, 4.0, 2.0, 6.0),
-              "c": row("ppo", 0.3, 1.0, 0.5, 1)}
-    first, second = frontier.over_seeds(points)
-    assert first == points["c"] and second["kl"] == (3.0, 1.0)
-    assert second["score"] == (1.5, 0.5) and second["judge_score"] == (5.5, 0.5)
 
 
 def test_the_table_shows_every_row(finished):
