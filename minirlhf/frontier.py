@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import NamedTuple
 
-from minirlhf import chart, checkpoint, evaluate, kernels, rewards, runtime
+from minirlhf import chart, checkpoint, evaluate, kernels, prepare, rewards, runtime
 from minirlhf.config import RunOptions, fail, launch, one_line, parse, say, unprinted
 from minirlhf.data import encode_prompts, fingerprint
 from minirlhf.objectives import best_of_n_kl
@@ -81,7 +81,7 @@ class Options:
     data_dir: str = "data/sentiment"  # folder of the data; the default is prepared when it is missing
     sft: str = "out/scratch/sft"  # the SFT model; it and the next two are trained where they are missing
     reward_model: str = "out/scratch/rm"  # what policies are trained with
-    judge: str = "out/scratch/judge"  # what only looks on
+    judge: str = "out/scratch/judge"  # what only looks on; FILE.py:FUNCTION, too
 
 
 class Job(NamedTuple):
@@ -108,6 +108,8 @@ def base_jobs(o):
     jobs = [("sft", "train_sft.py", [PRESET, *common(o), "--out_dir", o.sft], o.sft),
             ("rm", "train_rm.py", [PRESET, *trunk, "--out_dir", o.reward_model], o.reward_model),
             ("judge", "train_rm.py", [PRESET, *trunk, "--preferences", "judge", "--out_dir", o.judge], o.judge)]
+    if rewards.is_function(o.judge):
+        del jobs[-1]
     if "dpo-on-policy" in o.methods.split(","):
         jobs.append(("ranked", "minirlhf.sample", [o.sft, o.reward_model, "--rank", "--n", str(RANKED), "--prompts",
                                                    prompts, "--output", ranked(o)], ranked(o)))
@@ -570,6 +572,8 @@ def give_up(job, status, last, runner):
 
 
 def run_all(o, runner, results):
+    if os.path.normpath(o.data_dir) == Options.data_dir:
+        prepare.ensure(o.data_dir)
     for job in base_jobs(o):
         if not runner.there(job):
             say(f"{runner.clock()}  {job.command()}")
@@ -625,6 +629,10 @@ def main(argv=None):
     methods = o.methods.split(",")
     if wrong := [method for method in methods if method not in METHODS or methods.count(method) > 1]:
         fail(f"--methods {o.methods}: {wrong[0]!r}: name each of these once: {', '.join(METHODS)}")
+    if rewards.is_function(o.reward_model):
+        fail(f"--reward_model {o.reward_model}: expected a reward model, of which PPO makes a value network, too")
+    for name in ("sft", "reward_model", "judge"):  # a folder, in which a run may go on
+        setattr(o, name, getattr(o, name).removesuffix("/ckpt.pt"))
     results = Results(o)
     if o.dry_run:
         return show_plan(o, Runner(o), results)

@@ -434,8 +434,21 @@ def test_another_ground_or_command_is_refused(folder, refused):
     assert f"{name} was made by another command (" in refused(frontier.main, START)
 
 
+def test_a_function_may_judge(folder):
+    """It is not trained, and its scores are the judge's: how many letters an answer has."""
+    (folder / "own.py").write_text("def score(prompts, completions):\n    return [len(c) for c in completions]\n")
+    frontier.main([*START, "--judge", "own.py:score", "--sft", "out/scratch/sft/ckpt.pt", "--methods", "best-of-n",
+                   "--out", "out/other"])
+    found = json.loads((folder / "out/other/frontier.json").read_text("utf-8"))
+    draws = [json.loads(line) for line in (folder / "out/other/draws.jsonl").read_text("utf-8").splitlines()]
+    assert Process.calls == [] and len(draws) == 3 and all(r["judge"] == len(r["completion"]) for d in draws for r in d)
+    assert found["rows"]["best-of-4"]["judge_score"][0] > 0 and "--judge own.py:score" in (
+        found["rows"]["best-of-4"]["command"])
+
+
 @pytest.mark.parametrize("given, says", [
     (["--methods", "ppo,none"], "--methods ppo,none: 'none': name each of these once: ppo, rloo, dpo, dpo-on-policy"),
+    (["--reward_model", "a.py:f"], "--reward_model a.py:f: expected a reward model, of which"),
     (["--methods", "ppo,ppo"], "'ppo': name each"), (["--methods", ""], "'': name each"),
     (["--out", "tiny.toml"], "--out tiny.toml: cannot be written"), (["--seeds", "0"], "--seeds 0"),
     (["--out", "odd"], "odd/frontier.json: cannot be read as a frontier"),

@@ -21,7 +21,7 @@ import train_ppo
 import train_rm
 import train_sft
 from conftest import ROOT, scratch
-from minirlhf import checkpoint, evaluate, runtime, sample
+from minirlhf import checkpoint, dpo, evaluate, runtime, sample
 from minirlhf.config import RunOptions
 from minirlhf.runtime import rate_factor
 from test_train_ppo import options, run_of
@@ -466,6 +466,20 @@ def test_several_sets_are_one_joined_file(folder, capsys):
     assert json.load(open("out/0/config.json"))["preferences"] == ["old", "new"]
     train_rm.main(["--resume", "--out_dir", "out/0"])
     assert "this run is finished" in capsys.readouterr().out
+
+
+def test_dpo_learns_from_several_sets_too(folder):
+    """Two halves make the policy that the whole makes."""
+    lines, words = open("data/preferences.train.jsonl").readlines(), [
+        *scratch("dpo"), *COMMON, "--init_from", "out/sft", "--num_eval_prompts", "2", "--max_steps", "2"]
+    for name, some in (("old", lines[:7]), ("new", lines[7:])):
+        with open(f"{name}.train.jsonl", "w") as f:
+            f.writelines(some)
+        shutil.copy("data/preferences.val.jsonl", f"{name}.val.jsonl")
+    dpo.main([*words, "--out_dir", "out/whole"])
+    dpo.main([*words, "--preferences", "./old", "--preferences", "new.train.jsonl", "--out_dir", "out/halves"])
+    assert same(load("out/whole")["model"], load("out/halves")["model"])
+    assert load("out/halves")["options"]["preferences"] == ("./old", "new.train.jsonl")
 
 
 def test_resume_knows_the_sets_by_their_content(folder, refused, capsys):
