@@ -160,12 +160,15 @@ def scored(scores, o, kl=0.0):
     ({1e-4: 1, 3e-4: 2, 1e-3: 3, 3e-3: 2}, [1e-4, 3e-4, 1e-3, 3e-3], 1e-3),
     ({1e-4: 1, 3e-4: 2, 1e-3: 3, 3e-3: 4, 1e-2: 5}, [1e-4, 3e-4, 1e-3, 3e-3, 1e-2], 1e-2),  # as many as are tried
     ({1e-4: 3, 3e-4: 2, 1e-3: 1}, [3e-5, 1e-4, 3e-4, 1e-3], None),
+    ({1e-5: 5, 3e-5: 4, 1e-4: 3, 3e-4: 2, 1e-3: 1}, [1e-5, 3e-5, 1e-4, 3e-4, 1e-3], 1e-5),
     ({1e-4: 1, 3e-4: 2, 1e-3: None}, [1e-4, 3e-4, 1e-3], 3e-4)])
-def test_more_learning_rates_are_tried_until_the_best_lies_within(scores, tried, best):
+def test_more_learning_rates_are_tried_until_the_best_lies_within(scores, tried, best, monkeypatch):
     """Three at first; another beyond an end that is best; five at most. A run that failed is worth least."""
     o = options()
     jobs, rate = frontier.sweep("ppo", scored(scores, o), o)
     assert [job.row["learning_rate"] for job in jobs] == tried and rate == best
+    monkeypatch.setattr(frontier, "MOST", 4)
+    assert frontier.sweep("ppo", scored({1e-4: 1, 3e-4: 2, 1e-3: 3, 3e-3: 4}, o), o)[1] == 3e-3
 
 
 def test_a_nat_costs_what_it_costs():
@@ -176,8 +179,9 @@ def test_a_nat_costs_what_it_costs():
 def test_how_many_runs_there_are():
     """Two seeds: the sweep has one, the points both at each value, of which one was run in the sweep."""
     o = options(seeds=2)
-    jobs, more, points = frontier.jobs_of("ppo", scored({1e-4: 1}, o), o)
+    jobs, more, points = frontier.jobs_of("ppo", scored({1e-4: 2, 3e-4: 1}, o), o)  # the best so far
     assert (len(jobs), more, points) == (3, 7, ["ppo-kl_coef-0.03-lr-0.0001-seed-1337"])
+    assert frontier.jobs_of("ppo", scored({1e-4: 1, 3e-4: 2}, o), o)[2] == ["ppo-kl_coef-0.03-lr-0.0003-seed-1337"]
     jobs, more, points = frontier.jobs_of("ppo", scored({1e-4: 1, 3e-4: 2, 1e-3: 1}, o), o)
     assert (len(jobs), more, len(points)) == (3 + 7, 0, 8) and len({job.name for job in jobs}) == 10
     assert [name[-4:] for name in points] == ["1337"] * 4 + ["ed-1"] * 4 and all("lr-0.0003" in name for name in points)

@@ -493,10 +493,14 @@ def test_resume_knows_the_sets_by_their_content(folder, refused, capsys):
     for part in ("train", "val"):
         shutil.copy(f"data/preferences.{part}.jsonl", f"data/more.{part}.jsonl")
     train("rm", "--preferences", "preferences", "--preferences", "more", out="out/new")
-    with open("data/more.train.jsonl", "a") as f:
-        f.write('{"prompt": "", "chosen": "a", "rejected": "b"}\n')
-    assert "--resume: data/preferences.*.jsonl, data/more.*.jsonl is not what the run" in refused(
-        train_rm.main, ["--resume", "--out_dir", "out/new"])
+    for part in ("train", "val"):
+        whole = open(f"data/more.{part}.jsonl").read()
+        for content, changed in ((whole + '{"prompt": "", "chosen": "a", "rejected": "b"}\n', True), (whole, False)):
+            with open(f"data/more.{part}.jsonl", "w") as f:
+                f.write(content)
+            if changed:
+                assert "--resume: data/preferences.*.jsonl, data/more.*.jsonl is not what the run" in refused(
+                    train_rm.main, ["--resume", "--out_dir", "out/new"])
 
 
 # ---- kept checkpoints
