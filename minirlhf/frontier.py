@@ -59,9 +59,9 @@ METHODS = {
     "ppo": Method("train_ppo.py", "kl_coef", (0.01, 0.03, 0.1, 0.3), 0.03, (1e-4, 3e-4, 1e-3), RL),
     "rloo": Method("train_ppo.py", "kl_coef", (0.01, 0.03, 0.1), 0.03, (1e-4, 3e-4, 1e-3),
                    (*RL, "--advantages", "rloo", "--group_size", "4")),
-    "dpo": Method("minirlhf.dpo", "beta", (0.03, 0.1, 0.3, 1.0), 0.1, (3e-5, 1e-4, 3e-4), DPO),
-    "dpo-on-policy": Method("minirlhf.dpo", "beta", (0.03, 0.1, 0.3, 1.0), 0.1, (3e-5, 1e-4, 3e-4),
-                            (*DPO, "--num_train_epochs", "2")),
+    "dpo": Method("minirlhf.dpo", "beta", (0.03, 0.1, 0.3, 1.0), 0.1, (3e-5, 1e-4, 3e-4),
+                  (*DPO, "--max_steps", "250")),
+    "dpo-on-policy": Method("minirlhf.dpo", "beta", (0.03, 0.1, 0.3, 1.0), 0.1, (3e-5, 1e-4, 3e-4), DPO),
     "best-of-n": None}  # which is not trained
 CALLED = {"ppo": "PPO", "rloo": "RLOO", "dpo": "DPO, people's pairs", "dpo-on-policy": "DPO, ranked samples",
           "best-of-n": "best of n"}
