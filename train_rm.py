@@ -11,9 +11,9 @@ from typing import Literal
 
 import torch
 
-from minirlhf import adapters, checkpoint, evaluate, kernels, memory, prepare, runtime
+from minirlhf import adapters, checkpoint, evaluate, hub, kernels, memory, prepare, runtime
 from minirlhf.config import RunOptions, fail, launch, parse, warn_idle
-from minirlhf.data import (Order, Row, encode_prompts, load_for_training, load_preferences, load_prompts,
+from minirlhf.data import (Order, Row, describe_sets, encode_prompts, load_for_training, load_preferences, load_prompts,
                            read_preferences)
 from minirlhf.evaluate import score_all
 from minirlhf.generate import compile_model, generate
@@ -24,14 +24,15 @@ from minirlhf.objectives import bradley_terry_loss, wins
 class Options(RunOptions):
     """Stage 2, the reward model: people's preferences -> reward model.
 
-    Reads preferences.{train,val}.jsonl of --data_dir (another stem with --preferences).
+    Reads preferences.{train,val}.jsonl of --data_dir (other sets with --preferences).
     """
     stage = "rm"
     # ---- model, data, output
     data_dir: str = "data/sentiment"  # folder of the preferences; the default is prepared when it is missing
-    preferences: str = "preferences"  # stem of the two files: "judge" trains a judge on sentences this model never sees
+    preferences: tuple[str, ...] = ("preferences",)  # NAME of NAME.{train,val}.jsonl ("judge": for a judge), or a path
     out_dir: str = "out/rm"  # where ckpt.pt, config.json, metrics.jsonl and samples.jsonl go
-    init_from: str = "out/sft/ckpt.pt"  # the SFT model, or a policy: its trunk is the start, its samples set the scale
+    init_from: str = "out/sft/ckpt.pt"  # whose trunk is the start: the SFT model, a policy, or, with head, a reward model
+    reference: str = ""  # the model whose samples set the scale; "" = init_from, or what that reward model had
     dropout: float = 0.0  # in training only [0..1)
     lora_layers: int = 12  # adapters in the last so many blocks, where there are more; 0 = in all [0..]
     long_prompts: Literal["drop", "trim"] = "drop"  # texts over the context: drop them, or trim the prompt at its left
@@ -98,12 +99,30 @@ def read_scale_prompts(o, tokenizer, block_size):
     """-> ids of num_scale_samples prompts, repeated where there are fewer, and the files they are from."""
     path = os.path.join(o.data_dir, "prompts.train.jsonl")
     texts = load_for_training(load_prompts, "prompts", o) if os.path.lexists(path) else [
-        p.prompt for p in load_for_training(load_preferences, o.preferences, o)]
+        p.prompt for stem in o.preferences for p in load_for_training(load_preferences, stem, o)]
     prompts, _ = encode_prompts(tokenizer, texts, block_size - o.response_length, o.long_prompts)
     if block_size - o.response_length < 2 or not prompts:
         fail(f"--response_length {o.response_length}: no prompt of {o.data_dir} leaves room for it in the context "
              f"of {block_size} tokens, and SFT samples set the reward's scale")
     return [prompts[i % len(prompts)] for i in range(o.num_scale_samples)], [*filter(os.path.exists, [path])]
+
+
+def load_start(o, run):
+    """-> the model of --init_from, the one whose samples set the scale, their tokenizer. An earlier reward model knows
+    which that was. Exits 2 where it does not, or the two cannot be compared."""
+    start, tokenizer, payload = checkpoint.load(o.init_from, [*checkpoint.STAGES], run.device)
+    if payload["stage"] == "rm" and not o.reference:
+        was = payload["options"]
+        o.reference = str(was.get("reference") or was.get("init_from", ""))
+        if not os.path.exists(o.reference) and o.reference not in hub.NAMES:
+            fail(f"--init_from {o.init_from}: a reward model; name the SFT model whose samples set the scale of its "
+                 "scores with --reference" + f" ({o.reference} is not there)" * bool(o.reference))
+        run.spare("reference")
+    if not o.reference:
+        return start, start, tokenizer
+    sft, own_tokenizer = checkpoint.load(o.reference, checkpoint.POLICIES, run.device)[:2]
+    checkpoint.compatible((sft, own_tokenizer), o.reference, (start, tokenizer), o.init_from)
+    return start, sft, tokenizer
 
 
 def main(argv=None):
@@ -114,13 +133,15 @@ def main(argv=None):
     if os.path.normpath(o.data_dir) == Options.data_dir:
         prepare.ensure(o.data_dir)
     with runtime.Run(o, "rm") as run:
-        # ---- the SFT model's trunk under a new head
-        sft, tokenizer = checkpoint.load(o.init_from, checkpoint.POLICIES, run.device)[:2]
+        # ---- the SFT model's trunk under a new head, or an earlier reward model with its own
+        start, sft, tokenizer = load_start(o, run)
         checkpoint.as_begun(tokenizer, saved)
-        model = adapters.learner(sft, "scalar", o, runtime.generator(o.seed, 0, 0, "reward"), o.dropout)
-        model.init_score(runtime.generator(o.seed, 0, 0, "head"))
+        model = adapters.learner(start, "scalar", o, runtime.generator(o.seed, 0, 0, "reward"), o.dropout)
+        if start.head == "lm":
+            model.init_score(runtime.generator(o.seed, 0, 0, "head"))
+        model.gain.fill_(1), model.bias.zero_()  # in training; the scale is set at the end
         if saved and not model.base:
-            checkpoint.compatible((sft, tokenizer), o.init_from,
+            checkpoint.compatible((sft, tokenizer), o.reference or o.init_from,
                                   checkpoint.build(*saved, run.device, o.dropout), saved.path)
         kernels.pick_matmul(model)
         block_size = model.config.block_size
@@ -132,8 +153,9 @@ def main(argv=None):
 
         # ---- a new run, or one that goes on
         training = checkpoint.Training(run, tokenizer, model, optimizers, {
-            f"{o.data_dir}/{o.preferences}.*.jsonl": paths, "prompts.train.jsonl": scale_paths,
-            f"--init_from {o.init_from}": checkpoint.files_of(o.init_from)})
+            describe_sets(o): paths, "prompts.train.jsonl": scale_paths,
+            f"--init_from {o.init_from}": checkpoint.files_of(o.init_from),
+            **({f"--reference {o.reference}": checkpoint.files_of(o.reference)} if o.reference else {})})
         first, kept = training.restore(saved, steps)
         saved = None
         longer = kept.get("finished") and first < steps
@@ -153,7 +175,8 @@ def main(argv=None):
         tokens_per_epoch = sum(len(row.ids) for rows, _, _ in train_set for row in rows)
         run.announce("RM", [
             *about_data, f"model: {model.config.n_layer} layers x {model.config.n_embd}, "
-            f"{runtime.describe_parameters(model)}, trunk from {o.init_from}",
+            f"{runtime.describe_parameters(model)}, {'trunk' if start.head == 'lm' else 'trunk and head'} from "
+            f"{o.init_from}",
             f"{run.hardware}; {steps} steps of {o.batch_size} records, about "
             f"{tokens_per_epoch // order.steps_per_epoch:,} tokens each", about_memory], first)
         prefer_longer = sum((len(rows[i].ids) > len(rows[j].ids)) - (len(rows[i].ids) < len(rows[j].ids))
@@ -164,7 +187,7 @@ def main(argv=None):
         pace = runtime.Pace(tokens_per_epoch / order.steps_per_epoch)
         look, scale = evaluate.work_between(pace, model, val_set, scale_prompts, o)
         if longer:
-            model.gain.fill_(1), model.bias.zero_()  # as in training; the scale is set again at the end
+            model.gain.fill_(1), model.bias.zero_()
             training.save(first, {}, finished=False)
         run.start_logs(first)
         for step in range(first, steps):
@@ -214,16 +237,17 @@ def main(argv=None):
         info = {"figures": figures, "calibration": calibrated, "reliability": evaluate.reliability(differences),
                 "verdict": evaluate.verdict(figures, calibrated)}
         run.write("metrics.jsonl", {"step": steps, "final": info})
-        run.say(f"\nscale: scores of {o.num_scale_samples} samples of {o.init_from} had mean {mean:.3f} and standard "
-                f"deviation {std:.3f}; gain and bias make them 0 and 1")
+        run.say(f"\nscale: scores of {o.num_scale_samples} samples of {o.reference or o.init_from} "
+                f"had mean {mean:.3f} and standard deviation {std:.3f}; gain and bias make them 0 and 1")
         evaluate.show_pairs(model, run, tokenizer, val_set, steps)
         for line in (*evaluate.reward_model_table(figures, calibrated), info["verdict"]):
             run.say(line)
         training.save(steps, info, finished=True)
         path = run.path("ckpt.pt")
-        usual = {"data_dir": o.data_dir, "init_from": o.init_from, "reward_model": path, "val_share": o.val_share}
-        run.saved({Options.preferences: runtime.next_command("train_ppo.py", o, **usual),
-                   "judge": runtime.next_command("train_ppo.py", o, judge=path) + " --resume"}.get(o.preferences, ""))
+        if o.preferences == ("judge",):
+            return run.saved(runtime.next_command("train_ppo.py", o, judge=path) + " --resume")
+        run.saved(runtime.next_command("train_ppo.py", o, data_dir=o.data_dir, init_from=o.reference or o.init_from,
+                                       reward_model=path, val_share=o.val_share))
 
 
 if __name__ == "__main__":

@@ -13,11 +13,11 @@ from typing import NamedTuple
 # Text of "ink", "faint" or a line's colour has a contrast of 4.5 or more on "paper" and on "panel" (WCAG 2.2, 1.4.3).
 LIGHT = {"paper": "#ffffff", "panel": "#f3f5f7", "ink": "#1a1f24", "faint": "#56606a", "rule": "#cfd6dd",
          "focus": "#0b57d0", "line0": "#0b57a4", "line1": "#a84300", "line2": "#146c2e", "line3": "#7a3aa0",
-         "low": "#f28e5c", "high": "#5aa7e8"}
+         "line4": "#a3005c", "low": "#f28e5c", "high": "#5aa7e8"}
 DARK = {"paper": "#14181c", "panel": "#1e242a", "ink": "#e8ecf0", "faint": "#a9b4be", "rule": "#3c4650",
         "focus": "#8ab4f8", "line0": "#7db8f2", "line1": "#f2a267", "line2": "#74cf92", "line3": "#cba3ee",
-        "low": "#a0471a", "high": "#1c659f"}
-LINES = 4  # colours of lines; more lines begin again with the first
+        "line4": "#ff9ac2", "low": "#a0471a", "high": "#1c659f"}
+LINES = 5  # colours of lines; more lines begin again with the first
 SHADES = 4  # of a token's colour, on either side of none
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"
 
@@ -140,8 +140,10 @@ def thinned(points, most=300):
     return [points[0], *kept, points[-1]]
 
 
-MARKS = ("m-3 0a3 3 0 1 0 6 0a3 3 0 1 0-6 0z", "m-3-3h6v6h-6z", "m0-4 4 7h-8z", "m0-4 4 4-4 4-4-4z")
-DASHES = ("", ' stroke-dasharray="7 3"', ' stroke-dasharray="2 3"', ' stroke-dasharray="8 3 2 3"')
+MARKS = ("m-3 0a3 3 0 1 0 6 0a3 3 0 1 0-6 0z", "m-3-3h6v6h-6z", "m0-4 4 7h-8z", "m0-4 4 4-4 4-4-4z",
+         "m-4-1h3v-3h2v3h3v2h-3v3h-2v-3h-3z")
+DASHES = ("", ' stroke-dasharray="7 3"', ' stroke-dasharray="2 3"', ' stroke-dasharray="8 3 2 3"',
+          ' stroke-dasharray="14 4"')
 
 
 def lines(series, x_label, y_label, title, guides=None, x_range=(), y_range=(), joined=True, width=460, height=290,
@@ -187,6 +189,21 @@ def lines(series, x_label, y_label, title, guides=None, x_range=(), y_range=(), 
     return (f'<svg xmlns="http://www.w3.org/2000/svg" class="chart" role="img" viewBox="0 0 {width} {height}" '
             f'width="{width}" height="{height}" aria-label="{text(title)}: {text(y_label)} by {text(x_label)}">'
             f'{inside}{"".join(out)}</svg>')
+
+
+def beside(*charts):
+    """Charts of `lines`, not standalone, side by side as one file, light and dark; "" where there is none."""
+    out, x, height = [], 0, 0
+    for chart in filter(None, charts):
+        size = re.search(r'width="(\d+)" height="(\d+)"', chart)
+        out.append(f'<g transform="translate({x} 0)">{chart}</g>')
+        x, height = x + int(size[1]) + 20, max(height, int(size[2]))
+    width = x - 20
+    if not out:
+        return ""
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" class="chart" viewBox="0 0 {width} {height}" width="{width}" '
+            f'height="{height}"><style>{look(CHART)}</style><path fill="var(--paper)" d="M0 0h{width}v{height}H0z"/>'
+            f'{"".join(out)}</svg>\n')
 
 
 def legend_of(series, guides, width):

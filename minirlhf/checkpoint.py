@@ -588,14 +588,12 @@ def of_another_length(o, stage, was, tell):
     told = f"--resume: --{length} {asked}: this run had {had}, over which its learning rate falls to 0"
     if asked < had:
         fail(f"{told}; leave the option out or start another run")
-    changes = {"resume": False, "overwrite": False, "out_dir": os.path.normpath(o.out_dir) + "-longer", length: asked}
-    if stage != "rm":  # a reward model is no start for another
-        changes |= {"init_from": os.path.join(o.out_dir, "ckpt.pt"), length: round(asked - had, 6)}
-    if stage in ("ppo", "dpo"):
+    changes = {"resume": False, "overwrite": False, "out_dir": os.path.normpath(o.out_dir) + "-longer",
+               "init_from": os.path.join(o.out_dir, "ckpt.pt"), length: round(asked - had, 6)}
+    if stage != "sft":
         changes["reference"] = was.get("reference") or was["init_from"]
     own = {f.name: was[f.name] for f in fields(o) if f.name in was} | changes
-    fail(f"{told}; " + ("train for longer from the start: " if stage == "rm" else
-                        "when it has ended, go on in another run: ") + runtime.command_line(stage, replace(o, **own)))
+    fail(f"{told}; when it has ended, go on in another run: " + runtime.command_line(stage, replace(o, **own)))
 
 
 def functions(rewards):
@@ -632,8 +630,8 @@ def resume(o, stage, structural):
     if payload:
         was = verified(payload, path, [stage])["options"]
         if not payload["training"]:
-            fail(f"--resume: {path}: holds the model only, without what it takes to go on; begin another run"
-                 + (f" with --init_from {path}" if stage in POLICIES else ""))
+            fail(f"--resume: {path}: holds the model only, without what it takes to go on; begin another run with "
+                 f"--init_from {path}")
     else:
         tell(f"resume: the run in {o.out_dir} ended before its first checkpoint: it starts again")
         with open(begun, encoding="utf-8") as f, fitting(begun):

@@ -546,10 +546,19 @@ def divide(load, path, share):
     return parts
 
 
+def files_of_set(stem, data_dir):
+    """A set's file for training and that of its held-out rows: STEM.train.jsonl and STEM.val.jsonl, of data_dir unless
+    the stem is a path, with a "/" in it. Any other FILE.jsonl is by itself: "" in second place."""
+    path = stem if "/" in stem or stem.endswith(".jsonl") else os.path.join(data_dir, stem)
+    if path.endswith(".jsonl") and not path.endswith(".train.jsonl"):
+        return [path, ""]
+    return [f"{path.removesuffix('.train.jsonl')}.{part}.jsonl" for part in ("train", "val")]
+
+
 def load_parts(load, stem, o):
-    """STEM.train.jsonl and STEM.val.jsonl of --data_dir, or, where there is no such second file, two parts of the first
+    """The files of a set (`files_of_set`) or, where there is no second one, two parts of the first
     -> rows for training, rows held out, the file of each, lines to say."""
-    paths = [os.path.join(o.data_dir, f"{stem}.{part}.jsonl") for part in ("train", "val")]
+    paths = files_of_set(stem, o.data_dir)
     if os.path.lexists(paths[1]):
         idle = [f"warning: --val_share has no effect: {paths[1]} is there"] * ("val_share" in getattr(o, "given", ()))
         return *map(load, paths), paths, idle
@@ -557,16 +566,46 @@ def load_parts(load, stem, o):
     if not train or not val:
         fail(f"{paths[0]}: --val_share {o.val_share:g}: of {len(train) + len(val):,} rows none is left "
              f"{'to be held out' if train else 'for training'}, as those of one prompt stay together: choose another "
-             f"share, or write {paths[1]}")
+             f"share, or write {paths[1] or 'NAME.train.jsonl and NAME.val.jsonl'}")
+    missing = f"there is no {os.path.basename(paths[1])}: " if paths[1] else ""
     return train, val, [paths[0]] * 2, [
-        f"there is no {stem}.val.jsonl: {len(val):,} of the {len(train) + len(val):,} rows of {stem}.train.jsonl are "
-        f"held out, by a hash of their prompts (--val_share {o.val_share:g})"]
+        f"{missing}{len(val):,} of the {len(train) + len(val):,} rows of {os.path.basename(paths[0])} are held out, by "
+        f"a hash of their prompts (--val_share {o.val_share:g})"]
 
 
 def load_for_training(load, stem, o):
-    """The rows of STEM.train.jsonl, without those that `load_parts` holds out."""
-    train, val = (os.path.join(o.data_dir, f"{stem}.{part}.jsonl") for part in ("train", "val"))
+    """The rows of a set's training file, without those that `load_parts` holds out."""
+    train, val = files_of_set(stem, o.data_dir)
     return load(train) if os.path.lexists(val) else divide(load, train, o.val_share)[0]
+
+
+def load_sets(o):
+    """The sets of --preferences, one after another -> rows for training, rows held out, [the files of each], lines to
+    say.
+
+    Each holds out its own; where that is by the hash, a prompt is on one side in all sets. Of several, rows without a
+    "kind" get the set's name for one, so that figures tell them apart.
+    """
+    if not o.preferences or len({*o.preferences}) < len(o.preferences):
+        fail(f"--preferences {', '.join(o.preferences)}: name each set once, and one at least")
+    sets = {stem: load_parts(load_preferences, stem, o) for stem in o.preferences}
+    for stem, (*parts, _, _) in sets.items() if len(sets) > 1 else ():
+        for p in itertools.chain(*parts):
+            p.extra.setdefault("kind", stem)
+    asked = {stem: {letters(p.prompt) for p in val if p.prompt.strip()} for stem, (_, val, *_) in sets.items()}
+    known = sum(any(letters(p.prompt) in asked[other] for other in sets if other != stem)
+                for stem, (train, *_) in sets.items() for p in train)
+    train, val, paths, lines = zip(*sets.values())
+    return *(list(itertools.chain(*part)) for part in (train, val)), [[*part] for part in zip(*paths)], [
+        *dict.fromkeys(itertools.chain(*lines)),
+        *[f"warning: {known} records for training answer prompts that another set holds out, which flatters the "
+          "held-out figures"] * (known > 0)]
+
+
+def describe_sets(o):
+    """"data/mine/preferences.*.jsonl, more.jsonl": the sets of --preferences."""
+    return ", ".join(f"{train.removesuffix('.train.jsonl')}.*.jsonl" if val else train
+                     for train, val in (files_of_set(stem, o.data_dir) for stem in o.preferences))
 
 
 # ---- encoding
@@ -694,13 +733,13 @@ def among(records, count):
 
 def read_preferences(o, tokenizer, block_size):
     """-> training and held-out records, encoded, and the lines to say of them. Exits 2 where none is left."""
-    *parts, paths, lines = load_parts(load_preferences, o.preferences, o)
+    *parts, paths, lines = load_sets(o)
     sets = []
-    for path, part, name in zip(paths, parts, ("training", "held-out")):
+    for files, part, name in zip(paths, parts, ("training", "held-out")):
         kept, dropped, rows = encode_preferences(tokenizer, part, block_size, o.long_prompts)
         if not kept:
-            fail(f"{path}: no record is left: each is longer than the context of {block_size} tokens, or its texts "
-                 "are the same or tied")
+            fail(f"{', '.join(files)}: no record is left: each is longer than the context of {block_size} tokens, or "
+                 "its texts are the same or tied")
         sets.append(kept)
         if name == "held-out" and o.num_eval_texts:
             sets[-1] = among(kept, o.num_eval_texts)
@@ -714,10 +753,10 @@ def read_preferences(o, tokenizer, block_size):
                   *blank_ends([p.prompt for p in part], f"prompts of {name} preferences")]
     n_texts, n_pairs = (sum(len(record[k]) for record in sets[0]) for k in (0, 1))
     head = (f"{len(sets[0]):,} records with {n_texts:,} texts and {n_pairs:,} pairs for training, {len(sets[1]):,} "
-            f"records held out, from {o.data_dir}/{o.preferences}.*.jsonl")
+            f"records held out, from {describe_sets(o)}")
     lines += [*repeats(*([(p.prompt, *p.completions) for p in part] for part in parts), "preferences"),
               *about(tokenizer, [p.prompt for p in parts[0]], "training records")]
-    return *sets, [head, *lines], paths
+    return *sets, [head, *lines], sum(paths, [])
 
 
 # ---- order

@@ -20,7 +20,7 @@ import torch
 from minirlhf import adapters, checkpoint, evaluate, kernels, memory, prepare, runtime
 from minirlhf.chat import Talk
 from minirlhf.config import RunOptions, fail, launch, parse, ranks, say, warn_idle
-from minirlhf.data import (Order, collate, encode_prompts, load_parts, load_preferences, load_prompts, read_preferences,
+from minirlhf.data import (Order, collate, describe_sets, encode_prompts, load_prompts, load_sets, read_preferences,
                            response_mask)
 from minirlhf.generate import compile_model
 from minirlhf.memory import ROWS
@@ -35,12 +35,12 @@ FIGURES = ("loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "
 class Options(RunOptions):
     """Direct alignment: SFT model + people's preferences -> policy, without a reward model.
 
-    Reads preferences.{train,val}.jsonl of --data_dir (another stem with --preferences).
+    Reads preferences.{train,val}.jsonl of --data_dir (other sets with --preferences).
     """
     stage = "dpo"
     # ---- models, data, output
     data_dir: str = "data/sentiment"  # folder of the preferences; the default is prepared when it is missing
-    preferences: str = "preferences"  # stem of the two files
+    preferences: tuple[str, ...] = ("preferences",)  # NAME of NAME.{train,val}.jsonl, or a path
     out_dir: str = "out/dpo"  # where ckpt.pt, config.json, metrics.jsonl and samples.jsonl go
     init_from: str = "out/sft/ckpt.pt"  # what the policy starts from: the SFT model, or a policy to train further
     reference: str = ""  # the model that the policy's log-probabilities are compared with; "" = that of init_from
@@ -251,7 +251,7 @@ def read_prompts(o, tokenizer, block_size):
     none leaves room for an answer."""
     path, room = os.path.join(o.data_dir, "prompts.val.jsonl"), block_size - o.response_length
     texts = load_prompts(path) if os.path.lexists(path) else [*dict.fromkeys(
-        p.prompt for p in load_parts(load_preferences, o.preferences, o)[1])]
+        p.prompt for p in load_sets(o)[1])]
     prompts = encode_prompts(tokenizer, texts, room, o.long_prompts)[0] if room >= 2 else []
     if not prompts:
         fail(f"--response_length {o.response_length}: no held-out prompt of {o.data_dir} leaves room for it in the "
@@ -299,8 +299,7 @@ def main(argv=None):
 
         # ---- a new run, or one that goes on
         training = checkpoint.Training(run, tokenizer, policy, optimizers, {
-            f"{o.data_dir}/{o.preferences}.*.jsonl": paths,
-            f"--init_from {o.init_from}": checkpoint.files_of(o.init_from),
+            describe_sets(o): paths, f"--init_from {o.init_from}": checkpoint.files_of(o.init_from),
             **({f"--reference {o.reference}": checkpoint.files_of(o.reference)} if o.reference else {})})
         first, kept = training.restore(saved, steps)
         saved, info = None, kept.get("info", {})
@@ -347,7 +346,8 @@ def main(argv=None):
             pace.add("steps", seconds, pace.steps(tokens))
             done, stopping = step + 1, run.should_stop()
             record = {"step": done, "epoch": done / order.steps_per_epoch, **figures, "pairs": n_pairs,
-                      "lr": o.learning_rate * factor, "grad_norm": norm, "tokens_per_second": seen / seen_seconds}
+                      "lr": o.learning_rate * factor, "grad_norm": norm, "seconds": seconds,
+                      "tokens_per_second": seen / seen_seconds}
             if done % o.log_interval == 0 or done == steps:
                 left = pace.left("steps", steps - done) + pace.left(
                     "looks", look * runtime.looks_left(done, steps, o.eval_interval), "steps")

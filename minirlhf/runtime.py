@@ -144,19 +144,23 @@ class Run:
         except OSError as error:
             self.release()
             fail(f"--out_dir {self.out_dir}: cannot be written ({error.strerror})")
-        models = [(name, getattr(o, name, "")) for name in ("init_from", "reference", "reward_model", "judge")]
-        several = [("reward", path) for path, _ in map(weighted, getattr(o, "reward", ())) if path != "rm"]
-        for name, path in models + several:
-            folder = (path if os.path.isdir(path) else os.path.dirname(path)) or "."
-            if not o.resume and os.path.exists(path) and os.path.samefile(folder, o.out_dir):
-                self.release()
-                fail(f"--out_dir {self.out_dir}: holds --{name} {path}, which the run would replace; choose another "
-                     "folder")
+        self.spare("init_from", "reference", "reward_model", "judge")
         held = self.held()
         if held and not o.resume and not o.overwrite:
             self.release()
             fail(f"--out_dir {self.out_dir} holds a run ({', '.join(held)}); use --resume, --overwrite or another "
                  "folder")
+
+    def spare(self, *names):
+        """Exits 2 where an option of these names a model in out_dir, which a new run replaces; a --reward, too."""
+        models = [(name, getattr(self.options, name, "")) for name in names]
+        several = [("reward", path) for path, _ in map(weighted, getattr(self.options, "reward", ())) if path != "rm"]
+        for name, path in models + several if self.lock else ():
+            folder = (path if os.path.isdir(path) else os.path.dirname(path)) or "."
+            if not self.options.resume and os.path.exists(path) and os.path.samefile(folder, self.out_dir):
+                self.release()
+                fail(f"--out_dir {self.out_dir}: holds --{name} {path}, which the run would replace; choose another "
+                     "folder")
 
     def _lock(self):
         """Make the folder and take its lock. A run that ends meanwhile may remove both; then they are made again."""

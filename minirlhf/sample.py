@@ -11,6 +11,7 @@ import itertools
 import json
 import sys
 import time
+from collections import Counter
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from minirlhf.data import (Preference, blank_ends, clean, encode_prompts, encode
                            load_preferences, load_prompts, present, read_records, refuse, too_long)
 from minirlhf.generate import generate
 from minirlhf.model import GPT
+from minirlhf.objectives import best_of_n_kl
 from minirlhf.tokenizer import Tokenizer
 
 LONGEST_LINE = 1 << 20  # bytes of a prompt on standard input
@@ -35,7 +37,11 @@ form of messages that the model knows.
 Reward models alone score the records of --prompts: {"prompt", "completion"} gets "score"; {"prompt", "chosen",
 "rejected"} gets "score_chosen" and "score_rejected", and a ranking "score_completions", with the share of pairs that
 are ordered rightly at the end (ties half, 95 % interval). All other forms of demonstrations and preferences that the
-scripts read will do. Of several reward models the columns end in the model's path: "score out/rm"."""
+scripts read will do. Of several reward models the columns end in the model's path: "score out/rm".
+
+With --rank or --best the answers of all policies to a prompt become one record that the scripts read: a ranking by
+score, for stage 2 and DPO, or the best of n, for stage 1. Answers that were cut are left out, for what reads a record
+takes an answer for whole."""
 
 
 class Loaded(NamedTuple):
@@ -58,6 +64,12 @@ def parse(argv=None):
     parser.add_argument("--chat", action="store_true", help="talk with the policy, a line a turn, until end of input; "
                         "the oldest turns are dropped where the context is full")
     parser.add_argument("--n", type=positive_int, help="completions a prompt (default: 1)")
+    parser.add_argument("--reward_model", metavar="PATH", help="what scores the completions, besides reward models "
+                        "among the checkpoints; FILE.py:FUNCTION, too")
+    parser.add_argument("--rank", action="store_true", help="write a record a prompt, its answers ordered by score: "
+                         '{"prompt", "completions", "scores"}')
+    parser.add_argument("--best", action="store_true", help="write the answer a prompt that has the highest score: "
+                         '{"prompt", "completion", "score"}')
     parser.add_argument("--temperature", type=temperature_number, help="0 takes the likeliest token (default: 1.0)")
     parser.add_argument("--seed", type=int, help="the same seed gives the same completions (default: 1337)")
     parser.add_argument("--response_length", type=positive_int, help="longest completion in tokens (default: 48, "
@@ -79,9 +91,19 @@ def parse(argv=None):
         fail(f"--{idle[0]}: has no effect with --chat, in which the turns come from standard input; leave it out")
     if a.chat and len(a.checkpoints) > 1:
         fail(f"--chat: talks with one policy, found {len(a.checkpoints)} checkpoints")
-    if len(set(a.checkpoints)) < len(a.checkpoints):
-        fail(f"{next(path for path in a.checkpoints if a.checkpoints.count(path) > 1)}: named twice")
+    for name in ("reward_model", "rank", "best"):
+        if a.chat and getattr(a, name):
+            fail(f"--{name}: has no effect with --chat; leave it out")
+    if a.rank and a.best:
+        fail("--rank and --best exclude each other: they write different records")
+    if len(set(named(a))) < len(named(a)):
+        fail(f"{next(path for path in named(a) if named(a).count(path) > 1)}: named twice")
     return a
+
+
+def named(a):
+    """The paths of what is loaded, that of --reward_model last."""
+    return [*a.checkpoints, *filter(None, [a.reward_model])]
 
 
 def load(path, device):
@@ -125,14 +147,14 @@ def summary(scores):
     return f"mean score {float(x.mean()):.3f}, standard deviation {float(x.std(correction=0)):.3f}"
 
 
-def suffixes(judges, one_is_plain=True):
+def suffixes(paths, one_is_plain=True):
     """What the names of a reward model's columns end in, a model."""
-    return [""] if len(judges) == 1 and one_is_plain else [f" {judge.path}" for judge in judges]
+    return [""] if len(paths) == 1 and one_is_plain else [f" {path}" for path in paths]
 
 
 def opened(a, also=()):
     """The file of --output, as lines; `also`: what the command reads besides checkpoints and --prompts."""
-    models, prompts = map(rewards.files, a.checkpoints), [a.prompts] if a.prompts else []
+    models, prompts = map(rewards.files, named(a)), [a.prompts] if a.prompts else []
     return runtime.Output(a.output, ".jsonl", [*itertools.chain(*models), *prompts, *also])
 
 
@@ -221,13 +243,17 @@ def sample(policies, judges, a):
         limits(policy, a)
         for judge in (judge for judge in judges if judge.model):
             checkpoint.compatible(policy[1:3], policy.path, judge[1:3], judge.path)
+    if a.rank or a.best:
+        check_choice(policies, judges, a)
     prompts = [clean(p) for p in a.prompt] + (load_prompts(a.prompts) if a.prompts else [])
     for line in blank_ends(prompts, "prompts"):
         warn(line)
     with opened(a, () if prompts else ["/dev/stdin"]) as output:
         if judges:
             say("scores by " + ", ".join(judge.path for judge in judges))
-        if prompts:
+        if a.rank or a.best:
+            choose(policies, judges, prompts, a, output)
+        elif prompts:
             found = show(policies, judges, prompts, a, output)
             if judges:
                 say()
@@ -239,6 +265,78 @@ def sample(policies, judges, a):
                 show(policies, judges, [prompt], a, output)
                 if unprinted:  # whoever asked has gone
                     break
+
+
+# ---- the answers to a prompt become a record
+
+def check_choice(policies, judges, a):
+    """Exits 2 where --rank and --best have nothing to choose from, nothing to choose by, or no file."""
+    option = "--rank" if a.rank else "--best"
+    if len(judges) != 1:
+        fail(f"{option}: needs one reward model, found {', '.join(judge.path for judge in judges) or 'none'}; name it with --reward_model")
+    if not a.output or not (a.prompt or a.prompts):
+        fail(f"{option}: writes records; name their file with --output, and the prompts' with --prompts")
+    if a.n * len(policies) < 2:
+        fail(f"{option}: chooses among the answers to a prompt; ask for several with --n")
+    if a.temperature == 0 and a.n > 1:
+        fail(f"--temperature 0: the {a.n} answers of a policy would be the same; leave it out")
+
+
+def choose(policies, judges, prompts, a, output):
+    """--rank and --best: the answers of all policies to each prompt, as one record that stage 2, or stage 1, reads.
+
+    Left out and counted: answers that were cut, answers whose text another has, prompts with too few left.
+    """
+    counts, progress, scores = Counter(), Progress(len(prompts) * a.n, "completions of each policy"), {}
+    streams = [complete(policy, scorers_of(policy, judges, prompts, a), prompts, a) for policy in policies]
+    for k, prompt in enumerate(prompts):
+        answers = [(score, policy.path, text) for policy, stream in zip(policies, streams)
+                   for _, text, finished, (score,) in itertools.islice(stream, a.n) if finished]
+        counts["cut"] += a.n * len(policies) - len(answers)
+        unscored = [answer for answer in answers if answer[0] is None]  # the reward does not apply to them
+        counts["unscored"] += len(unscored)
+        answers = [answer for answer in answers if answer[0] is not None]
+        ranked = {}
+        for score, path, text in sorted(answers, key=lambda answer: -answer[0]):
+            ranked.setdefault(text, (score, path))
+        counts["repeated"] += len(answers) - len(ranked)
+        if len(ranked) > a.rank:
+            record = ranking(prompt, ranked, several=len(policies) > 1) if a.rank else {
+                **asked(prompt), "completion": next(iter(ranked)), "score": next(iter(ranked.values()))[0]}
+            output.write(json.dumps(record, ensure_ascii=False) + "\n")
+            marks = [score for score, _ in ranked.values()]
+            counts["records"] += 1
+            counts["answers"] += len(marks)
+            counts["pairs"] += sum(x > y for x, y in itertools.combinations(marks, 2))
+            for name, mark in (("best", marks[:1]), ("all", marks)):
+                scores.setdefault(name, []).extend(mark)
+        progress((k + 1) * a.n)
+    if not counts["records"]:
+        fail(f"{'--rank' if a.rank else '--best'}: no prompt has {'two answers that differ' if a.rank else 'an answer'}"
+             f" and end within {limits(policies[0], a)[0]} tokens; raise --response_length or --n")
+    pairs = f", {counts['pairs']:,} pairs" if a.rank else ""
+    say(f"{counts['records']:,} records ({counts['answers']:,} answers{pairs}) of {len(prompts):,} prompts; left out: "
+        f"{counts['cut']:,} answers that were cut, {counts['repeated']:,} that repeat another, "
+        + f"{counts['unscored']:,} to which the reward does not apply, " * bool(counts["unscored"])
+        + f"{len(prompts) - counts['records']:,} prompts")
+    say(f"best answers: {summary(scores['best'])}; all: {summary(scores['all'])}" + (
+        f"; KL of the best from {policies[0].path} <= {best_of_n_kl(a.n):.2f} nats" if len(policies) == 1 else ""))
+
+
+def ranking(prompt, ranked, several):
+    """A record for stage 2: answers best first. ranked: {text: (score, who wrote it)}, in that order."""
+    scores, paths = zip(*ranked.values())
+    return {**asked(prompt), "completions": [*ranked], "scores": [*scores],
+            **({"checkpoints": [*paths]} if several else {})}
+
+
+def asked(prompt):
+    """A prompt as the column of a record: its messages, if it is made of some."""
+    if not isinstance(prompt, Talk):
+        return {"prompt": prompt}
+    return {"messages": [{"role": m.role, "content": m.text, **(
+        {"tool_calls": [{"type": "function", "function": json.loads(call)} for call in m.calls]} if m.calls else {})}
+        for m in prompt.messages]}
 
 
 # ---- a conversation
@@ -304,9 +402,9 @@ def pick_suffixes(records, texts, judges):
         return next(((where, record, name) for (where, record), p in zip(records, texts) for end in ends
                      for name in score_columns(record, p.completions, end) if name in record), None)
 
-    plain = suffixes(judges)
+    plain = suffixes([judge.path for judge in judges])
     if len(judges) == 1 and (found := taken(plain)):
-        ends = suffixes(judges, one_is_plain=False)
+        ends = suffixes([judge.path for judge in judges], one_is_plain=False)
         say(f"the records have a column {found[2]!r} of their own: the new one is {found[2] + ends[0]!r}")
     else:
         ends = plain
@@ -361,7 +459,7 @@ def score_records(judges, a, batch_size=256):
     if not a.prompts:
         fail(f"{judges[0].path}: holds a reward model, expected an SFT model or a PPO policy that writes answers; or "
              "name a file of answers to score with --prompts")
-    for name in [*a.given, *(["prompt"] if a.prompt else [])]:
+    for name in [*a.given, *(name for name in ("prompt", "reward_model", "rank", "best") if getattr(a, name))]:
         fail(f"--{name}: has no effect on reward models; name a policy too, or leave it out")
     if functions := [judge.path for judge in judges if not judge.model]:
         fail(f"{functions[0]}: a function scores what policies write; name a policy too")
@@ -411,7 +509,9 @@ def main(argv=None):
     if a.output is None:
         all_printed()
     a.device = runtime.pick_device(a.device)
-    models = [load(path, a.device) for path in a.checkpoints]
+    models = [load(path, a.device) for path in named(a)]
+    if a.reward_model and models[-1].stage != "rm":
+        fail(f"--reward_model {a.reward_model}: holds no reward model but one that writes answers")
     policies, judges = ([m for m in models if (m.stage == "rm") == rm] for rm in (False, True))
     if a.chat and judges:
         fail(f"--chat: {judges[0].path} holds a reward model, expected an SFT model or a PPO policy that answers")

@@ -21,7 +21,7 @@ import train_ppo
 import train_rm
 import train_sft
 from conftest import ROOT, scratch
-from minirlhf import checkpoint, evaluate, mixture, runtime, sample
+from minirlhf import checkpoint, dpo, evaluate, mixture, runtime, sample
 from minirlhf.config import RunOptions
 from minirlhf.runtime import rate_factor
 from test_train_ppo import options, run_of
@@ -230,8 +230,8 @@ def test_the_warm_up_stays_as_long_as_it_was(capsys):
 
 @EVERY
 def test_where_the_rate_has_fallen_it_says_how(folder, stage, refused):
-    """One line, nothing touched; the command that it ends with runs: from the run's end for the steps that are missing,
-    or, as a reward model is no start for another, from the beginning."""
+    """One line, nothing touched; the command that it ends with runs: from the run's end for the steps that are
+    missing."""
     before = {path: path.read_bytes() for path in (folder / "out" / stage).iterdir()}
     name, half = TWICE[stage][0], "8" if stage == "ppo" else "0.5"
     error = refused(STAGES[stage].main, ["--resume", name, half, "--out_dir", f"out/{stage}"])
@@ -243,8 +243,7 @@ def test_where_the_rate_has_fallen_it_says_how(folder, stage, refused):
     assert os.path.samefile(words[1], STAGES[stage].__file__)
     STAGES[stage].main(words[2:])
     done = load(f"out/{stage}-longer")
-    assert done["training"]["step"] == {"sft": 4, "rm": 8, "ppo": 4}[stage]
-    assert done["options"]["init_from"] == {"rm": "out/sft"}.get(stage, f"out/{stage}/ckpt.pt")
+    assert done["training"]["step"] == 4 and done["options"]["init_from"] == f"out/{stage}/ckpt.pt"
     assert done["options"].get("reference", "out/sft") == "out/sft"
 
 
@@ -384,6 +383,124 @@ def test_stage_2_starts_from_a_policy(folder):
           "0.25", out="out/new")
     new, policy = load("out/new"), load("out/ppo")
     assert new["stage"] == "rm" and torch.equal(new["model"]["wte.weight"], policy["model"]["wte.weight"])
+
+
+def test_stage_2_goes_on_from_a_reward_model(folder, capsys, monkeypatch):
+    """Trunk and head are those it had, in training without its scale (gain 1, bias 0); the scale is set anew on samples
+    of the model that had set it before, which is recorded; a third model finds it through the second. At learning rate
+    0 the scores are the same to rounding, for the samples are."""
+    begun, own = [], train_rm.batch_gradients
+    monkeypatch.setattr(train_rm, "batch_gradients", lambda model, *a: (begun.append(
+        {k: v.clone() for k, v in model.state_dict().items()}), own(model, *a))[1])
+    still = ["--learning_rate", "0", "--muon_learning_rate", "0", "--num_train_epochs", "0.25"]
+    before = load("out/rm")["model"]
+    for name, previous in (("second", "rm"), ("third", "second")):
+        train("rm", "--init_from", f"out/{previous}", *still, out=f"out/{name}")
+        out, new = capsys.readouterr().out, load(f"out/{name}")
+        assert f"trunk and head from out/{previous}" in out and "8 samples of out/sft had mean" in out
+        assert f"--init_from out/sft --reward_model out/{name}/ckpt.pt" in out
+        assert new["options"]["reference"] == "out/sft" and new["training"]["data"].keys() >= {"--reference out/sft"}
+        assert all(torch.equal(begun[-1][k], new["model"][k]) for k in before if k not in ("gain", "bias"))
+        assert (float(begun[-1]["gain"]), float(begun[-1]["bias"])) == (1, 0)
+        assert same({k: v for k, v in before.items() if k not in ("gain", "bias")},
+                    {k: v for k, v in new["model"].items() if k not in ("gain", "bias")})
+        for name in ("gain", "bias"):
+            assert float(new["model"][name]) == pytest.approx(float(before[name]), rel=1e-4)
+    train("rm", "--init_from", "out/rm", "--reference", "out/ppo", *still, out="out/other")
+    assert "8 samples of out/ppo had mean" in capsys.readouterr().out
+    assert float(load("out/other")["model"]["gain"]) != pytest.approx(float(before["gain"]), rel=1e-4)
+
+
+def test_a_reward_model_goes_on_and_is_resumed(folder, monkeypatch):
+    """Stopped after two of four steps and resumed, it is the run that never stopped, also where the reference was found
+    by itself."""
+    train("rm", "--init_from", "out/rm", out="out/whole")
+    own = runtime.Run.should_stop
+    monkeypatch.setattr(runtime.Run, "should_stop", lambda run: (folder / "out/parts/metrics.jsonl").exists())
+    with pytest.raises(SystemExit):
+        train("rm", "--init_from", "out/rm", out="out/parts")
+    monkeypatch.setattr(runtime.Run, "should_stop", own)
+    assert load("out/parts")["training"]["step"] == 2
+    train_rm.main(["--resume", "--out_dir", "out/parts"])
+    assert same(state("out/whole"), state("out/parts")) and rows("out/whole") == rows("out/parts")
+    assert not same(load("out/whole")["model"], load("out/rm")["model"])
+
+
+@pytest.mark.parametrize("given, says", [
+    ([], "names the SFT model"), (["--reference", "out/rm"], "expected an SFT model or a PPO policy"),
+    (["--reference", "out/small"], "different tokenizers"),
+    (["--out_dir", "out/sft", "--overwrite"], "--out_dir out/sft: holds --reference out/sft")])
+def test_what_cannot_set_the_scale(folder, given, says, refused):
+    """No model, a reward model, one of another tokenizer, one that the run would replace: a line that says so."""
+    if not given:
+        shutil.move("out/sft", "out/moved")
+        says = "--init_from out/rm: a reward model; name the SFT model whose samples set the scale of its scores with"
+    if "out/small" in given:
+        train("sft", "--vocab_size", "265", out="out/small")
+    before = sorted(folder.rglob("*"))
+    assert says in refused(train_rm.main, [*scratch("rm"), *COMMON, *OWN["rm"], "--out_dir", "out/new", "--init_from",
+                                           "out/rm", *given])
+    assert sorted(folder.rglob("*")) == before
+
+
+# ---- preferences of several sets
+
+def test_several_sets_are_one_joined_file(folder, capsys):
+    """Two names, or a name and a path, make the model that the one file of both makes: records in the order of the
+    names, each set's held-out records, and the same for --resume; figures come by set. Other records, or another order,
+    make another model."""
+    lines = {part: open(f"data/preferences.{part}.jsonl").readlines() for part in ("train", "val")}
+    for part, n in (("train", 10), ("val", 3)):
+        for name, some in (("old", lines[part][:n]), ("new", lines[part][n:])):
+            with open(f"data/{name}.{part}.jsonl", "w") as f:
+                f.writelines(some)
+    for k, names in enumerate((("old", "new"), ("./data/old", "data/new.train.jsonl"), ("new", "old"), ("old",))):
+        train("rm", *(word for name in names for word in ("--preferences", name)), out=f"out/{k}")
+        out = capsys.readouterr().out
+        assert ("\nnew  " in out) == (k in (0, 2)) and ("\ndata/new.train.jsonl  " in out) == (k == 1)
+        assert f"{10 if k == 3 else 16} records with" in out and f"from {'./' * (k == 1)}data/{names[0][-3:]}" in out
+    models = [load(f"out/{k}")["model"] for k in range(4)]
+    assert same(models[0], load("out/rm")["model"]) and same(models[0], models[1])
+    assert not same(models[0], models[2]) and not same(models[0], models[3])
+    assert load("out/0")["options"]["preferences"] == ("old", "new")
+    assert json.load(open("out/0/config.json"))["preferences"] == ["old", "new"]
+    train_rm.main(["--resume", "--out_dir", "out/0"])
+    assert "this run is finished" in capsys.readouterr().out
+
+
+def test_dpo_learns_from_several_sets_too(folder):
+    """Two halves make the policy that the whole makes."""
+    lines, words = open("data/preferences.train.jsonl").readlines(), [
+        *scratch("dpo"), *COMMON, "--init_from", "out/sft", "--num_eval_prompts", "2", "--max_steps", "2"]
+    for name, some in (("old", lines[:7]), ("new", lines[7:])):
+        with open(f"{name}.train.jsonl", "w") as f:
+            f.writelines(some)
+        shutil.copy("data/preferences.val.jsonl", f"{name}.val.jsonl")
+    dpo.main([*words, "--out_dir", "out/whole"])
+    dpo.main([*words, "--preferences", "./old", "--preferences", "new.train.jsonl", "--out_dir", "out/halves"])
+    assert same(load("out/whole")["model"], load("out/halves")["model"])
+    assert load("out/halves")["options"]["preferences"] == ("./old", "new.train.jsonl")
+
+
+def test_resume_knows_the_sets_by_their_content(folder, refused, capsys):
+    """A run of one name, as older versions kept it, goes on; a changed second set is refused."""
+    payload = load("out/rm")
+    assert payload["options"]["preferences"] == ("preferences",)
+    payload["options"]["preferences"] = "preferences"
+    torch.save(payload, "out/rm/ckpt.pt")
+    train_rm.main(["--resume", "--out_dir", "out/rm"])
+    assert "this run is finished (4 steps)" in capsys.readouterr().out
+    for part in ("train", "val"):
+        shutil.copy(f"data/preferences.{part}.jsonl", f"data/more.{part}.jsonl")
+    train("rm", "--preferences", "preferences", "--preferences", "more", out="out/new")
+    for part in ("train", "val"):
+        whole = open(f"data/more.{part}.jsonl").read()
+        for content, changed in ((whole + '{"prompt": "", "chosen": "a", "rejected": "b"}\n', True), (whole, False)):
+            with open(f"data/more.{part}.jsonl", "w") as f:
+                f.write(content)
+            if changed:
+                assert "--resume: data/preferences.*.jsonl, data/more.*.jsonl is not what the run" in refused(
+                    train_rm.main, ["--resume", "--out_dir", "out/new"])
 
 
 # ---- kept checkpoints
@@ -724,5 +841,5 @@ def test_every_stage_has_the_options(capsys):
             module.main(["--help"])
         out = " ".join(capsys.readouterr().out.split())
         assert "--lr_schedule {linear,cosine,constant}" in out and "--keep_checkpoints INT" in out
-        assert ("--reference STR" in out) == ("--save_rollouts" in out) == (stage == "ppo")
+        assert ("--reference STR" in out) == (stage != "sft") and ("--save_rollouts" in out) == (stage == "ppo")
     assert RunOptions.keep_checkpoints == 0

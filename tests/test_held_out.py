@@ -9,8 +9,8 @@ import pytest
 
 from conftest import scratch
 from minirlhf import prepare
-from minirlhf.data import (is_held_out, load_demonstrations, load_for_training, load_parts, load_preferences,
-                           load_prompts, opening)
+from minirlhf.data import (describe_sets, is_held_out, load_demonstrations, load_for_training, load_parts,
+                           load_preferences, load_prompts, load_sets, opening)
 
 WORDS = [a + b + c for a in "abcd" for b in "efgh" for c in "ij"]
 SMALL = ("--device cpu --dtype float32 --n_layer 1 --n_head 2 --n_embd 8 --vocab_size 260 --block_size 64 --batch_size "
@@ -201,3 +201,50 @@ def test_sets_that_people_have_go_through_all_stages(name, kinds, tmp_path, ran,
         assert re.search(rf"^{kind} +\d+ ", said["rm"], re.M)
     assert "held-out prompts, 95% intervals" in said["ppo"]
     assert prepare.STEMS == ("sft", "preferences", "prompts")
+
+
+# ---- several sets of preferences
+
+def test_sets_of_preferences(folder, refused):
+    """Each holds out its own part, by its file or by the hash, which is the same for a prompt in all sets; they follow
+    one another as they are named, by name, path of a pair, or path of a file; without a kind they get the set's name."""
+    data = folder / "data"
+    pair = {"prompt": "extra", "chosen": " y", "rejected": " n"}
+    write(data / "mine.train.jsonl", [pair, pair | {"prompt": "more", "kind": "own"}])
+    write(data / "mine.val.jsonl", [pair | {"prompt": "held"}])
+    again = write(folder / "again.jsonl", records("preferences", WORDS))
+    o = options(folder, preferences=("preferences", "mine", str(again)))
+    train, val, paths, said = load_sets(o)
+    alone = [load_parts(load_preferences, name, o) for name in o.preferences]
+    for k, part in enumerate((train, val)):
+        assert [(p.prompt, p.completions) for p in part] == [(p.prompt, p.completions) for a in alone for p in a[k]]
+    assert [p.extra for p in train if p.prompt in ("extra", "more")] == [{"kind": "mine"}, {"kind": "own"}]
+    assert train[0].extra == {"kind": "preferences"} and train[-1].extra == {"kind": str(again)}
+    first = str(data / "preferences.train.jsonl")
+    assert paths == [[first, str(data / "mine.train.jsonl"), str(again)],
+                     [first, str(data / "mine.val.jsonl"), str(again)]]
+    letters = [{p.prompt.lower() for p in part} for part in (train, val)]
+    assert letters[0] & letters[1] == set() and len(letters[1]) > 5
+    assert said[0].startswith("there is no preferences.val.jsonl: ") and said[1].endswith(
+        "rows of again.jsonl are held out, by a hash of their prompts (--val_share 0.3)") and len(said) == 2
+    assert describe_sets(o) == f"{data}/preferences.*.jsonl, {data}/mine.*.jsonl, {again}"
+    o.preferences = (str(data / "mine"),)
+    assert [p.extra for p in load_sets(o)[0]] == [{}, {"kind": "own"}]
+    o.preferences = (str(data / "mine.train.jsonl"), "mine")
+    assert [[p.prompt for p in part] for part in load_sets(o)[:2]] == [["extra", "more"] * 2, ["held"] * 2]
+    for names in ((), ("mine", "mine")):
+        o.preferences = names
+        assert f"--preferences {', '.join(names)}: name each set once, and one at least" in refused(load_sets, o)
+
+
+def test_a_prompt_on_both_sides_of_two_sets_is_told(folder):
+    """Held out by the file of one set, for training in another: a warning with the count; texts without a prompt are
+    none."""
+    data = folder / "data"
+    for name, train, val in (("a", ["one", "two", ""], ["THREE?", "One"]), ("b", ["Three!", "three", "four"], ["", "two"])):
+        write(data / f"{name}.train.jsonl", [{"prompt": w, "chosen": " y", "rejected": " n"} for w in train])
+        write(data / f"{name}.val.jsonl", [{"prompt": w, "chosen": " y", "rejected": " n"} for w in val])
+    said = load_sets(options(folder, preferences=("a", "b"), given={"val_share"}))[3]
+    assert said[-1] == ("warning: 3 records for training answer prompts that another set holds out, which flatters the "
+                        "held-out figures")
+    assert load_sets(options(folder, preferences=("a",)))[3] == []

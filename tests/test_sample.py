@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import re
 import sys
 
 import pytest
@@ -13,7 +14,8 @@ import torch
 
 from minirlhf import benchmark, checkpoint, evaluate, prepare, rewards, runtime, sample
 from minirlhf.config import RunOptions
-from minirlhf.data import encode_preferences, encode_row, load_preferences
+from minirlhf.data import (encode_preferences, encode_row, load_demonstrations, load_preferences,
+                           load_prompts)
 from minirlhf.model import GPT, GPTConfig
 from minirlhf.tokenizer import Tokenizer
 
@@ -559,3 +561,121 @@ def test_prepare_does_not_replace_its_source(tmp_path, refused, monkeypatch):
     assert (data / "README.md").read_bytes() == b"the archive, under another name"
     assert "has the name of the archive" in refused(
         prepare.main, ["sentiment", "--data_dir", str(tmp_path / prepare.ARCHIVE)])
+
+
+# ---- answers become records
+
+def letters_e(folder):
+    """A reward function: how many "e" an answer has."""
+    (folder / "own.py").write_text("def score(prompts, completions):\n    return [c.count('e') for c in completions]\n")
+    return "own.py:score"
+
+
+@pytest.mark.parametrize("policies", [["out/sft"], ["out/sft", "out/ppo"]])
+@pytest.mark.parametrize("function", [False, True])
+def test_rankings_and_bests_of_what_is_sampled(folder, capsys, policies, function, monkeypatch):
+    """The same completions as without --rank, those that ended, each text once, by falling score, with who wrote each
+    of several policies'; --best: the first of them. What is left out is counted; stages 2 and 1 read the files."""
+    monkeypatch.setattr(sample, "complete", functools.partial(ending, sample.complete))
+    prompts = write(folder / "p.jsonl", [{"prompt": text(random.Random(k), 2)} for k in range(30)])
+    common = [*policies, *(["--reward_model", letters_e(folder)] if function else ["out/rm"]), "--prompts", prompts,
+              "--n", "5", "--response_length", "3", "--output"]
+    sample.main([*common, "plain.jsonl"])
+    for option in ("rank", "best"):
+        capsys.readouterr()
+        sample.main([*common, f"{option}.jsonl", f"--{option}"])
+        out, expected, cut, repeated, all_scores = capsys.readouterr().out, [], 0, 0, []
+        plain = rows(folder / "plain.jsonl")
+        for at in range(0, len(plain), 5 * len(policies)):
+            part, seen = plain[at:at + 5 * len(policies)], {}
+            cut += sum(not row["finished"] for row in part)
+            part = [row for path in policies for row in part if row["checkpoint"] == path and row["finished"]]
+            for row in sorted(part, key=lambda row: row["score"], reverse=True):
+                seen.setdefault(row["completion"], row)
+            repeated, ranked = repeated + len(part) - len(seen), [*seen.values()]
+            if len(ranked) < 1 + (option == "rank"):
+                continue
+            record = {"prompt": ranked[0]["prompt"], **(
+                {"completion": ranked[0]["completion"], "score": ranked[0]["score"]} if option == "best" else
+                {"completions": [*seen], "scores": [row["score"] for row in ranked]})}
+            if option == "rank" and len(policies) > 1:
+                record["checkpoints"] = [row["checkpoint"] for row in ranked]
+            expected.append(record)
+            all_scores.append([row["score"] for row in ranked])
+        assert rows(folder / f"{option}.jsonl") == expected and 5 < len(expected) <= 30 and cut and repeated
+        answers, pairs = sum(map(len, all_scores)), sum(x > y for s in all_scores for i, x in enumerate(s)
+                                                        for y in s[i:])
+        told = f", {pairs} pairs" if option == "rank" else ""
+        assert (f"{len(expected)} records ({answers} answers{told}) of 30 prompts; left out: {cut} answers that were "
+                f"cut, {repeated} that repeat another, {30 - len(expected)} prompts\n") in out
+        means = [sum(x) / len(x) for x in ([s[0] for s in all_scores], [x for s in all_scores for x in s])]
+        assert re.search(rf"best answers: mean score {means[0]:.3f}, .*; all: mean score {means[1]:.3f}, ", out)
+        assert ("KL of the best from out/sft <= 0.81 nats" in out) == (len(policies) == 1)  # log 5 - 4/5
+    found = load_preferences("rank.jsonl")
+    assert [(p.prompt, p.completions, p.scores) for p in found] == [
+        (r["prompt"], r["completions"], r["scores"]) for r in rows(folder / "rank.jsonl")]
+    assert [(d.prompt, d.completion) for d in load_demonstrations("best.jsonl")] == [
+        (r["prompt"], r["completion"]) for r in rows(folder / "best.jsonl")]
+
+
+def ending(complete, policy, judges, prompts, a):
+    """As `complete`, but that only every seventh answer was cut, and texts are shortened, so that some are the same."""
+    for k, (prompt, completion, _, marks) in enumerate(complete(policy, judges, prompts, a)):
+        yield prompt, completion[:1], k % 7 > 0, marks
+
+
+def test_messages_stay_messages(folder, capsys):
+    """A prompt of messages is written as such, calls of tools too, and read as the same prompt."""
+    talk = [{"role": "user", "content": "who?"}, {"role": "assistant", "content": "", "tool_calls": [
+        {"type": "function", "function": {"name": "look", "arguments": {"at": 1}}}]},
+        {"role": "tool", "content": "me"}, {"role": "user", "content": "so?"}]
+    path = write(folder / "p.jsonl", [{"messages": talk}])
+    (prompt,) = load_prompts(path)
+    ranked = {" you": (2.0, "a"), " me": (1.0, "b")}
+    record = sample.ranking(prompt, ranked, several=True)
+    assert record == {"messages": talk, "completions": [" you", " me"], "scores": [2.0, 1.0], "checkpoints": ["a", "b"]}
+    write(folder / "r.jsonl", [record])
+    (read,) = load_preferences("r.jsonl")
+    assert read.prompt == prompt and read.prompt.messages == prompt.messages and read.completions == [" you", " me"]
+    write(folder / "d.jsonl", [{**sample.asked(prompt), "completion": " you"}])
+    (read,) = load_demonstrations("d.jsonl")
+    assert read.prompt.messages == prompt.messages and read.completion == " you"
+
+
+@pytest.mark.parametrize("given, says", [
+    (["--rank", "--n", "2"], "--rank: needs one reward model, found none; name it with --reward_model"),
+    (["out/rm", "--reward_model", "out/judge", "--best", "--n", "2"], "found out/rm, out/judge"),
+    (["out/rm", "--reward_model", "out/rm"], "out/rm: named twice"),
+    (["out/rm", "--rank"], "--rank: chooses among the answers to a prompt; ask for several with --n"),
+    (["out/rm", "--best", "--n", "2", "--temperature", "0"], "--temperature 0: the 2 answers of a policy would be"),
+    (["--reward_model", "other/rm", "--rank", "--n", "2"], "different tokenizers"),
+    (["--reward_model", "out/ppo", "--rank", "--n", "2"], "holds a PPO policy, expected a reward model"),
+    (["--reward_model", "own.py:none", "--rank", "--n", "2"], "own.py:none: own.py has no function none"),
+    (["--rank", "--best"], "--rank and --best exclude each other"),
+])
+def test_what_cannot_be_ranked(folder, refused, given, says):
+    """One line, and no file."""
+    letters_e(folder)
+    write(folder / "p.jsonl", [{"prompt": "the"}])
+    assert says in refused(sample.main, ["out/sft", *given, "--prompts", "p.jsonl", "--output", "o.jsonl"])
+    assert not (folder / "o.jsonl").exists()
+
+
+def test_rankings_need_a_file_and_answers_that_end(folder, refused, monkeypatch):
+    """No --output, no prompts, --chat, reward models alone, what it reads as --output, and answers that are all cut."""
+    letters_e(folder)
+    write(folder / "p.jsonl", [{"prompt": "the"}])
+    ranking = ["out/sft", "--reward_model", "own.py:score", "--rank", "--n", "2"]
+    assert "name their file with --output" in refused(sample.main, [*ranking, "--prompt", "the"])
+    assert "and the prompts' with --prompts" in refused(sample.main, [*ranking, "--output", "o.jsonl"])
+    assert "--reward_model: has no effect with --chat" in refused(sample.main, [*ranking[:3], "--chat"])
+    assert "--rank: has no effect on reward models" in refused(
+        sample.main, ["out/rm", "--rank", "--prompts", "p.jsonl"])
+    assert "which this command reads" in refused(
+        sample.main, [*ranking, "--prompt", "the", "--output", "own.py"])
+    complete = sample.complete
+    monkeypatch.setattr(sample, "complete", lambda *a: ((p, c, False, s) for p, c, _, s in complete(*a)))
+    for option, what in (("--rank", "two answers that differ"), ("--best", "an answer")):
+        assert f"{option}: no prompt has {what} and end within 4 tokens" in refused(sample.main, [
+            *ranking[:3], option, "--n", "2", "--response_length", "4", "--prompts", "p.jsonl", "--output", "o.jsonl"])
+    assert not (folder / "o.jsonl").exists()

@@ -35,7 +35,7 @@ def test_the_scale_is_set_on_the_prompts_of_training(tmp_path):
     """In their order, as often as it takes; those that leave no room for an answer are left out; where there are none
     the preferences' own are taken. Held-out ones never, also where they stand in the same file."""
     tokenizer = types.SimpleNamespace(encode_prompt=lambda text: [0, *map(ord, text)], eos=0)
-    o = types.SimpleNamespace(data_dir=str(tmp_path), preferences="p", response_length=4, long_prompts="drop",
+    o = types.SimpleNamespace(data_dir=str(tmp_path), preferences=("p",), response_length=4, long_prompts="drop",
                               num_scale_samples=5, val_share=0.05)
     (tmp_path / "p.train.jsonl").write_text('{"prompt": "c", "chosen": "x", "rejected": "y"}\n')
     (tmp_path / "prompts.val.jsonl").write_text('{"prompt": "v"}\n')
