@@ -106,10 +106,10 @@ def named(a):
     return [*a.checkpoints, *filter(None, [a.reward_model])]
 
 
-def load(path, device):
+def load(path, device, stages=tuple(checkpoint.STAGES)):
     if rewards.is_function(path):
         return Loaded(path, None, None, "rm", {})
-    model, tokenizer, payload = checkpoint.load(path, [*checkpoint.STAGES], device)
+    model, tokenizer, payload = checkpoint.load(path, stages, device)
     kernels.pick_matmul(model)
     return Loaded(path, model, tokenizer, payload["stage"], payload["options"])
 
@@ -509,9 +509,8 @@ def main(argv=None):
     if a.output is None:
         all_printed()
     a.device = runtime.pick_device(a.device)
-    models = [load(path, a.device) for path in named(a)]
-    if a.reward_model and models[-1].stage != "rm":
-        fail(f"--reward_model {a.reward_model}: holds no reward model but one that writes answers")
+    models = [load(path, a.device) for path in a.checkpoints]
+    models += [load(a.reward_model, a.device, ["rm"])] if a.reward_model else []
     policies, judges = ([m for m in models if (m.stage == "rm") == rm] for rm in (False, True))
     if a.chat and judges:
         fail(f"--chat: {judges[0].path} holds a reward model, expected an SFT model or a PPO policy that answers")

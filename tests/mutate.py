@@ -1001,7 +1001,7 @@ SAMPLE = [
     ("if a.temperature == 0 and a.n > 1:", "if False:"),
     ("    if len(judges) != 1:\n        fail(f\"{option}", "    if not judges:\n        fail(f\"{option}"),
     ("return [*a.checkpoints, *filter(None, [a.reward_model])]", "return a.checkpoints"),
-    ("if a.reward_model and models[-1].stage", "if False and models[-1].stage"),
+    ('load(a.reward_model, a.device, ["rm"])', "load(a.reward_model, a.device)"),
     ("map(rewards.files, named(a))", "map(rewards.files, a.checkpoints)"),
     ("[answer for answer in answers if answer[0] is not None]", "answers"),
     ("encode_prompts(policy.tokenizer, prompts, room,", "encode_prompts(policy.tokenizer, prompts, room - 1,"),
