@@ -574,7 +574,7 @@ def test_a_stage_that_was_not_run_is_named(tmp_path, out):
     """One stage alone: the page stands, and says of each of the others that there is none."""
     shutil.copytree(out[0] / "sft", tmp_path / "sft", ignore=shutil.ignore_patterns("*.pt"))
     found = told(read(tmp_path))
-    assert all(any(f"no run of a {name}" in line for line in found) for name in ("reward model", "PPO policy"))
+    assert all(any(f"no run of the {name}" in line for line in found) for name in ("reward model", "PPO policy"))
     assert any("SFT loss" in f.get("aria-label") for f in read(tmp_path / "sft").iter("figure"))
 
 
