@@ -414,6 +414,7 @@ def test_looks_are_few_and_the_last_is_among_them(looked, monkeypatch):
 
     assert kept(8, 1) == [*range(1, 9)] and kept(36, 12) == [12, 24, 36] and kept(10, 4) == [4, 8, 10]
     assert kept(100, 1) == [13, 25, 38, 50, 63, 75, 88, 100]
+    assert kept(67, 4) == [12, 20, 28, 36, 44, 52, 60, 67]
     assert kept(3, 100) == [3] and kept(3, 1, main=False) == []
 
 
