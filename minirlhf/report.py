@@ -268,17 +268,17 @@ def steps_table(run, columns):
 
 
 def what_was_run(runs, shown):
-    out = ["<h2 id=run>What was run</h2>"]
-    out.append(table(["folder", "stage", "data", "steps", "time, h:min:s"], [
-        [run.folder, STAGES.get(run.stage, run.stage), data_of(run), progress(run), seconds(run)]
-        for run in runs], "Runs", 3))
+    out, rows = ["<h2 id=run>What was run</h2>"], [
+        [run.folder, STAGES.get(run.stage, run.stage), data_of(run), progress(run), seconds(run)] for run in runs]
+    if runs:
+        out.append(table(["folder", "stage", "data", "steps", "time, h:min:s"], rows, "Runs", 3))
     out += [f"<p><b>{text(run.folder)}</b>: {text(result(run))}</p>" for run in runs]
-    found = [command(run) for run in runs]
-    out.append('<h3>The commands</h3><pre class="panel">' + re.sub(  # an option's name is not broken
-        r"(--\w+)", r"<span>\1</span>", "\n".join(map(text, filter(None, found)))) + "</pre>")
+    if commands := [*filter(None, map(command, runs))]:
+        out.append('<h3>The commands</h3><pre class="panel">' + re.sub(  # an option's name is not broken
+            r"(--\w+)", r"<span>\1</span>", "\n".join(map(text, commands))) + "</pre>")
     for stage, name in STAGES.items():
         if stage not in shown:
-            out.append(missing(f"There is no run of a {name} here, and so nothing of it below."))
+            out.append(missing(f"There is no run of the {name} here, and so nothing of it below."))
     return "".join(out) + "".join(missing(fault) for run in runs for fault in run.faults)
 
 

@@ -414,6 +414,7 @@ def test_looks_are_few_and_the_last_is_among_them(looked, monkeypatch):
 
     assert kept(8, 1) == [*range(1, 9)] and kept(36, 12) == [12, 24, 36] and kept(10, 4) == [4, 8, 10]
     assert kept(100, 1) == [13, 25, 38, 50, 63, 75, 88, 100]
+    assert kept(67, 4) == [12, 20, 28, 36, 44, 52, 60, 67]
     assert kept(3, 100) == [3] and kept(3, 1, main=False) == []
 
 
@@ -574,7 +575,7 @@ def test_a_stage_that_was_not_run_is_named(tmp_path, out):
     """One stage alone: the page stands, and says of each of the others that there is none."""
     shutil.copytree(out[0] / "sft", tmp_path / "sft", ignore=shutil.ignore_patterns("*.pt"))
     found = told(read(tmp_path))
-    assert all(any(f"no run of a {name}" in line for line in found) for name in ("reward model", "PPO policy"))
+    assert all(any(f"no run of the {name}" in line for line in found) for name in ("reward model", "PPO policy"))
     assert any("SFT loss" in f.get("aria-label") for f in read(tmp_path / "sft").iter("figure"))
 
 
