@@ -56,7 +56,7 @@ class Options(RunOptions):
     max_steps: int = 180  # at most so many optimizer steps, whatever the epochs; 0 = no limit [0..]
     batch_size: int = 4  # records (pairs or rankings) an optimizer step, over all ranks [1..]
     micro_batch_size: int = 4  # records a forward and backward pass: for memory; changes no gradient [1..]
-    learning_rate: float = 2e-4  # AdamW's peak [0..]
+    learning_rate: float = 3e-4  # AdamW's peak [0..]
     warmup_ratio: float = 0.1  # share of the steps in which the rate rises [0..1]
     lr_schedule: Literal["linear", "cosine", "constant"] = "cosine"  # how it falls to 0; constant runs can be prolonged
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm; 0 = never [0..]
