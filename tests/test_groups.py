@@ -119,8 +119,8 @@ def test_what_makes_no_groups_is_refused(tiny, words, says):
 
 def test_each_rank_has_whole_groups(monkeypatch, refused):
     """Four answers in pairs are one pair for each of two ranks, and none for three or four."""
-    for world, says in ((1, None), (2, None), (4, "--group_size 2: must divide --batch_size 4 on each of 4 ranks")):
-        monkeypatch.setattr(groups, "ranks", lambda: (0, world))
+    for number, says in ((1, None), (2, None), (4, "--group_size 2: must divide --batch_size 4 on each of 4 ranks")):
+        monkeypatch.setattr(groups, "ranks", lambda: (0, number))
         o = options("ppo", advantages="rloo", group_size=2, batch_size=4)
         assert groups.check_options(o) is None if says is None else says in refused(groups.check_options, o)
 
