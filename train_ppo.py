@@ -45,7 +45,7 @@ class Options(RunOptions):
     response_length: int = 48  # longest answer in tokens, eos included [1..]
     temperature: float = 1.0  # of sampling, and so of every log-probability [0.01..]
     # ---- rewards and advantages
-    kl_coef: float = 0.06  # beta, the reward lost for a nat of KL from the reference [0..]
+    kl_coef: float = 0.055  # beta, the reward lost for a nat of KL from the reference [0..]
     kl_baseline: float = 0.3  # share of the mean KL per token taken off each token's: length costs less [0..1]
     adaptive_kl_target: float = 0.0  # nats a response that kl_coef is adapted to reach; 0 = kl_coef stays [0..]
     reward_clip: float = 2.0  # the reward model's scores are clipped to +- this; 0 = never [0..]
@@ -64,7 +64,7 @@ class Options(RunOptions):
     cliprange: float = 0.2  # of the policy's ratio (0..]
     cliprange_value: float = 0.2  # of the value's change (0..]
     vf_coef: float = 0.1  # weight of the value loss: matters for clipping its gradient, as the network is its own [0..]
-    ent_coef: float = 0.012  # weight of an entropy bonus: keeps answers diverse [0..]
+    ent_coef: float = 0.01  # weight of an entropy bonus: keeps answers diverse [0..]
     value_warmup: int = 4  # first steps in which only the value network learns [0..]
     # ---- guards
     max_update_kl: float = 1.0  # nats a token from old to new policy (k3) above which a batch's epochs end (0..1]
