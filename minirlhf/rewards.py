@@ -289,8 +289,9 @@ def columns_of(function, by_name, known, told, where):
     texts, parameters = ["prompts", "completions"] if by_name else first_two(signature), signature.parameters.values()
     others = [p for p in parameters if named(p) and p.name not in texts]
     if missing := [p.name for p in others if p.default is p.empty and p.name not in known]:
+        found = ", ".join(repr(name[:40]) for name in known[:16]) + ", ..." * (len(known) > 16)
         fail(f"{told}: asks for the column {missing[0]!r}, which {where} lacks{did_you_mean(missing[0], known)}; the "
-             f"columns beside the prompt are: {', '.join(map(repr, known)) or 'none'}")
+             f"columns beside the prompt are: {found or 'none'}")
     if any(p.kind.name == "VAR_KEYWORD" for p in parameters) and texts:
         return [name for name in known if name not in texts]
     return [p.name for p in others if p.name in known]

@@ -197,6 +197,8 @@ def test_a_column_that_is_not_there(function, refused):
         "asks for the column 'answers', which x.jsonl lacks; did you mean answer?; the columns beside the prompt are: "
         "'answer', 'label', 'prompts', 'bad', 'n'\n")
     assert refused(mixture.give_columns, [None, Reward([Part("f", "f")], [f])], ["plain"], "x").endswith("are: none\n")
+    many = [asked("x", **{f"column{n}": n for n in range(999)})]
+    assert refused(mixture.give_columns, [f], many, "x").endswith("'column14', 'column15', ...\n")
 
 
 def test_columns_come_from_the_file_of_prompts(tmp_path):
