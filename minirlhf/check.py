@@ -233,32 +233,32 @@ def rm(model, tokenizer, batch, optimizers, o, run):
     checks.end()
 
 
-def downhill(checks, policy, ref, batch, eos, o, run):
-    """A step against the gradient, whose length should lower the loss by 3 %, lowers it by about that; what is frozen
-    and the reference have not moved."""
+def along_gradient(checks, policy, ref, batch, eos, o, run):
+    """A step along the gradient and one against it, whose lengths should change the loss by 2 %, differ by about twice
+    that; what is frozen and the reference have not moved."""
     from minirlhf import dpo
 
-    before, frozen = dpo.batch_gradients(policy, batch, eos, o, run)[0]["loss"], [p for p in policy.parameters()
-                                                                                   if not p.requires_grad]
-    still = [*ref.parameters(), *frozen]
-    copies = [p.detach().clone() for p in still]
-    learn = [p for p in policy.parameters() if p.grad is not None]
-    kept, wanted = [p.detach().clone() for p in learn], 0.03 * abs(before)
-    size = wanted / max(sum(float(p.grad.pow(2).sum()) for p in learn), 1e-20)
-    for p in learn:
-        p.data.sub_(size * p.grad)
+    before = dpo.batch_gradients(policy, batch, eos, o, run)[0]["loss"]
+    learn, still = [p for p in policy.parameters() if p.grad is not None], [
+        *ref.parameters(), *(p for p in policy.parameters() if not p.requires_grad)]
+    kept, slopes, copies = ([x.detach().clone() for x in xs] for xs in (learn, [p.grad for p in learn], still))
+    wanted = 0.02 * abs(before)
+    size, losses, moved = wanted / max(sum(float(g.pow(2).sum()) for g in slopes), 1e-20), [], 0
+    for sign in (1, -1):
+        for p, own, slope in zip(learn, kept, slopes):
+            p.data.copy_(own + sign * size * slope)
+        gradients([policy])
+        losses.append(dpo.batch_gradients(policy, batch, eos, o, run)[0]["loss"])
+        moved += sum(not torch.equal(p, copy) for p, copy in zip(still, copies))
     gradients([policy])
-    after = dpo.batch_gradients(policy, batch, eos, o, run)[0]["loss"]
-    gradients([policy])
-    moved = sum(not torch.equal(p, copy) for p, copy in zip(still, copies))
-    for p, copy in zip(learn, kept):
-        p.data.copy_(copy)
-    slack = 0.2 if run.dtype == torch.float32 else 0.5  # bfloat16 rounds the sums of long answers by tenths of a nat
-    checks("a step against the gradient lowers the loss as it should", abs((before - after) / wanted - 1) < slack,
-           f"by {before - after:.2g} of {before:.3g}, expected {wanted:.2g}",
+    for p, own in zip(learn, kept):
+        p.data.copy_(own)
+    found, slack = (losses[0] - losses[1]) / 2, 0.2 if run.dtype == torch.float32 else 0.5  # long sums are rounded
+    checks("the loss changes along its gradient as it should", abs(found / wanted - 1) < slack,
+           f"by {found:.2g} of {before:.3g}, expected {wanted:.2g}",
            "the gradient is not that of the loss: chosen and rejected are exchanged, or a part is detached")
-    checks("the reference stays as it is", not moved, f"{len(still)} tensors, {moved} of them moved by a step of the "
-           "policy", "policy and reference share weights that learn")
+    checks("the reference stays as it is", not moved, f"{len(still)} tensors, {moved} moved by steps of the policy",
+           "policy and reference share weights that learn")
 
 
 def dpo(policy, ref, tokenizer, batch, optimizers, first, o, run):
@@ -275,9 +275,10 @@ def dpo(policy, ref, tokenizer, batch, optimizers, first, o, run):
         apart = torch.cat([stage.answer_logprobs(policy, run, [row], eos) for row in parts])
         checks.close("a log-probability does not depend on what else is in the pass", apart,
                      stage.answer_logprobs(policy, run, parts, eos), "decisions of another row, or of padding, count")
-        ref_logps = [stage.answer_logprobs(ref, run, rows, eos) for rows, _, _ in batch]
-        ratios = torch.cat([stage.answer_logprobs(policy, run, rows, eos) for rows, _, _ in batch]) - torch.cat(ref_logps)
-    if not first and not o.reference:
+        logps, ref_logps = ([stage.answer_logprobs(model, run, texts, eos) for texts, _, _ in batch]
+                            for model in (policy, ref))
+        ratios = torch.cat(logps) - torch.cat(ref_logps)
+    if not (first or o.reference):
         checks("all log-ratios are 0 at the start", bool((ratios.abs() <= checks.limit).all()),
                f"at most {float(ratios.abs().max()):.1e} nats a text", "policy and reference start from different "
                "weights, or are run in different precision")
@@ -286,7 +287,7 @@ def dpo(policy, ref, tokenizer, batch, optimizers, first, o, run):
         stage.batch_gradients(policy, batch, eos, replace(o, micro_batch_size=size), run)
         found.append(gradients([policy]))
     microbatches(checks, *found)
-    downhill(checks, policy, ref, batch, eos, o, run)
+    along_gradient(checks, policy, ref, batch, eos, o, run)
     stage.batch_gradients(policy, batch, eos, o, run)
     stillness(checks, policy, optimizers)
     uncut = [row for row in rows if not row.trimmed]

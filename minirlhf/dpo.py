@@ -19,7 +19,7 @@ import torch
 
 from minirlhf import adapters, checkpoint, evaluate, kernels, memory, prepare, runtime
 from minirlhf.chat import Talk
-from minirlhf.config import RunOptions, fail, launch, parse, warn_idle
+from minirlhf.config import RunOptions, fail, launch, parse, ranks, say, warn_idle
 from minirlhf.data import (Order, collate, describe_sets, encode_prompts, load_prompts, load_sets, read_preferences,
                            response_mask)
 from minirlhf.generate import compile_model
@@ -143,8 +143,8 @@ def compare(logps, ref_logps, lengths, better, worse, o):
     else:
         loss = dpo_loss(chosen, rejected, o.beta, o.label_smoothing)
     chosen, rejected, logps = o.beta * chosen.detach(), o.beta * rejected.detach(), logps.detach()
-    return dict(zip(FIGURES, (loss, chosen, rejected, wins(chosen, rejected), chosen - rejected, logps[better],
-                              logps[worse])))
+    right = wins(chosen.cpu(), rejected.cpu()).to(chosen)
+    return dict(zip(FIGURES, (loss, chosen, rejected, right, chosen - rejected, logps[better], logps[worse])))
 
 
 def batch_gradients(policy, batch, eos, o, run):
@@ -196,8 +196,9 @@ class HeldOut:
         logps = text_logprobs(policy, run, self.rows, self.tokenizer.eos)
         lengths = torch.tensor([len(row.ids) - row.prompt_length for row in self.rows], device=run.device)
         found = compare(logps, self.ref_logps, lengths, slice(0, None, 2), slice(1, None, 2), o)
-        means = {name: float(x.double().mean()) for name, x in found.items()}
-        means["ref_logps/chosen"], means["ref_logps/rejected"] = self.ref_logps.double().view(-1, 2).mean(0).tolist()
+        means = {name: float(x.cpu().double().mean()) for name, x in found.items()}
+        before = self.ref_logps.cpu().double().view(-1, 2).mean(0).tolist()
+        means |= {"ref_logps/chosen": before[0], "ref_logps/rejected": before[1]}
         by_kind = evaluate.accuracy_figures(self.pairs, found["rewards/chosen"].cpu(), found["rewards/rejected"].cpu(),
                                             self.prefer_longer)
         rows = self.answers(policy)
@@ -273,6 +274,8 @@ def read_options(argv):
     adapters.check_options(o)
     warn_idle(o, f"loss {o.loss}", o.loss != "sigmoid", "label_smoothing")
     warn_idle(o, f"loss {o.loss}", o.loss != "simpo", "simpo_gamma")
+    if o.loss == "simpo" and o.beta < 1 and ranks()[0] == 0:
+        say(f"warning: --beta {o.beta:g} with --loss simpo, which takes means a token: its paper has 2 and more")
     return o, saved
 
 

@@ -51,6 +51,8 @@ NEAREST = {
     "minirlhf/memory.py": ["memory", "groups"],
     "minirlhf/frontier.py": ["frontier"],
     "minirlhf/groups.py": ["groups", "train_ppo"],
+    "minirlhf/memory.py": ["memory"],
+    "minirlhf/dpo.py": ["dpo", "state", "check"],
 }
 
 OBJECTIVES = [
@@ -205,7 +207,53 @@ KERNELS = [
     ("math.sqrt(max(1, len(p) / p.shape[1]))", "math.sqrt(max(1, p.shape[1] / len(p)))"),
     ("beta=b, alpha=c), x, beta=a)", "beta=b, alpha=c), x, beta=b)"),
 ]
+DPO = [
+    ("return tokens, response_mask(prompt_lengths, lengths, tokens.shape[1])", "return collate(rows, eos, device)[:2]"),
+    ("return tokens, response_mask(prompt_lengths, lengths, tokens.shape[1])",
+     "return tokens, response_mask(prompt_lengths, lengths - 1, tokens.shape[1])"),  # eos is left out
+    ("masked_scatter(mask, logprobs).sum(1)", "masked_scatter(mask, logprobs).sum(1) / mask.sum(1)"),  # a mean
+    ("return row.prompt_length, *row.ids", "return (*row.ids,)"),
+    ("unique[at:at + ROWS], eos)", "unique[at:at + ROWS - 1], eos)"),
+    ("range(first if steps <= epoch else 0, min(steps, epoch))", "range(first, min(steps, epoch))"),
+    ("range(first if steps <= epoch else 0, min(steps, epoch))", "range(first if steps <= epoch else 0, steps)"),
+    ("range(first if steps <= epoch else 0, min(steps, epoch))", "range(0, min(steps, epoch))"),
+    ("share = run.share(order.batch(step))", "share = order.batch(step)"),
+    ("        if run.should_stop():\n            run.rescue()\n", "        if run.should_stop():\n"),
+    ("logps / lengths if o.loss == \"simpo\" else logps - ref_logps", "logps if o.loss == \"simpo\" else logps - ref_logps"),
+    ("else logps - ref_logps  # (R,)", "else logps"),
+    ("o.beta * rejected.detach(), logps.detach()", "rejected.detach(), logps.detach()"),
+    ("dpo_loss(chosen, rejected, o.beta, o.label_smoothing)", "dpo_loss(chosen, rejected, o.beta)"),
+    ("simpo_loss(chosen, rejected, o.beta, o.simpo_gamma)", "simpo_loss(chosen, rejected, o.beta, 0.0)"),
+    ("right = wins(chosen.cpu(), rejected.cpu())", "right = wins(rejected.cpu(), chosen.cpu())"),
+    ("chosen - rejected, logps[better], logps[worse])))", "chosen - rejected, logps[worse], logps[better])))"),
+    ("n_pairs = sum(len(pairs) for _, pairs, _ in batch)", "n_pairs = len(batch)"),
+    ("n_pairs = sum(len(pairs) for _, pairs, _ in batch)",
+     "n_pairs = sum(len(pairs) for _, pairs, _ in run.share(batch))"),
+    ("better += [len(rows) + i for i, _ in pairs]", "better += [i for i, _ in pairs]"),
+    ("{name: sums[name] + x.detach().sum()", "{name: x.detach().sum()"),
+    ("    run.sum_gradients(policy.parameters())\n", ""),
+    ("self.ref_logps = text_logprobs(ref, run,", "self.ref_logps = 0 * text_logprobs(ref, run,"),
+    ("slice(0, None, 2), slice(1, None, 2), o)", "slice(1, None, 2), slice(0, None, 2), o)"),
+    ("temperature=1.0, response_length", "temperature=0.7, response_length"),
+    ("{means[f'logps/{name}'] - means[f'ref_logps/{name}']:+.1f}", "{means[f'ref_logps/{name}'] - means[f'logps/{name}']:+.1f}"),
+    ("if lost > 0.1 * -means", "if lost > 0.2 * -means"),
+    ('if after["eos_rate"] < 0.5 *', 'if after["eos_rate"] < 0.6 *'),
+    ("                self.warned.add(cause)\n", ""),
+    ("return prompts[:o.num_eval_prompts]", "return prompts"),
+    ("[*dict.fromkeys(\n        p.prompt for p in load_parts(load_preferences, o.preferences, o)[1])]",
+     "[\n        p.prompt for p in load_parts(load_preferences, o.preferences, o)[1]]"),
+    ("load_parts(load_preferences, o.preferences, o)[1])]", "load_parts(load_preferences, o.preferences, o)[0])]"),
+    ("weight_decay=0.0, fused=True)", "weight_decay=9.0, fused=True)"),
+    ("runtime.set_rate(optimizers, factor)", "runtime.set_rate(optimizers, 1.0)"),
+    ("run.rescue = partial(training.save, first, info)", "run.rescue = partial(training.save, first + 1, info)"),
+    ("steps, o.warmup_ratio)", "steps, None)"),
+    ("            info = record[\"eval\"] = held_out", "            record[\"eval\"] = held_out"),
+    ("for rows, pairs, _ in train_set for i, j in pairs) > 0", "for rows, pairs, _ in val_set for i, j in pairs) > 0"),
+]
 DATA = [
+    ('"too long" if long else', '"too long" if not long else'),
+    ("(sum(len(record[k]) for record in sets[0]) for k in (0, 1))",
+     "(sum(len(record[k]) for record in sets[0]) for k in (1, 0))"),
     ("(t >= prompt_lengths[:, None] - 1)", "(t >= prompt_lengths[:, None])"),
     ("(t >= prompt_lengths[:, None] - 1)", "(t >= 0 * prompt_lengths[:, None])"),  # prompts train too
     ("(t < lengths[:, None] - 1)", "(t < lengths[:, None] - 2)"),  # eos does not train
@@ -500,6 +548,7 @@ STATE = [
     ("train_rm.py", "            **({f\"--reference {o.reference}\": checkpoint.files_of(o.reference)} if o.reference else {})})",
      "            })"),
     ("minirlhf/data.py", "return *sets, [head, *lines], sum(paths, [])", "return *sets, [head, *lines], paths[0]"),
+    ("minirlhf/data.py", "load_parts(load_preferences, o.preferences, o)", 'load_parts(load_preferences, "preferences", o)'),
     ("train_ppo.py", 'guard.in_a_row = int(kept["high"])', 'pass'),
     ("train_ppo.py", 'high=guard.in_a_row)', 'high=0)'),
     ("train_ppo.py", '                    kl_coef = float(kept["kl_coef"])', '                    pass'),
@@ -762,8 +811,7 @@ EVALUATE_FIGURES = [
     ('"temperature": fit_temperature(differences), "ece"', '"temperature": half, "ece"'),
     ('"ece": ece(1.0), "ece_with_temperature": ece(half)', '"ece": ece(half), "ece_with_temperature": ece(1.0)'),
     ("% 4 < 2, 1.0, -1.0)", "% 2 < 1, 1.0, -1.0)"),
-    ("return {name: figures(keep) for name, keep in groups.items()}, (better - worse).double()",
-     "return {name: figures(keep) for name, keep in groups.items()}, (worse - better).double()"),
+    ("better, worse, prefer_longer), (better - worse).double()", "better, worse, prefer_longer), (worse - better).double()"),
     ('"right" if scores[0] > scores[1] else', '"right" if scores[0] >= scores[1] else'),
     ('    if a["pairs"] < FEW:', '    if a["pairs"] <= FEW:'),
     ('if pairs >= FEW else "(too few', 'if pairs > FEW else "(too few'),
@@ -789,9 +837,9 @@ EVALUATE_FIGURES = [
      'tokens = len(rows), max(1, sum(len(r["ids"]) for r in rows))'),
     ('sum(r["ref_logprob"] for r in rows) / tokens', 'sum(r["ref_logprob"] / r["length"] for r in rows) / n'),
     ('"kl_k3": mean_interval(column(rows, "k3"))', '"kl_k3": mean_interval(column(rows, "k1"))'),
-    ('"win_rate": preference(rows, base, "score")', '"win_rate": preference(base, rows, "score")'),
-    ('"judge_win_rate": preference(rows, base, "judge")', '"judge_win_rate": preference(rows, base, "score")'),
-    ('"judge_score": mean_interval(column(rows, "judge"))', '"judge_score": mean_interval(column(base, "judge"))'),
+    ('win_rate": preference(rows, base, name)', 'win_rate": preference(base, rows, name)'),
+    ('win_rate": preference(rows, base, name)', 'win_rate": preference(rows, base, "score")'),
+    ('score": mean_interval(column(rows, name))', 'score": mean_interval(column(base, name))'),
     ("self.few = min(max(1, o.num_eval_prompts // 4), len(self.prompts))", "self.few = max(1, len(self.prompts) // 4)"),
     ("rows, base = self.answers(policy, self.prompts[:self.few]), self.sft_rows[:self.few]",
      "rows, base = self.answers(policy, self.prompts[:self.few]), self.sft_rows[-self.few:]"),
@@ -1103,9 +1151,9 @@ ADAPTERS = [  # with their files: what learns, what is shared, what lies below, 
     ("train_sft.py", "        model.train()\n        seen", "        seen"),  # no dropout before the first evaluation
     ("train_sft.py", 'if adapters.is_partial(model) else {})})', "if False else {})})"),  # another base on resume
     ("train_sft.py", 'spread(kept, o.num_eval_texts) if name == "held-out" else kept', "spread(kept, o.num_eval_texts)"),
-    ("train_rm.py", "if len(chosen) >= count:", "if len(chosen) > count:"),
-    ("train_rm.py", "tuple(rows[j].ids)} <= chosen", "tuple(rows[j].ids)} & chosen"),  # pairs of which one text is there
-    ("train_rm.py", "for rows, pairs, extra in records]\n    return [record for record in found if record[1]]",
+    ("minirlhf/data.py", "if len(chosen) >= count:", "if len(chosen) > count:"),
+    ("minirlhf/data.py", "tuple(rows[j].ids)} <= chosen", "tuple(rows[j].ids)} & chosen"),  # pairs of which one text is there
+    ("minirlhf/data.py", "for rows, pairs, extra in records]\n    return [record for record in found if record[1]]",
      "for rows, pairs, extra in records]\n    return found"),
     ("minirlhf/data.py", "rows[i * len(rows) // count]", "rows[i]"),
     ("minirlhf/data.py", "if 0 < count < len(rows) else rows", "if count < len(rows) else rows"),
@@ -1310,6 +1358,7 @@ MUTATIONS = [(file, *pair) for file, pairs in (
     ("minirlhf/sizes.py", SIZES), ("minirlhf/pretrained.py", PRETRAINED), ("minirlhf/tokenizer.py", TOKENIZER),
     ("minirlhf/rewards.py", REWARDS), ("minirlhf/export.py", EXPORT), ("minirlhf/sentiment.py", SENTIMENT),
     ("minirlhf/dialects.py", DIALECTS), ("minirlhf/chat.py", CHAT), ("minirlhf/memory.py", MEMORY)) for pair in pairs] + STATE + ADAPTERS + HELD_OUT + GROUPS
+    ("minirlhf/dialects.py", DIALECTS), ("minirlhf/chat.py", CHAT), ("minirlhf/memory.py", MEMORY), ("minirlhf/dpo.py", DPO)) for pair in pairs] + STATE + ADAPTERS + HELD_OUT
 
 
 def misplaced():

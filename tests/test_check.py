@@ -27,7 +27,7 @@ CLAIMS = {
             "saved and loaded is the same to the last bit"],
     "dpo": ["padding changes nothing in the policy", "the KV cache changes nothing",
             "a log-probability does not depend on what else is in the pass", "all log-ratios are 0 at the start",
-            "microbatch size changes no gradient", "a step against the gradient lowers the loss as it should",
+            "microbatch size changes no gradient", "the loss changes along its gradient as it should",
             "the reference stays as it is", "at learning rate 0 no weight moves",
             "prompts and completions have the same ids wherever they are encoded", "eos is a part of each answer",
             "saved and loaded is the same to the last bit"]}

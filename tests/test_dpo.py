@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from conftest import ROOT, scratch
+from conftest import ROOT, scratch, script
 from minirlhf import adapters, checkpoint, config, dpo, evaluate, export, runtime, sample
 from minirlhf.config import parse
 from minirlhf.data import Order, Row, load_preferences
@@ -35,7 +35,7 @@ def run_of(rank=0, world=1):
 
 
 def record(*lengths, prompt=2, pairs=None, seed=0):
-    """A record of texts that answer one prompt, as (rows, pairs, extra): with the eos, which may stand before it too."""
+    """A record of texts that answer one prompt, as (rows, pairs, extra). They end with eos, which may stand in them."""
     g = random.Random(str((lengths, prompt, seed)))
     asked = [EOS, *(g.randrange(1, 13) for _ in range(prompt - 1))]
     rows = [Row([*asked, *(g.randrange(13) for _ in range(n - 1)), EOS], prompt) for n in lengths]
@@ -370,6 +370,16 @@ def test_a_policy_is_prolonged_against_the_first_reference(tiny, ended):
     assert changed.code == 2 and "--loss ipo: this run had sigmoid, which cannot change" in changed.error
 
 
+def test_a_longer_run_is_the_run_that_was_longer(tiny):
+    """At a constant rate --resume --num_train_epochs 2 ends, to the last bit, as two epochs at once."""
+    constant = ["--lr_schedule", "constant", "--warmup_ratio", "0"]
+    straight = tiny.train("dpo", *constant, "--num_train_epochs", "2")
+    short = tiny.train("dpo", *constant)
+    longer = tiny.train("dpo", "--resume", "--num_train_epochs", "2", out=short.folder)
+    assert longer.code == 0 and len(longer.rows()) == len(straight.rows()) == 6
+    assert all(torch.equal(x, longer.payload()["model"][name]) for name, x in straight.payload()["model"].items())
+
+
 @pytest.mark.parametrize("words, says", [
     (["--beta", "0"], "--beta 0.0: must be greater than 0"), (["--label_smoothing", "0.5"], "must be less than 0.5"),
     (["--loss", "hinge"], "invalid choice: 'hinge'"), (["--init_from", "{rm}"], "holds a reward model"),
@@ -447,12 +457,12 @@ def test_commands_of_the_stage(monkeypatch):
     assert runtime.start_of("minirlhf.sample") == "python -m minirlhf.sample"
 
 
-def test_options_of_scratch_fit_the_earlier_stages():
-    """@scratch has a section for it, in folders of its own; every option of the stage has its help and a default that
-    passes its own range."""
-    o = parse(dpo.Options, ["@scratch"])
-    assert (o.out_dir, o.init_from, o.lora_rank, o.stage) == ("out/scratch/dpo", "out/scratch/sft/ckpt.pt", 0, "dpo")
-    assert dpo.Options().beta == 0.1 and scratch("dpo")
+def test_files_of_options_fit_the_earlier_stages():
+    """Each file of options has a section for it, in a folder of its own, and starts from what stage 1 leaves."""
+    for name in config.presets():
+        sft, o = (parse(script(stage).Options, [f"@{name}"]) for stage in ("sft", "dpo"))
+        assert o.init_from == f"{sft.out_dir}/ckpt.pt" and o.out_dir == sft.out_dir[:-3] + "dpo"
+        assert (o.data_dir, o.lora_rank, o.max_steps, o.beta) == (sft.data_dir, 0, 0, 0.1)
 
 
 @pytest.mark.slow

@@ -13,10 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import train_ppo
-import train_rm
-import train_sft
-from conftest import LLAMA, ROOT, both_families, scratch
+from conftest import LLAMA, ROOT, both_families, scratch, script
 from minirlhf import adapters, memory, runtime
 from minirlhf.config import out_of_memory
 from minirlhf.data import Order, Row
@@ -27,8 +24,7 @@ CPU = torch.device("cpu")
 
 
 def options(stage="sft", **changes):
-    o = {"sft": train_sft, "rm": train_rm, "ppo": train_ppo}[stage].Options(**{"lora_rank": 0, "dtype": "float32"}
-                                                                           | changes)
+    o = script(stage).Options(**{"lora_rank": 0, "dtype": "float32"} | changes)
     o.given = set()
     return o
 
@@ -137,6 +133,26 @@ def test_what_ppo_needs_by_hand(make_model):
         0, tokens * (kept + weights + rest) - update["logits"])
     whole = options("ppo", batch_size=8, num_mini_batches=2, micro_batch_size=4, response_length=4)
     assert len(memory.of_ppo(whole, run_of(whole), policy, value, [ref, rm], 3)[1]) == 5  # gradients come in turn
+
+
+def test_what_dpo_needs_by_hand(make_model):
+    """Two blocks of width 16, 13 words; two records of 2 and 3 texts in a pass, of 5 to 9 tokens of which 2 are the
+    prompt's; 40 held-out texts of 7, of which 32 are looked at together; answers of 4 tokens to prompts of 3."""
+    o = options("dpo", batch_size=2, micro_batch_size=2, response_length=4, num_eval_prompts=20)
+    ref = make_model()
+    policy = ref.with_head("lm")
+    first, second = ([Row([1] * n, 2) for n in lengths] for lengths in ((5, 9), (6, 6, 8)))
+    batch, held_out = [(first, [(0, 1)], {}), (second, [(0, 1)], {})], [Row([1] * 7, 2)] * 40
+    stays, (look, update, grown, answers) = memory.of_dpo(o, run_of(o), policy, ref, [batch], held_out, 3)
+    assert stays == memory.lasting(o, run_of(o), [policy], [ref])
+    answered = 3 + 7 + 4 + 4 + 6  # tokens less the prompt's
+    assert update["logits"] == 4 * 4 * 13 * answered and look["logits"] == 3 * 4 * 13 * 32 * 5
+    assert update == memory.training(policy.config, o, [(5, 8, answered)], update["logits"], 4, True)
+    assert grown == memory.gradients(o, policy)
+    assert answers["cache"] == pytest.approx(1.4 * 2 * 2 * 20 * 7 * 16 * 4)
+    less = memory.of_dpo(options("dpo", batch_size=2, micro_batch_size=1, response_length=4), run_of(o), policy, ref,
+                         [batch], held_out, 3)[1]
+    assert less[1]["logits"] == 4 * 4 * 13 * 14 and less[1]["gradients"]  # of the second record, beside gradients
 
 
 def test_the_heaviest_batches():
@@ -385,20 +401,20 @@ def test_memory_that_ends(long_rows, command):
 
 @pytest.mark.parametrize("stage, where, call, kept", [
     ("sft", "batch_gradients", 3, 2), ("rm", "batch_gradients", 3, 2), ("ppo", "roll_out", 3, 2),
-    ("ppo", "value_loss", 6, 0), ("sft", "batch_gradients", 1, None)], ids=str)
+    ("dpo", "batch_gradients", 3, 2), ("ppo", "value_loss", 6, 0), ("sft", "batch_gradients", 1, None)], ids=str)
 def test_no_step_is_lost(tiny, monkeypatch, stage, where, call, kept):
     """The state after the last whole step is saved, where the one that ended has not moved a weight yet; --resume goes
     on from it, and ends as the run that never stopped. In the first step there is nothing to save."""
     more = ["--max_steps", "4", "--num_train_epochs", "4"] if stage != "ppo" else ["--total_episodes", "16"]
-    straight, script, calls = tiny.train(stage, *more), {"sft": train_sft, "rm": train_rm, "ppo": train_ppo}[stage], []
-    real = getattr(script, where)
+    straight, module, calls = tiny.train(stage, *more), script(stage), []
+    real = getattr(module, where)
 
     def ending(*arguments, **named):
         calls.append(where)
         if len(calls) == call:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 5 bytes.")
         return real(*arguments, **named)
-    monkeypatch.setattr(script, where, ending)
+    monkeypatch.setattr(module, where, ending)
     ended = tiny.train(stage, *more)
     assert ended.code == 1 and ended.error.count("\n") == 1 and "(torch tried to allocate 5 bytes)" in ended.error
     if kept is None:
@@ -442,10 +458,10 @@ def test_the_peak_of_each_stage_is_as_told(tmp_path):
                 "preferences": [{"prompt": "", "chosen": a, "rejected": b} for a, b in zip(texts[::2], texts[1::2])]}
         for name, records in made.items():
             write(tmp_path, {f"data/{name}.{split}.jsonl": "".join(json.dumps(r) + "\n" for r in records)})
-    for stage, more in (("sft", [*S, "--max_steps", "6"]), ("rm", ["--max_steps", "6"]),
+    for stage, more in (("sft", [*S, "--max_steps", "6"]), ("rm", ["--max_steps", "6"]), ("dpo", ["--max_steps", "6"]),
                         ("ppo", ["--total_episodes", "384", "--value_warmup", "1", "--num_eval_prompts", "60"])):
         argv = [*scratch(stage), *more, "--data_dir", "data", "--device", "cpu", "--dtype", "float32"]
-        done = subprocess.run([sys.executable, "-c", PEAK, ROOT / f"train_{stage}.py", *argv], cwd=tmp_path, text=True,
+        done = subprocess.run([sys.executable, "-c", PEAK, script(stage).__file__, *argv], cwd=tmp_path, text=True,
                               env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, capture_output=True)
         assert done.returncode == 0, done.stderr
         told, unit = re.search(r"; at most ([\d.]+) (MB|GB) at a time", done.stdout).groups()

@@ -1,13 +1,18 @@
 """Parity with implementations that others wrote: transformers, TRL. Weights are random and large, rows ragged."""
 import math
+from collections import defaultdict
+from contextlib import nullcontext
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+from minirlhf import dpo
 from minirlhf import objectives as O
+from minirlhf.data import Row
 from minirlhf.generate import generate, sample
 
 EXACT = {torch.float32: dict(rtol=1e-5, atol=1e-5), torch.float64: dict(rtol=1e-10, atol=1e-10)}
@@ -257,3 +262,73 @@ def test_log_probabilities_and_entropy_equal_trl_s(trl):
     torch.testing.assert_close(O.token_logprobs(logits / 0.7, tokens.view(5, 7)), expected)
     torch.testing.assert_close(logprobs.view(5, 7), expected)
     torch.testing.assert_close(O.entropy(logits.log_softmax(-1)), utils.entropy_from_logits(logits))
+
+
+# TRL's direct alignment: DPOTrainer's own loss of a batch, CPOTrainer's of log-probabilities
+
+
+PAIRS = [([1, 5, 7], [3, 4, 0], [9, 8, 11, 2, 0]), ([1], [2, 0], [6, 6, 3, 0]), ([1, 2], [4, 12, 10, 0], [0])]
+ONE_TOKEN = [([1, 5, 7], [3], [9]), ([1], [2], [6]), ([1, 2], [4], [0])]
+
+
+def of_trl(policy, ref, pairs, loss, **options):
+    """The loss of TRL's DPOTrainer for pairs (prompt, chosen, rejected) of ids, in one batch -> (loss with its
+    gradient, what it logs)."""
+    trainer = pytest.importorskip("trl.trainer.dpo_trainer", exc_type=ImportError)
+    rows = [prompt + pair[k] for k in (0, 1) for prompt, *pair in pairs]
+    tokens = pad_sequence([torch.tensor(row) for row in rows], True)
+    real = torch.arange(tokens.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
+    answers = real & (torch.arange(tokens.shape[1]) >= torch.tensor([len(p) for p, *_ in pairs] * 2)[:, None])
+    logged = {"train": defaultdict(list), "eval": defaultdict(list)}
+    own = SimpleNamespace(
+        model=policy, ref_model=ref, loss_types=[loss], loss_weights=[1.0], ld_alpha=None,
+        f_divergence_type="reverse_kl", use_weighting=False, precompute_ref_logps=False, aux_loss_enabled=False,
+        _metrics=logged, _total_train_tokens=0,
+        args=SimpleNamespace(gradient_checkpointing_kwargs=None), accelerator=SimpleNamespace(
+            device=torch.device("cpu"), gather=lambda x: x, gather_for_metrics=lambda x: x), **options)
+    inputs = {"input_ids": tokens, "attention_mask": real.long(), "completion_mask": answers.long()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "disable_gradient_checkpointing", lambda *_: nullcontext())
+        found = trainer.DPOTrainer._compute_loss(own, policy, inputs, False)
+    return found, {name: values[0] for name, values in (logged["train"] if policy.training else logged["eval"]).items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss, pairs", [("sigmoid", PAIRS), ("ipo", ONE_TOKEN)])
+def test_direct_alignment_equals_trl_s(make_model, loss, pairs):
+    """TRL's DPOTrainer on transformers' GPT-2 of the same weights, ragged pairs: the same loss, gradients, rewards and
+    log-probabilities. Its IPO divides by the length, so answers of one token alone are the same there."""
+    policy, ref = (make_model(seed=seed, dtype=torch.double) for seed in (1, 2))
+    theirs, other = (hugging_face(model, "GPT2LMHeadModel") for model in (policy, ref))
+    expected, logged = of_trl(theirs, other, pairs, loss, beta=0.3, label_smoothing=0.0)
+    expected.backward()
+    run = SimpleNamespace(device=torch.device("cpu"), autocast=nullcontext, share=lambda rows: rows,
+                          sum_gradients=lambda parameters: None, totals=lambda sums: sums)
+    records = [([Row(prompt + answer, len(prompt)) for answer in two], [(0, 1)]) for prompt, *two in pairs]
+    with torch.no_grad():
+        batch = [(*record, dpo.answer_logprobs(ref, run, record[0], 0)) for record in records]
+    figures, _ = dpo.batch_gradients(policy, batch, 0, dpo.Options(loss=loss, beta=0.3, micro_batch_size=2), run)
+    assert figures["loss"] == pytest.approx(float(expected), rel=1e-9)
+    names = {*dpo.FIGURES} - {"loss"}
+    assert names <= logged.keys()
+    assert {name: figures[name] for name in names} == pytest.approx({name: logged[name] for name in names}, rel=1e-6)
+    compare_gradients(policy, theirs, torch.double)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["simpo", "ipo", "sigmoid"])
+def test_losses_of_pairs_equal_trl_s(loss):
+    """CPOTrainer's losses of what they compare: SimPO's of means, IPO's of sums as in its paper, and DPO's with a share
+    of wrong labels."""
+    cpo = pytest.importorskip("trl.experimental.cpo.cpo_trainer", exc_type=ImportError)
+    g = torch.Generator().manual_seed(0)
+    chosen, rejected = (3 * torch.randn(9, generator=g, dtype=torch.double) for _ in range(2))
+    own = SimpleNamespace(alpha=0.0, beta=1.7, loss_type=loss, simpo_gamma=0.6,
+                          label_smoothing=0.15 * (loss == "sigmoid"),
+                          accelerator=SimpleNamespace(device=torch.device("cpu")))
+    losses, *rewards = cpo.CPOTrainer.cpo_loss(own, chosen, rejected)
+    ours = {"simpo": lambda: O.simpo_loss(chosen, rejected, 1.7, 0.6), "ipo": lambda: O.ipo_loss(chosen, rejected, 1.7),
+            "sigmoid": lambda: O.dpo_loss(chosen, rejected, 1.7, 0.15)}[loss]()
+    torch.testing.assert_close(ours, losses)
+    for reward, x in zip(rewards, (chosen, rejected)):
+        torch.testing.assert_close(1.7 * x, reward)

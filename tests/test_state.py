@@ -448,9 +448,11 @@ def test_compile(tiny, monkeypatch, stage):
 
 def test_a_margin_of_simpo(tiny):
     """--simpo_gamma moves SimPO's weights, and the loss of the first step; of the others it is said to be idle."""
-    runs = [tiny.train("dpo", "--loss", "simpo", "--beta", "2", "--simpo_gamma", gamma) for gamma in ("0.5", "1.5")]
+    runs = [tiny.train("dpo", "--loss", "simpo", "--beta", beta, "--simpo_gamma", gamma) for beta, gamma in (
+        ("2", "0.5"), ("2", "1.5"), ("0.1", "0.5"))]
     losses = [ended.rows()[0]["loss"] for ended in runs]
-    assert losses[1] > losses[0] + 0.3 and not equal(*(ended.payload()["model"] for ended in runs))
+    assert losses[1] > losses[0] + 0.3 and not equal(*(ended.payload()["model"] for ended in runs[:2]))
+    assert ["warning: --beta" in ended.said for ended in runs] == [False, False, True]
     assert "--simpo_gamma has no effect with --loss sigmoid" in tiny.train("dpo", "--simpo_gamma", "1").said
     assert "--label_smoothing has no effect with --loss ipo" in tiny.train(
         "dpo", "--loss", "ipo", "--label_smoothing", "0.1").said
