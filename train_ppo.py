@@ -43,8 +43,8 @@ class Options(RunOptions):
     temperature: float = 1.0  # of sampling, and so of every log-probability [0.01..]
     group_size: int = 1  # answers to each prompt: batch_size / group_size prompts a step [1..]
     # ---- rewards and advantages
-    advantages: Literal["gae", "rloo", "grpo"] = "gae"  # gae: by a value network; others: by a prompt's other answers
-    kl_coef: float = 0.06  # beta, the reward lost for a nat of KL from the reference [0..]
+    advantages: Literal["gae", "rloo", "grpo"] = "gae"  # by a value network, or the other answers to a prompt
+    kl_coef: float = 0.055  # beta, the reward lost for a nat of KL from the reference [0..]
     kl_baseline: float = 0.3  # share of the mean KL per token taken off each token's: length costs less [0..1]
     adaptive_kl_target: float = 0.0  # nats a response that kl_coef is adapted to reach; 0 = kl_coef stays [0..]
     reward_clip: float = 2.0  # the reward model's scores are clipped to +- this; 0 = never [0..]
@@ -63,7 +63,7 @@ class Options(RunOptions):
     cliprange: float = 0.2  # of the policy's ratio (0..]
     cliprange_value: float = 0.2  # of the value's change (0..]
     vf_coef: float = 0.1  # weight of the value loss: matters for clipping its gradient, as the network is its own [0..]
-    ent_coef: float = 0.012  # weight of an entropy bonus: keeps answers diverse [0..]
+    ent_coef: float = 0.01  # weight of an entropy bonus: keeps answers diverse [0..]
     value_warmup: int = 4  # first steps in which only the value network learns [0..]
     # ---- guards
     max_update_kl: float = 1.0  # nats a token from old to new policy (k3) above which a batch's epochs end (0..1]

@@ -486,23 +486,22 @@ def describe_step(record):
 def concerns(record, variance, sft, o, white=1.0, ref_name="SFT"):
     """Yields (cause, a warning) where a step's figures have left those of the SFT model's answers, `sft`.
 
-    variance: of the step's scores; white: of its advantages, which whitened is 1 but where they hardly differ.
+    variance: of the step's scores; white: of its advantages, 1 where they are whitened unless they hardly differ.
     """
     done, score, kl_coef = (record[k] for k in ("step", "objective/scores", "objective/kl_coef"))
     length, H, eos = (record[k] for k in ("completions/mean_length", "policy/entropy_avg", "completions/eos_rate"))
     usual_length, usual_H = sft["mean_length"], -sft["ref_logprob_per_token"]
     bonus = [f"the entropy bonus (--ent_coef {o.ent_coef:g})"] * (o.ent_coef > 0)
-    errors, momentum = ["the value network's errors"], "what is left of earlier gradients in the optimizer"
-    several = o.advantages != "gae"
+    compared, momentum = o.advantages != "gae", "what is left of earlier gradients in the optimizer"
     if variance <= 1e-12 * (1 + score ** 2) and o.batch_size > 1:
-        moving = ["the KL penalty"] * (kl_coef > 0) + errors * (not several) + bonus
+        moving = ["the KL penalty"] * (kl_coef > 0) + ["the value network's errors"] * (not compared) + bonus
         yield "variance", (f"all scores of step {done} are {score:.4f}: there is nothing to learn from; what moves the "
                            f"policy is {', '.join(moving or [momentum])}")
-    elif several and record["groups/equal_scores"] > 0.5:
+    elif compared and record["groups/equal_scores"] > 0.5:
         yield "groups", (f"in {record['groups/equal_scores']:.0%} of the groups of step {done} the {o.group_size} "
                          f"answers have the same score: {'only their KL' if kl_coef > 0 else 'nothing'} says which is "
                          f"better; raise --group_size above {o.group_size}, or --reward_clip if scores lie beyond it")
-    if white < 0.01 and done > o.value_warmup and not several:
+    if white < 0.01 and done > o.value_warmup and not compared:
         yield "advantages", (f"the advantages of step {done} do not differ, so that whitened they are 0 and teach "
                              f"nothing; what moved the policy is {', '.join(bonus + [momentum])}; a "
                              "larger --batch_size gives more to compare")

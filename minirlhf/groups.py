@@ -27,7 +27,7 @@ def check_options(o):
              + (f" on each of {world} ranks" if world > 1 else ""))
     if o.advantages != "gae":
         warn_idle(o, f"advantages {o.advantages}", True, "value_init", "whiten_rewards", "gamma", "lam",
-                  "value_learning_rate", "cliprange_value", "vf_coef", "value_warmup")
+                  "value_learning_rate", "cliprange_value", "vf_coef", *["value_warmup"] * (o.value_warmup > 0))
         o.value_warmup = 0
 
 

@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -12,8 +13,12 @@ import train_ppo
 from conftest import ROOT, scratch
 from minirlhf import adapters, checkpoint, evaluate, export, groups, memory, objectives, runtime, sample
 from minirlhf.data import endless_batch
+from minirlhf.model import Block
 from test_memory import options, run_of
 from test_state import equal, stopping, tensors, without_clocks  # noqa: F401 (a fixture)
+from test_train_ppo import options as ppo_options
+from test_train_ppo import run_of as ppo_run
+from test_train_ppo import score, update, world  # noqa: F401 (a fixture)
 
 RLOO = ["--advantages", "rloo", "--group_size", "2", "--batch_size", "4"]
 VALUE_OPTIONS = {"value_init": "sft", "value_learning_rate": "0.1", "cliprange_value": "0.1", "vf_coef": "1",
@@ -92,7 +97,8 @@ def test_the_policy_learns_from_the_first_step(tiny):
     assert all(row["policy/updates"] > 0 for row in ended.rows()[:1])
     idle = [line for line in ended.said.splitlines() if line.endswith(" has no effect with --advantages rloo")]
     assert sorted(idle) == sorted(f"warning: --{name} has no effect with --advantages rloo" for name in VALUE_OPTIONS)
-    same = tiny.train("ppo", *RLOO)
+    same = tiny.train("ppo", *RLOO)  # the tiny world's own --value_warmup 0 is what it would be
+    assert "--value_warmup" not in same.said
     assert equal(ended.payload()["model"], same.payload()["model"])
     assert "no effect" not in tiny.train("ppo", "--group_size", "2", "--value_warmup", "1").said
 
@@ -130,6 +136,42 @@ def test_ranks_share_prompts(tiny, monkeypatch):
         assert tiny.train("ppo", *RLOO, "--batch_size", "8", "--total_episodes", "8").code == 0
     assert [len(index) for index in seen] == [2, 2]
     assert sorted(seen[0] + seen[1]) == sorted(endless_batch(9, 4, 1337, 0))
+
+
+def test_states_are_shared_with_the_reward_model(world, monkeypatch):  # noqa: F811
+    """Adapters in the last of two blocks, and a first one that is policy's, reference's and reward model's: it takes
+    each of ten answers once for all three. Scores are those of the reward model by itself."""
+    o = ppo_options(advantages="rloo", group_size=2, lora_rank=2, lora_layers=1)
+    nets, reward, batch = world(o)
+    for name, p in adapters.below(nets.policy, 1):
+        reward.model.get_parameter(name).data = p.data
+    where = {id(model.h[0]): name for name, model in (("policy", nets.policy), ("ref", nets.ref),
+                                                      ("reward", reward.model))}
+    passes, forward = Counter(), Block.forward
+
+    def counted(self, x, *more, **rest):
+        passes[where.get(id(self))] += len(x)
+        return forward(self, x, *more, **rest)
+    monkeypatch.setattr(Block, "forward", counted)
+    score(batch, nets, reward, o)
+    assert passes == {"policy": 10, None: 30} and batch.values is None
+    torch.testing.assert_close(batch.scores, reward.model.score(batch.tokens, batch.lengths), rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("advantages", ["gae", "rloo"])
+def test_an_update_that_ends_at_once(world, advantages):  # noqa: F811
+    """Its first minibatch is too far from the batch's policy: nothing moves, means are 0, those of a value network are
+    there with one only."""
+    o = ppo_options(advantages=advantages, group_size=2, max_update_kl=1e-3)
+    nets, reward, batch = world(o)
+    score(batch, nets, reward, o)
+    train_ppo.credit(batch, 0.1, o, ppo_run(o))
+    batch.logprobs = batch.logprobs + 0.3 * batch.response_mask
+    figures, update_kl = update(batch, nets, train_ppo.make_optimizers(nets.policy, nets.value, o), 0, o)
+    assert update_kl > 0.03 and figures == {
+        "policy/approxkl_avg": 0.0, "policy/clipfrac_avg": 0.0, "policy/updates": 0, "loss/policy_avg": 0.0,
+        **({"loss/value_avg": 0.0, "val/clipfrac_avg": 0.0} if advantages == "gae" else {}), "val/ratio": 1.0,
+        "val/ratio_var": 0.0}
 
 
 # ---- what is left of it
