@@ -263,7 +263,6 @@ def main(argv=None):
                 run.rescue()
             if stopping and done < steps:
                 run.exit_stopped()
-        run.write("metrics.jsonl", {"step": steps, "final": best_figures})
         run.say(f"\nbest held-out loss: {evaluate.describe(best_figures)}")
         run.saved(runtime.next_command("train_rm.py", o, data_dir=o.data_dir, init_from=run.path("ckpt.pt"),
                                        val_share=o.val_share))

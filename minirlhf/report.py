@@ -73,6 +73,7 @@ def read_rows(path, faults):
     if bad:
         torn = len(bad) == 1 and not bad[0][1].endswith(b"\n")
         faults.append(f"{path}: " + ("the last line is torn, as where a run was killed; it is left out." if torn else
+                                     f"1 line is no row and is left out: {bad[0][0]}." if len(bad) == 1 else
                                      f"{len(bad)} lines are no rows and are left out, the first is {bad[0][0]}."))
     return rows
 
@@ -117,9 +118,9 @@ def find_runs(folder):
 def shown_in_full(runs):
     """{stage: the run that is shown}: the folder of the stage's name, or the one that was written last."""
     def rank(run):
+        log = os.path.join(run.folder, "metrics.jsonl")
         return (os.path.basename(os.path.abspath(run.folder)) == run.stage,
-                max((os.path.getmtime(path) for path in (os.path.join(run.folder, "metrics.jsonl"),)
-                     if os.path.exists(path)), default=0.0))
+                os.path.getmtime(log) if os.path.exists(log) else 0.0)
     return {stage: max(found, key=rank) for stage in STAGES
             if (found := [run for run in runs if run.stage == stage])}
 
@@ -134,6 +135,12 @@ def get(value, *path):
         else:
             value = value[key] if isinstance(value, list) and isinstance(key, int) and key < len(value) else None
     return value
+
+
+def entries(value, *path):
+    """The dict that stands there, {} where none does."""
+    found = get(value, *path)
+    return found if isinstance(found, dict) else {}
 
 
 def points(rows, *path):
@@ -166,18 +173,33 @@ def command(run):
     """The command line that repeats the run, of the options that its script knows today; None without a script."""
     if run.stage not in STAGES or not run.options:
         return None
-    options = importlib.import_module(f"train_{run.stage}").Options
-    known = {f.name: run.options[f.name] for f in fields(options) if type(run.options.get(f.name)) is type(f.default)}
-    return runtime.command_line(run.stage, options(**known), resume=False, overwrite=False)
+    script = importlib.import_module(f"train_{run.stage}")
+    known = {f.name: run.options[f.name] for f in fields(script.Options)
+             if type(run.options.get(f.name)) is type(f.default)}
+    if run.stage == "sft" and known.get("init_from", "scratch") != "scratch":  # whose sizes the run has noted
+        known = {name: value for name, value in known.items() if name not in script.SIZES[:-1]}
+    return runtime.command_line(run.stage, script.Options(**known), resume=False, overwrite=False)
+
+
+def planned(run):
+    """The steps that the run has or shall have, as its script counts them; None where that cannot be told."""
+    episodes, batch, epochs, most = (run.options.get(name) for name in (
+        "total_episodes", "batch_size", "num_train_epochs", "max_steps"))
+    if run.stage == "ppo":
+        return -(-episodes // batch) if all(is_number(n) and n > 0 for n in (episodes, batch)) else None
+    an_epoch = next((round(row["step"] / row["epoch"]) for row in run.steps
+                     if is_number(row.get("epoch")) and row["epoch"] > 0), None)
+    if an_epoch is None or not all(map(is_number, (epochs, most))):
+        return None
+    steps = max(1, round(epochs * an_epoch))
+    return min(steps, most) if most > 0 else steps
 
 
 def progress(run):
-    """"36 of 36 steps, finished"."""
-    done = max((row["step"] for row in run.metrics), default=0)
-    episodes, batch = run.options.get("total_episodes"), run.options.get("batch_size")
-    known = run.stage == "ppo" and all(is_number(n) and n > 0 for n in (episodes, batch))
-    return (f"{figure(done)}{f' of {figure(-(-episodes // batch))}' if known else ''} steps, "
-            f"{'finished' if run.final else 'without closing figures'}")
+    """"36 of 36 steps", and whether the closing figures are still to come."""
+    done, steps = max((row["step"] for row in run.metrics), default=0), planned(run)
+    ended = run.final if run.stage in ("rm", "ppo") else steps is None or done >= steps
+    return f"{figure(done)}{'' if steps is None else f' of {figure(steps)}'} steps{'' if ended else ', not finished'}"
 
 
 def result(run):
@@ -246,16 +268,17 @@ def steps_table(run, columns):
 
 
 def what_was_run(runs, shown):
-    out = ["<h2 id=run>What was run</h2>"]
-    out.append(table(["folder", "stage", "data", "result", "steps", "time, h:min:s"], [
-        [run.folder, STAGES.get(run.stage, run.stage), data_of(run), result(run), progress(run), seconds(run)]
-        for run in runs], "Runs", 4))
-    found = [command(run) for run in runs]
-    out.append('<h3>The commands</h3><pre class="panel">' + re.sub(  # an option's name is not broken
-        r"(--\w+)", r"<span>\1</span>", "\n".join(map(text, filter(None, found)))) + "</pre>")
+    out, rows = ["<h2 id=run>What was run</h2>"], [
+        [run.folder, STAGES.get(run.stage, run.stage), data_of(run), progress(run), seconds(run)] for run in runs]
+    if runs:
+        out.append(table(["folder", "stage", "data", "steps", "time, h:min:s"], rows, "Runs", 3))
+    out += [f"<p><b>{text(run.folder)}</b>: {text(result(run))}</p>" for run in runs]
+    if commands := [*filter(None, map(command, runs))]:
+        out.append('<h3>The commands</h3><pre class="panel">' + re.sub(  # an option's name is not broken
+            r"(--\w+)", r"<span>\1</span>", "\n".join(map(text, commands))) + "</pre>")
     for stage, name in STAGES.items():
         if stage not in shown:
-            out.append(missing(f"There is no run of a {name} here, and so nothing of it below."))
+            out.append(missing(f"There is no run of the {name} here, and so nothing of it below."))
     return "".join(out) + "".join(missing(fault) for run in runs for fault in run.faults)
 
 
@@ -267,7 +290,7 @@ def data_of(run):
 
 def sft_curves(run):
     log = f"{run.folder}/metrics.jsonl"
-    kinds = [k for k in dict.fromkeys(k for row in run.steps for k in get(row, "eval") or {}) if k != "all"][:8]
+    kinds = [k for k in dict.fromkeys(k for row in run.steps for k in entries(row, "eval")) if k != "all"][:8]
     return [
         chart("SFT loss", {"training batch": points(run.steps, "loss"),
                            "held out": points(run.steps, "eval", "all", "nats_per_token")}, "step",
@@ -306,7 +329,7 @@ def reliability_points(bins):
 
 def rm_curves(run):
     log, final = f"{run.folder}/metrics.jsonl", run.final or {}
-    figures = {k: f for k, f in (get(final, "figures") or {}).items() if isinstance(f, dict)}
+    figures = {k: f for k, f in entries(final, "figures").items() if isinstance(f, dict)}
     kept = {"as it is": get(final, "reliability", "as_is"),
             "divided by the temperature": get(final, "reliability", "with_temperature")}
     return [
@@ -328,7 +351,7 @@ def rm_figures(run):
     """The closing table of a reward model, as the script printed it."""
     final = run.final or {}
     rows = []
-    for name, f in (get(final, "figures") or {}).items():
+    for name, f in entries(final, "figures").items():
         value = {k: get(f, k) for k in ("pairs", "accuracy", "low", "high", "length_only", "ceiling")}
         if all(is_number(value[k]) for k in ("pairs", "accuracy", "low", "high")):
             rows.append([name, figure(value["pairs"]), f"{value['accuracy']:.3f}",
@@ -389,8 +412,8 @@ def before_and_after(run):
             for key, label, form in evaluate.FIGURES if get(final, "after", key) is not None]
     if rows:
         n = get(final, "after", "prompts")
-        out.append(table(["figure", "before", "after"], rows, "Held-out prompts, with 95 % intervals"
-                         + (f": {figure(n)}" if is_number(n) else "")))
+        caption = "Held-out prompts, with 95 % intervals" + (f": {figure(n)}" if is_number(n) else "")
+        out.append(f'<div class="compared">{table(["figure", "before", "after"], rows, caption)}</div>')
     answers = [row for row in run.samples if row.get("final") and is_number(row.get("score"))
                and is_number(row.get("sft_score")) and all(isinstance(row.get(k), str) for k in (
                    "prompt", "completion", "sft_completion"))]
@@ -483,13 +506,12 @@ def token_viewer(run):
 
 def whole(row):
     """A row of tokens.jsonl with all columns, None where a token lacks the figure; None where it is no such row."""
-    tokens, row = row.get("tokens"), {**row}
-    for key in COLUMNS.values():
-        row[key] = row.get(key, [None] * len(tokens or ()))
-    fits = isinstance(tokens, list) and tokens and isinstance(row.get("prompt"), str) and all(
-        isinstance(t, str) for t in tokens) and all(
-        isinstance(row[key], list) and len(row[key]) == len(tokens)
-        and all(v is None or is_number(v) for v in row[key]) for key in COLUMNS.values())
+    tokens = row.get("tokens")
+    if not (isinstance(tokens, list) and tokens and all(isinstance(t, str) for t in [*tokens, row.get("prompt")])):
+        return None
+    row = {key: [None] * len(tokens) for key in COLUMNS.values()} | row
+    fits = all(isinstance(row[key], list) and len(row[key]) == len(tokens)
+               and all(v is None or is_number(v) for v in row[key]) for key in COLUMNS.values())
     return row if fits else None
 
 
@@ -554,8 +576,7 @@ def visible(token):
 
 def frontier(folder):
     """What `python -m minirlhf.frontier` has measured: for each method its points, and what it found."""
-    paths = [os.path.join(folder, *names) for names in (("frontier", "frontier.json"), ("frontier.json",))]
-    path, faults = next(filter(os.path.isfile, paths), paths[0]), []
+    path, faults = frontier_file(folder), []
     state = read_object(path, faults)
     rows, kept = get(state, "rows"), get(state, "points")
     if faults or not isinstance(rows, dict) or not isinstance(kept, dict):
@@ -580,6 +601,11 @@ def frontier(folder):
             + (table(head, cells, f"The points of {path}", 2) if cells else ""))
 
 
+def frontier_file(folder):
+    paths = [os.path.join(folder, *names) for names in (("frontier", "frontier.json"), ("frontier.json",))]
+    return next(filter(os.path.isfile, paths), paths[0])
+
+
 def place(row):
     """A row's KL and the half-width of its interval: by k1, or the bound of best-of-n; None where it has neither."""
     kl = [get(row, "kl_bound"), 0.0] if is_number(get(row, "kl_bound")) else get(row, "kl")
@@ -602,7 +628,7 @@ STYLE = """
 nav a { margin-right: 1rem; white-space: nowrap; }
 [hidden] { display: none !important; }
 .missing { border-left: 4px solid var(--line1); padding: .25rem .75rem; background: var(--panel); }
-.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 24rem), 1fr)); gap: 1.5rem;
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)); gap: 1.5rem;
   align-items: start; }
 figure { margin: 0; max-width: 36rem; }
 figure svg { width: 100%; }
@@ -610,11 +636,12 @@ figcaption { font-size: .9rem; color: var(--faint); min-height: 4.5em; }
 figcaption output { display: block; color: var(--ink); }
 .now { stroke: var(--ink); stroke-width: 3; }
 caption { text-align: left; font-weight: 600; padding: .25rem 0; max-width: calc(100vw - 3rem); }
+th, td { overflow-wrap: normal; }
 td { white-space: nowrap; }
-.text { white-space: pre-wrap; min-width: 7rem; max-width: 28rem; }
-.text.long { min-width: 16rem; }
-section .text:first-child { min-width: 0; }
-th { overflow-wrap: normal; }
+.text { white-space: pre; }
+.text.long { white-space: pre-wrap; overflow-wrap: anywhere; min-width: 16rem; max-width: 28rem; }
+.compared th, .compared td { white-space: normal; min-width: 5rem; }
+@media (max-width: 30rem) { th, td { padding: .2rem .3rem; } }
 summary { cursor: pointer; margin: .5rem 0; }
 pre { margin: .5rem 0; white-space: pre-wrap; }
 pre span { white-space: nowrap; }
@@ -630,7 +657,7 @@ article p { margin: .25rem 0; white-space: pre-wrap; }
 .tokens .now { outline: 2px solid var(--ink); }
 tr.now { background: var(--panel); outline: 2px solid var(--focus); outline-offset: -2px; }
 @media print { body { max-width: none; font-size: 9pt; } .scroll { overflow: visible; }
-  .text, .text.long { min-width: 0; } th, td { padding: .1rem .25rem; } }
+  .text.long { min-width: 0; } th, td { padding: .1rem .25rem; } }
 """ + "".join(f".{end}{k} {{ background: var(--{end}{k}); border-bottom: 2px {line} var(--ink); }}\n"
               for end, line in (("low", "dashed"), ("high", "solid")) for k in range(1, SHADES + 1))
 
@@ -728,7 +755,7 @@ def page(folder):
         runs = find_runs(folder)
     except OSError as error:
         fail(f"{folder}: cannot be read ({error.strerror}); name the folder that holds the runs, as out")
-    if not runs:
+    if not runs and not os.path.isfile(frontier_file(folder)):
         fail(f"{folder}: holds no run, nor do the folders in it; name the one in which train_sft.py, train_rm.py and "
              "train_ppo.py have written, as out")
     shown = shown_in_full(runs)

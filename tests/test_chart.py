@@ -80,7 +80,8 @@ def test_the_style_holds_both_palettes_and_no_colour_of_its_own():
 @pytest.mark.parametrize("given, expected", [
     ("<script>alert('x')</script> & \"y\"",
      "&lt;script&gt;alert(&#x27;x&#x27;)&lt;/script&gt; &amp; &quot;y&quot;"),
-    ("a\x00b\x1bc\x7f", r"a\x00b\x1bc\x7f"), ("\ud800", r"\ud800"), ("\u202eevil", r"\u202eevil"),
+    ("a\x00b\x1bc\x7f", r"a\x00b\x1bc\x7f"), ("\ud800", r"\ud800"), ("\udfff", r"\udfff"),
+    ("\u202eevil", r"\u202eevil"),
     ("\u2066x\u2069\u200f\ufeff", r"\u2066x\u2069\u200f\ufeff"), ("a\n\tb\r", "a\n\tb\\r"),
     ("שלום é 👩‍👩‍👧 \u00a0\ufffd", "שלום é 👩‍👩‍👧 \u00a0\ufffd"), (3, "3"), ("\uffff\ufffe", r"\uffff\ufffe")])
 def test_a_text_shows_and_does_nothing_else(given, expected):
@@ -156,11 +157,12 @@ def test_everything_lies_within_the_picture():
 
 
 def test_a_gap_parts_a_line_and_its_points_are_not_invented():
-    """What is not finite, no number, or true is no point: 1, gap, 3, 4 gives a lone mark and a line of two."""
-    rows = [(1, 1.0), (2, None), (3, 3.0), (4, 4.0), (5, math.nan), (6, math.inf), (7, "x"), (8, True)]
+    """What is not finite, no number, or true is no point: 1, 2, gap, 4, gap, 6, 7 gives two lines and a lone mark."""
+    rows = [(1, 1.0), (2, 2.0), (3, None), (4, 4.0), (5, math.nan), (5, math.inf), (5, "x"), (5, True), (6, 3.0),
+            (7, 4.0), (None, 1.0), (math.nan, 1.0)]
     found, titles = drawn(lines({"a": rows}, "x", "y", "t"))
-    assert len(found["at0"]) == 3 == len(titles) and len(found["line of0"]) == 1
-    assert [t.split(":")[0] for t in titles] == ["x 1", "x 3", "x 4"]
+    assert len(found["at0"]) == 5 == len(titles) and len(found["line of0"]) == 2
+    assert [t.split(":")[0] for t in titles] == ["x 1", "x 2", "x 4", "x 6", "x 7"]
     assert lines({"a": [(1, None)]}, "x", "y", "t") == "" == lines({}, "x", "y", "t")
 
 

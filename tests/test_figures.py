@@ -260,12 +260,12 @@ def peak_share(step, steps, warmup):
 def expected_sft_steps(world):
     """The record of each step but its evaluation, and after each second step the numbers of its line."""
     rows, steps = 13, 8  # 14 less one that is too long, 4 a batch: 4 batches an epoch, the last of one row
-    records, lines, seen, seconds, used, spent, looks = [], [], 0, 0.0, 3.0, [], []
+    records, lines, seen, seconds, used, told, spent, looks = [], [], 0, 0.0, 3.0, 0.0, [], []
     usual, held_out = tokens_read(world, "train") / 4, tokens_read(world, "val")
     look = (7 / 3 + held_out / usual) / 2 / 3  # 7 rows, 3 a pass; to go forward is a third of a step
     for step, ((model, batch), (_, norm), _) in enumerate(world.first["sft steps"]):
         if step == 4:  # resumed
-            seen, seconds, used, spent, looks = 0, 0.0, 3.0, [], []
+            seen, seconds, used, told, spent, looks = 0, 0.0, 3.0, 0.0, [], []
         tokens = sum(len(row.ids) - 1 for row in batch)
         spent.append(((1 + tokens / usual) / 2, 2.25 + step + 0.125))
         nats = [x for row in batch for x in surprises(model, row.ids, row.prompt_length)]
@@ -280,9 +280,10 @@ def expected_sft_steps(world):
             lines.append([*expected_progress(step + 1, steps, used, left),
                           f"{sum(nats) / len(nats):.3f}", f"{rate:.1e}", f"{norm:.2f}", f"{seen / seconds:,.0f}"])
             seen, seconds = 0, 0.0
-        if step in (2, 5):
+        if step in (2, 5, 7):
             looks.append(47)  # an evaluation and samples
             used += 47
+        records[-1]["elapsed"], told = used - told, used
     return records, lines
 
 
@@ -403,13 +404,14 @@ def pairs_of(record):
 
 def expected_rm_steps(rm):
     """The record of each step but its evaluation, and the numbers of each line, from the pairs of each batch."""
-    records, lines, used, steps = [], [], 3.0, 5  # 8 records, 3 a batch: 3 batches an epoch; 1.6 epochs are 5 steps
+    records, lines, used, told = [], [], 3.0, 0.0
+    steps = 5  # 8 records, 3 a batch: 3 batches an epoch; 1.6 epochs are 5 steps
     seen = seconds = right = pairs = 0
     usual, look, scale = rm_work(rm)
     spent, looks = [], []
     for step, ((model, batch), (_, norm), _) in enumerate(rm.first["rm steps"]):
         if step == 2:
-            used, seen, seconds, right, pairs, spent, looks = 3.0, 0, 0, 0, 0, [], []
+            used, told, seen, seconds, right, pairs, spent, looks = 3.0, 0.0, 0, 0, 0, 0, [], []
         tokens = sum(len(row.ids) for rows, _, _ in batch for row in rows)
         spent.append(((1 + tokens / usual) / 2, 1.75 + step + 0.125))
         losses, won = [], 0
@@ -433,6 +435,7 @@ def expected_rm_steps(rm):
         if step in (1, 3):
             looks.append(50)
             used += 50
+        records[-1]["elapsed"], told = used - told, used
     return records, lines
 
 
@@ -615,7 +618,8 @@ def test_the_closing_report_of_a_reward_model(rm):
     lines = rm.rm[1]
     assert after(lines, "calibration: ") == [f"{told[k]:.3f}" for k in ("ece", "ece_with_temperature")] + [
         f"{told['temperature']:.2f}"]
-    assert payload["info"] == final["final"] and final["final"]["verdict"] in lines
+    bins = {name: [*map(list, rows)] for name, rows in payload["info"]["reliability"].items()}  # JSON has no tuples
+    assert payload["info"] | {"reliability": bins} == final["final"] and final["final"]["verdict"] in lines
     assert numbers(final["final"]["verdict"]) == ["12"]
 
 

@@ -194,6 +194,14 @@ def test_held_out_points_have_their_intervals(out, root):
             assert tip.endswith(f"{short(value[0])} ({short(ends[0])} to {short(ends[1])})")
 
 
+def test_a_mean_of_one_prompt_has_no_interval():
+    """A number alone, [mean, half-width], [share, low, high]; a half-width that is null leaves the mean."""
+    values = 2.0, [2.0, 0.5], [0.5, 0.25, 0.75], [2.0, None], None
+    rows = [{"step": k, "x": {"y": value}} for k, value in enumerate(values)]
+    assert [*report.points(rows, "x", "y")] == [chart.Point(0, 2.0), chart.Point(1, 2.0, 1.5, 2.5),
+                                                chart.Point(2, 0.5, 0.25, 0.75), chart.Point(3, 2.0)]
+
+
 def test_the_table_before_and_after_is_what_was_printed(out, root):
     """Each cell of the closing comparison stands so in what train_ppo.py printed, in the same order."""
     folder, ended = out
@@ -222,7 +230,7 @@ def test_steps_and_seconds_add_up(out, root):
         rows = rows_of(out[0] / stage / "metrics.jsonl")
         total = int(sum(r["elapsed"] for r in rows) + 0.5)
         assert row[0].endswith(f"/{stage}") and row[-1] == f"{total // 60}:{total % 60:02}"
-        assert row[-2] == f"{rows[-1]['step']}{' of 3' if stage == 'ppo' else ''} steps, finished"
+        assert row[-2] == f"{rows[-1]['step']} of {rows[-1]['step']} steps"
         assert all(r["elapsed"] >= r.get("seconds", 0) >= 0 for r in rows)
 
 
@@ -243,6 +251,18 @@ def test_commands_repeat_the_runs(out, root):
     assert [re.search(r"train_(\w+)\.py", line)[1] for line in lines] == ["sft", "rm", "ppo"]
     assert "--eval_interval 1" in lines[2] and "--gamma 0.9" in lines[2]
     assert not re.search("--(resume|overwrite)", " ".join(lines))
+
+
+def test_the_command_of_a_pretrained_model_leaves_its_sizes_out(tmp_path):
+    """The run notes the sizes of the model that it began with, which the script would refuse as options; a value of
+    another kind, and an option that is unknown today, are left out too."""
+    config = {"stage": "sft", "init_from": "smollm2", "n_layer": 30, "vocab_size": 49152, "family": "llama", "seed": 7,
+              "block_size": 512, "batch_size": "8", "gone": 3, "resume": True, "overwrite": True}
+    made(tmp_path / "sft", config=config)
+    line = words(next(read(tmp_path).iter("pre")))
+    assert line.split()[2:] == ["--seed", "7", "--block_size", "512"]
+    made(tmp_path / "sft", config=config | {"init_from": "scratch"})
+    assert "--n_layer 30" in words(next(read(tmp_path).iter("pre")))
 
 
 def test_every_answer_is_there_with_its_scores(tmp_path):
@@ -510,9 +530,8 @@ def test_the_frontier_is_drawn_from_its_file(tmp_path, where):
     """Each method's points at the root of their KL, from the SFT model on, with intervals on both axes: of 4 +- 0.5
     from root 3.5 to root 4.5; best-of-n at its bound; a row that failed, is not there or lacks the figure is left
     out."""
-    made(tmp_path / "ppo")
     path = tmp_path / where
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(exist_ok=True)  # and no run beside it
     path.write_text(json.dumps(compared()))
     root = read(tmp_path)
     tips = [re.sub("root of the KL from the SFT model, nats a response", "x", tip)
@@ -555,7 +574,7 @@ def test_a_stage_that_was_not_run_is_named(tmp_path, out):
     """One stage alone: the page stands, and says of each of the others that there is none."""
     shutil.copytree(out[0] / "sft", tmp_path / "sft", ignore=shutil.ignore_patterns("*.pt"))
     found = told(read(tmp_path))
-    assert all(any(f"no run of a {name}" in line for line in found) for name in ("reward model", "PPO policy"))
+    assert all(any(f"no run of the {name}" in line for line in found) for name in ("reward model", "PPO policy"))
     assert any("SFT loss" in f.get("aria-label") for f in read(tmp_path / "sft").iter("figure"))
 
 
@@ -588,6 +607,8 @@ def test_files_that_are_torn_missing_or_no_files(tmp_path):
     assert len(tooltips(root, "Score")) == 1
     (folder / "metrics.jsonl").write_text('[1]\n{"step": true}\n\n{"no": 1}\n' + json.dumps(ppo_row(1)) + "\nnull\n")
     assert any("4 lines are no rows and are left out, the first is 1." in line for line in told(read(folder)))
+    (folder / "metrics.jsonl").write_text("{torn}\n" + json.dumps(ppo_row(1)) + "\n")
+    assert any("1 line is no row and is left out: 1." in line for line in told(read(folder)))
     (folder / "metrics.jsonl").unlink()
     (folder / "metrics.jsonl").mkdir()
     (folder / "config.json").write_bytes(b"\xff{")
@@ -597,6 +618,22 @@ def test_files_that_are_torn_missing_or_no_files(tmp_path):
     assert any("samples.jsonl" in line for line in told(read(folder)))
 
 
+@pytest.mark.parametrize("stage", report.STAGES)
+@pytest.mark.parametrize("value", [None, 3, "x", [], [[1]], {}, {"all": 3}, {"figures": [1], "after": "x"}, True])
+def test_values_of_any_other_kind_are_no_traceback(tmp_path, stage, value):
+    """In the place of each thing that rows and options hold."""
+    made(tmp_path / stage, config={"stage": stage, "data_dir": value, "total_episodes": value, "cliprange": value},
+         metrics=[{"step": 1, "loss": value, "eval": value, "elapsed": value}, {"step": 1, "final": value},
+                  {"step": 2, "final": {"figures": {"a": value}, "calibration": value, "reliability": value,
+                                        "verdict": value, "before": value,
+                                        "after": {"score": value, "prompts": value}}}],
+         samples=[answer(1, score=value), answer(2, prompt=value), {"step": 1, "final": value}],
+         tokens=[rollout() | {"tokens": value}, rollout() | {"prompt": value}, rollout() | {"score": value}])
+    (tmp_path / "frontier.json").write_text(json.dumps({"rows": {"a": value, "b": {"kl": value, "score": value}},
+                                                        "points": {"m": ["a", "b"], "n": value}, "findings": value}))
+    assert len([*read(tmp_path).iter("h2")]) == 5
+
+
 def test_an_older_run_without_clock_tells_its_steps_alone(tmp_path):
     """No `elapsed`: the sum of its steps' seconds, called that; neither: not recorded."""
     rows = [{k: v for k, v in ppo_row(k).items() if k != "elapsed"} | {"seconds": 40.0} for k in (1, 2, 3)]
@@ -604,6 +641,22 @@ def test_an_older_run_without_clock_tells_its_steps_alone(tmp_path):
     for row in rows:
         del row["seconds"]
     assert table_of(read(made(tmp_path / "ppo", metrics=rows)), "Runs")[1][-1] == "not recorded"
+
+
+@pytest.mark.parametrize("stage, options, rows, expected", [
+    ("sft", {"num_train_epochs": 1.5, "max_steps": 0}, [{"step": 4, "epoch": 0.4}], "4 of 15 steps, not finished"),
+    ("sft", {"num_train_epochs": 4, "max_steps": 12}, [{"step": 12, "epoch": 1.2}], "12 of 12 steps"),
+    ("sft", {"num_train_epochs": 0.01, "max_steps": 0}, [{"step": 1, "epoch": 0.1}], "1 of 1 steps"),
+    ("sft", {}, [{"step": 4, "epoch": 0.4}], "4 steps"), ("sft", {"max_steps": "x"}, [], "0 steps"),
+    ("rm", {"num_train_epochs": 1, "max_steps": 5}, [{"step": 5, "epoch": 0.5}], "5 of 5 steps, not finished"),
+    ("rm", {"num_train_epochs": 1, "max_steps": 5}, [{"step": 5, "epoch": 0.5}, {"step": 5, "final": {"figures": {}}}],
+     "5 of 5 steps"),
+    ("ppo", {"total_episodes": 100, "batch_size": 8}, [{"step": 7}], "7 of 13 steps, not finished"),
+    ("ppo", {"total_episodes": 100, "batch_size": 0}, [{"step": 7}, {"step": 7, "final": {"after": {}}}], "7 steps")])
+def test_how_far_a_run_is(stage, options, rows, expected):
+    """As the scripts count steps: epochs rounded, one at least, max_steps at most; batches rounded up. A reward model
+    and a policy are finished with their closing figures, an SFT model with its last step."""
+    assert report.progress(report.Run("", stage, options, rows, [], [], [])) == expected
 
 
 def test_of_several_runs_of_a_stage_the_one_of_its_name_is_shown(tmp_path):

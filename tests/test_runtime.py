@@ -243,8 +243,9 @@ def lines(path):
     return [json.loads(line) for line in path.read_text("utf-8").removesuffix("\n").split("\n")]
 
 
-def test_logs_are_cut_to_the_checkpoint(start, tmp_path):
-    """On resume at step 2, later rows and a torn last line go; steps that follow are written once."""
+def test_logs_are_cut_to_the_checkpoint(start, tmp_path, monkeypatch):
+    """On resume at step 2, later rows and a torn last line go; steps that follow are written once, each with the
+    seconds since the process began or since the row before."""
     folder = tmp_path / "out"
     folder.mkdir()
     (folder / "ckpt.pt").write_text("")
@@ -252,8 +253,12 @@ def test_logs_are_cut_to_the_checkpoint(start, tmp_path):
     (folder / "samples.jsonl").write_text('{"step": 2, "completion": "a"}\n{"step": 3, "completion": "b"}\n')
     run = start(resume=True)
     run.start_logs(2)
+    monkeypatch.setattr(runtime.time, "perf_counter", lambda: run.started + 74.0)
     run.write("metrics.jsonl", {"step": 3, "loss": 0.5})
-    assert lines(folder / "metrics.jsonl") == [{"step": 1}, {"step": 2}, {"step": 3, "loss": 0.5}]
+    monkeypatch.setattr(runtime.time, "perf_counter", lambda: run.started + 76.5)
+    run.write("metrics.jsonl", {"step": 4})
+    assert lines(folder / "metrics.jsonl") == [{"step": 1}, {"step": 2}, {"step": 3, "loss": 0.5, "elapsed": 74.0},
+                                               {"step": 4, "elapsed": 2.5}]
     assert lines(folder / "samples.jsonl") == [{"step": 2, "completion": "a"}]
     assert json.loads((folder / "config.json").read_text())["stage"] == "sft"
 

@@ -465,7 +465,8 @@ def test_resume_and_overwrite(tiny, stage):
     before = {*tiny.folder.rglob("*")}
     first = tiny.train(stage)
     new = {*tiny.folder.rglob("*")} - before
-    assert {p.name for p in new} == {first.folder.name, "ckpt.pt", "config.json", "metrics.jsonl", "samples.jsonl"}
+    assert {p.name for p in new} == {first.folder.name, "ckpt.pt", "config.json", "metrics.jsonl", "samples.jsonl",
+                                     *["tokens.jsonl"] * (stage == "ppo")}
     assert all(first.folder in (path, path.parent) for path in new)
     weights = first.payload()["model"]
     again = tiny.train(stage, out=first.folder)
@@ -771,7 +772,7 @@ def test_what_is_on_the_disk_when(tiny, calls, stage):
     events = tidy(calls)
     begun = whole("config.json", name) + [("fsync", "out/")]  # the folder itself, whose name its parent holds
     assert events[:len(begun)] == begun
-    logged, saves = {"metrics.jsonl", "samples.jsonl"}, 0
+    logged, saves = {"metrics.jsonl", "samples.jsonl", "tokens.jsonl"}, 0
     for at, event in enumerate(events):
         if event == ("open", "ckpt.pt.tmp"):
             save = whole("ckpt.pt", name)
