@@ -1037,7 +1037,7 @@ FRONTIER = [
     ("            self.check_stop()\n            log.write", "            log.write"),
     ("self.child.send_signal(signal.SIGTERM)", "self.child.kill()"),
     ("raise SystemExit(128 + self.stop)", "raise SystemExit(1)"),
-    ("if not status and not begun:", "if not status:"),
+    ("self.pace.left(name, n) or n * usual for name, n", "self.pace.left(name, n) for name, n"),
     ("draws += map(json.loads, lines[:-1])", "draws += map(json.loads, lines[1:-1])"),
     ("draws.append(self.answers(self.sft, len(draws)))", "draws.append(self.answers(self.sft, 0))"),
     ("evaluate.best_of(draws[:n]), self.base)", "evaluate.best_of(draws), self.base)"),
