@@ -49,10 +49,6 @@ NEAREST = {
     "minirlhf/dialects.py": ["dialects", "prepare"],
     "minirlhf/chat.py": ["chat"],
     "minirlhf/memory.py": ["memory", "groups"],
-    "minirlhf/frontier.py": ["frontier"],
-    "minirlhf/groups.py": ["groups", "train_ppo"],
-    "minirlhf/memory.py": ["memory"],
-    "minirlhf/dpo.py": ["dpo", "state", "check"],
     "minirlhf/chart.py": ["chart"],
     "minirlhf/report.py": ["report"],
     "minirlhf/label.py": ["label"],
@@ -516,7 +512,6 @@ STATE = [
     ("train_rm.py", "            **({f\"--reference {o.reference}\": checkpoint.files_of(o.reference)} if o.reference else {})})",
      "            })"),
     ("minirlhf/data.py", "return *sets, [head, *lines], sum(paths, [])", "return *sets, [head, *lines], paths[0]"),
-    ("minirlhf/data.py", "load_parts(load_preferences, o.preferences, o)", 'load_parts(load_preferences, "preferences", o)'),
     ("train_ppo.py", 'guard.in_a_row = int(kept["high"])', 'pass'),
     ("train_ppo.py", 'high=guard.in_a_row,', 'high=0,'),
     ("train_ppo.py", '                    kl_coef = float(kept["kl_coef"])', '                    pass'),
@@ -990,48 +985,6 @@ HELD_OUT = [
     ("train_ppo.py", '"seed", "val_share", "reward"', '"seed", "reward"'),
     ("train_rm.py", 'reward_model=path, val_share=o.val_share)', 'reward_model=path)'),
     ("train_sft.py", "*about_data, *about_parts,", "*about_data,"),
-]
-FRONTIER = [
-    ('row["score"][0] - PRICE * row["kl"][0]', 'row["score"][0]'),
-    ('row["score"][0] - PRICE * row["kl"][0]', 'row["judge_score"][0] - PRICE * row["kl"][0]'),  # chosen by the judge
-    ('return -math.inf if "failed" in row', 'return 0.0 if "failed" in row'),
-    ("if len(jobs) < MOST and best is jobs[0] and low > 0:", "if best is jobs[0] and low > 0:"),
-    ("if len(jobs) < MOST and best is jobs[0] and low > 0:", "if False:"),
-    ("elif len(jobs) < MOST and best is jobs[-1]", "elif best is jobs[-1]"),
-    ("elif len(jobs) < MOST and best is jobs[-1]", "elif False and best is jobs[-1]"),
-    ("if job.name not in tried)], 0,", ")], 0,"),  # the middle point twice
-    ("return jobs, len(values) * o.seeds - 1, found[-1:]", "return jobs, len(values) * o.seeds, found[-1:]"),
-    ("return jobs, len(values) * o.seeds - 1, found[-1:]", "return jobs, len(values) * o.seeds - 1, found[:1]"),
-    ('words += ["--preferences", ranked(o)] if method == "dpo-on-policy" else []', "pass"),
-    ("return f.read().endswith(ENDED)", "return True"),
-    ("return self.ended(job) is not False and (", "return ("),
-    ("            self.check_stop()\n            log.write", "            log.write"),
-    ("self.child.send_signal(signal.SIGTERM)", "self.child.kill()"),
-    ("raise SystemExit(128 + self.stop)", "raise SystemExit(1)"),
-    ("self.pace.left(name, n) or n * usual for name, n", "self.pace.left(name, n) for name, n"),
-    ("draws += map(json.loads, lines[:-1])", "draws += map(json.loads, lines[1:-1])"),
-    ("draws.append(self.answers(self.sft, len(draws)))", "draws.append(self.answers(self.sft, 0))"),
-    ("evaluate.best_of(draws[:n]), self.base)", "evaluate.best_of(draws), self.base)"),
-    ("return evaluate.summary(self.answers(policy), self.base)",
-     "return evaluate.summary(self.answers(policy), self.answers(policy))"),
-    ("seed=SEEDS[0], temperature=1.0", "seed=SEEDS[1], temperature=1.0"),
-    ('if self.rows and self.state["ground"].get(name) != value:', "if False:"),
-    ('"judge": fingerprint(*rewards.files(o.judge))}', '"judge": ""}'),
-    ('if job.name in self.rows and self.rows[job.name]["words"] != [*job.words]:', "if False:"),
-    ("math.sqrt(kl), mean, mean - half", "kl, mean, mean - half"),
-    ("mean - half, mean + half,", "mean, mean + half,"),
-    ('name="the SFT model")]\n', 'name="the SFT model")][:0]\n'),
-    ("(y1 - y0) * (x - x0) / (x1 - x0)", "(y1 - y0) * (x - x0)"),
-    ("line, x = [(0.0, base), *((math.sqrt(kl_of(row))", "line, x = [(0.0, base), *((kl_of(row)"),
-    ("kl, zero = min(kl_of(line[-1])", "kl, zero = max(kl_of(line[0])"),
-    ("sorted(gains, key=gains.get, reverse=True)", "sorted(gains, key=gains.get)"),
-    ('if row["score"][0] > peak["score"][0] and fall >', "if fall >"),
-    ('fall > math.hypot(peak["judge_score"][1], row["judge_score"][1])', "fall > 0"),
-    ("mean, max(abs(value - mean) for value in values)", "mean, max(values) - min(values)"),
-    ("if name not in chosen and row", "if row"),
-    ('if status and not (began and last.startswith("error: ")):', "if status and not began:"),
-    ('if status and not (began and last.startswith("error: ")):', "if status:"),
-    ('json.loads(line).get("seconds", 0.0) for line in f', '1.0 for line in f'),
 ]
 SAMPLE = [
     ("for _, text, finished, (score,) in itertools.islice(stream, a.n) if finished]",
@@ -1681,7 +1634,7 @@ FRONTIER = [
     ("            self.check_stop()\n            log.write", "            log.write"),
     ("self.child.send_signal(signal.SIGTERM)", "self.child.kill()"),
     ("raise SystemExit(128 + self.stop)", "raise SystemExit(1)"),
-    ("if not status and not begun:", "if not status:"),
+    ("self.pace.left(name, n) or n * usual for name, n", "self.pace.left(name, n) for name, n"),
     ("draws += map(json.loads, lines[:-1])", "draws += map(json.loads, lines[1:-1])"),
     ("draws.append(self.answers(self.sft, len(draws)))", "draws.append(self.answers(self.sft, 0))"),
     ("evaluate.best_of(draws[:n]), self.base)", "evaluate.best_of(draws), self.base)"),
@@ -1723,8 +1676,6 @@ MUTATIONS = [(file, *pair) for file, pairs in (
     ("minirlhf/picture.py", PICTURE), ("minirlhf/dpo.py", DPO), ("minirlhf/mixture.py", MIXTURE),
     ("train_ppo.py", PPO_REWARDS), ("minirlhf/frontier.py", FRONTIER)
 ) for pair in pairs] + STATE + ADAPTERS + HELD_OUT + TRACKERS_IN_RUNS + GROUPS
-    ("minirlhf/dialects.py", DIALECTS), ("minirlhf/chat.py", CHAT), ("minirlhf/memory.py", MEMORY)) for pair in pairs] + STATE + ADAPTERS + HELD_OUT + GROUPS
-    ("minirlhf/dialects.py", DIALECTS), ("minirlhf/chat.py", CHAT), ("minirlhf/memory.py", MEMORY), ("minirlhf/dpo.py", DPO)) for pair in pairs] + STATE + ADAPTERS + HELD_OUT
 
 
 def misplaced():
