@@ -318,7 +318,7 @@ EFFECTS = {
         "last_turn_only": Alone("test_earlier_answers_train_unless_told_otherwise")},
     "rm": COMMON | TRAINING | {
         "init_from": row("{folder}/other_sft", "weights", "steps"), "num_eval_texts": row(8, "evals"),
-        "preferences": row("judge", "weights", "steps"),
+        "preferences": row("judge", "weights", "steps"), "reference": row("{folder}/other_sft", "weights"),
         "response_length": row(2, "weights"), "num_scale_samples": row(3, "weights")},  # the head's gain and bias
     "ppo": COMMON | {
         "data_dir": row("{folder}/other", "weights", "steps"),
