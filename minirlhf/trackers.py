@@ -33,7 +33,6 @@ EVENTS = os.path.join("tensorboard", "events.out.tfevents.*")
 PATIENCE = 10  # seconds that a run's end waits for all its trackers
 HANGS = 600  # seconds after which a call that does not return ends its process
 LARGEST = FREE = 1 << 28  # bytes: the largest file that a tracker may write, and what it leaves free on the disk
-SAID = 3  # exit status of a process that has said why it ends
 
 
 # ---- what is told
@@ -206,7 +205,7 @@ class Follower:
             for line in os.read(self.process.stdout.fileno(), 1 << 14).decode("utf-8", "replace").splitlines():
                 self.say(one_line(f"{self.name}: {line[:500]}"))
         if status is not None:
-            if status not in (0, SAID):
+            if status:
                 self.say(f"{self.name}: the run goes on without it: its process "
                          + (f"was ended by signal {-status}" if status < 0 else f"has ended with status {status}")
                          + f", as a call took {HANGS} seconds" * (status == -signal.SIGALRM))
@@ -270,7 +269,6 @@ def follow(name, folder, run):
         tell(name, folder, going_on, say, wait=True)
     except BaseException as error:
         say(f"the run goes on without it: {type(error).__name__}: {error}")
-        os._exit(SAID)
     os._exit(0)  # what the package does at exit may hang as well
 
 

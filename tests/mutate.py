@@ -1422,8 +1422,7 @@ TRACKERS = [
     ("known.save(place(row))", "pass"),
     ("path = os.pathsep.join([root, *filter(None, sys.path)])", "path = root"),
     ("except (OSError, ValueError) as error:\n            self.say(", "except ValueError as error:\n            self.say("),
-    ("if status not in (0, SAID):", "if status != 0:"),
-    ("if status not in (0, SAID):", "if status != status:"),
+    ("            if status:", "            if False:"),
     ("if missing := sum(place(row) > sent for row in rows):", "if missing := 0:"),
     ("        follower.ask()", "        pass"),
     ("os.dup2(null, number)  #", "pass  #"),
@@ -1432,7 +1431,6 @@ TRACKERS = [
     ("not select.select([asked], [], [], 1.0)[0] and", "not time.sleep(1) and"),
     ("signal.alarm(HANGS)", "pass"),
     ("except BaseException as error:\n        say", "except Exception as error:\n        say"),
-    ("        os._exit(SAID)", "        os._exit(0)"),
     ("    os._exit(0)  #", "    raise SystemExit(9)  #"),
     ("    for name in chosen:\n        installed(name)", "    for name in ():\n        installed(name)"),
 ]
