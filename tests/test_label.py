@@ -821,7 +821,7 @@ def test_a_reward_model_orders_n_answers_into_a_ranking(folder, capsys):
     for n, (r, p) in enumerate(zip(records, read)):
         assert r["scores"] == sorted(r["scores"], reverse=True) and r["judge"] == "out/rm" and len(p.pairs()) <= 6
         for text, score in zip(r["completions"], r["scores"]) if n < 8 else ():
-            assert any(score == pytest.approx(x, abs=0.05) for x in scores[r["prompt"], text])  # bfloat16, on some
+            assert any(score == pytest.approx(x, abs=0.15) for x in scores[r["prompt"], text])  # bfloat16, on some
     assert sum(len(p.pairs()) for p in read) > 50
     assert "rankings: 12\n" in capsys.readouterr().out
 
