@@ -1435,6 +1435,7 @@ TRACKERS = [
     ("    for name in chosen:\n        installed(name)", "    for name in ():\n        installed(name)"),
 ]
 PICTURE = [
+    ("answers[:2 * evaluate.SHOWN]", "answers"),
     ('row["step"] < end)', 'row["step"] <= end)'),  # the last look twice
     ('looks = [(0, final["before"])', 'looks = [(0, final["after"])'),
     ('(end, final["after"])]', '(end, steps[-1].get("eval", {}))]'),
