@@ -596,7 +596,8 @@ STATE = [
      'other_tokenizer.same_ids(tokenizer)'),
     ("minirlhf/check.py", 'for size in (len(parts), 1)]', 'for size in (1, 1)]'),
     ("minirlhf/check.py", '    if not first and not o.reference:\n', '    if True:\n'),
-    ("minirlhf/check.py", '"value network": value, **{name: judge.model for', '"value network": policy, **{name: value for'),
+    ("minirlhf/check.py", '{"value network": value} if value else {}', '{"value network": policy} if value else {}'),
+    ("minirlhf/check.py", '({"value network": value} if value else {})', '{"value network": value}'),
     ("minirlhf/check.py", '    model.eval()\n    padding(checks, model, batch, "model")',
      '    padding(checks, model, batch, "model")'),
     ("minirlhf/check.py", '    model.eval()\n    padding(checks, model, rows, "reward model")',
@@ -1275,6 +1276,13 @@ CHART = [
     ("f\"{x + 0.0:.0f}\"", "f\"{x:.0f}\""),
 ]
 REPORT = [
+    ("was = as_fields(script.Options, run.options)", "was = run.options"),
+    (" and f.name not in trackers.NAMES}", "}"),
+    ('of = ", ".join(map(str, of)) if isinstance(of, list) else of', "pass"),
+    ('run.stage in ("rm", "dpo") and of', 'run.stage == "rm" and of'),
+    ('if run.options.get("advantages", "gae") != "gae" else', "if False else"),
+    ('(f"{said}held out", ["eval"])', '(f"{said}held out", [])'),
+    ('if stage not in shown and stage != "dpo":', "if stage not in shown:"),
     ("if isinstance(row, dict) and is_number(row.get(\"step\")):", "if isinstance(row, dict):"),
     ("except (ValueError, RecursionError):\n                    row", "except ValueError:\n                    row"),
     ("torn = len(bad) == 1 and not bad[0][1].endswith(b\"\\n\")", "torn = len(bad) == 1"),
@@ -1342,6 +1350,9 @@ LABEL_CHOICES = [
     ('c[0].encode("unicode_escape").decode()', "c[0]"),
 ]
 LABEL = [
+    ("if not math.isnan(score):", "if True:"),
+    ("zip(numbers, asked, answers)\n                if rows]", "zip(numbers, asked, answers)]"),
+    ("mixture.give_columns([judge], [ids for _, ids in prompts], a.prompts)", "pass"),
     ("if asked[\"turn\"] != self.turn or self.ended.is_set():", "if self.ended.is_set():"),
     ('        if type(asked.get("turn")) is not int:', "        if False:"),
     ("if not isinstance(choice, str) or choice not in CHOICES:", "if not isinstance(choice, str):"),
@@ -1568,6 +1579,8 @@ GROUPS = [
     ("minirlhf/check.py", "drawn one by one\", differ > 0,", "drawn one by one\", True,"),
 ]
 MIXTURE = [
+    ("not rewards.is_function(part.source) and part.limit is None]", "not rewards.is_function(part.source)]"),
+    ('*["value_init"] * (o.advantages == "gae"))', '"value_init")'),
     ("weight is not None and not abs(weight) < 1e6", "weight is not None and abs(weight) > 1e6"),
     ("os.path.exists(source) or source in hub", "source in hub"),
     ("1.0 if weight is None else weight", "weight or 1.0"),
@@ -1636,9 +1649,10 @@ FRONTIER = [
     ("self.pace.left(name, n) or n * usual for name, n", "self.pace.left(name, n) for name, n"),
     ("draws += map(json.loads, lines[:-1])", "draws += map(json.loads, lines[1:-1])"),
     ("draws.append(self.answers(self.sft, len(draws)))", "draws.append(self.answers(self.sft, 0))"),
-    ("evaluate.best_of(draws[:n]), self.base)", "evaluate.best_of(draws), self.base)"),
-    ("return evaluate.summary(self.answers(policy), self.base)",
-     "return evaluate.summary(self.answers(policy), self.answers(policy))"),
+    ("evaluate.best_of(draws[:n]), self.o.sft)", "evaluate.best_of(draws), self.o.sft)"),
+    ("figures = evaluate.summary(rows, self.base)", "figures = evaluate.summary(rows, rows)"),
+    ("mixture.give_columns(self.scorers.values(), self.prompts, path)", "pass"),
+    ('if "judge_win_rate" not in figures:', "if False:"),
     ("seed=SEEDS[0], temperature=1.0", "seed=SEEDS[1], temperature=1.0"),
     ('if self.rows and self.state["ground"].get(name) != value:', "if False:"),
     ('"judge": fingerprint(*rewards.files(o.judge))}', '"judge": ""}'),

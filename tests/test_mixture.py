@@ -689,8 +689,9 @@ def test_sample_shows_a_function_s_scores(tiny, several, tmp_path, capsys, refus
     assert f"{f}: {tiny.sft} mean score {mean:.3f}" in said and " null |" in said
     sample.main([tiny.sft, f"{several.function}:never", "--prompt", "a", "--device", "cpu", "--response_length", "3"])
     assert f"{tiny.sft} applies to none" in capsys.readouterr().out
-    assert "asks for the column 'wanted', which the prompt lacks" in refused(
-        sample.main, [tiny.sft, f, "--prompt", "a", "--device", "cpu", "--response_length", "3"])
+    for words in ([f], ["--reward_model", f]):
+        assert f"{' '.join(words)}: asks for the column 'wanted', which the prompt lacks" in refused(
+            sample.main, [tiny.sft, *words, "--prompt", "a", "--device", "cpu", "--response_length", "3"])
     assert "a function scores what policies write; name a policy too" in refused(
         sample.main, [f, "--prompts", str(prompts), "--device", "cpu"])
 
