@@ -1,8 +1,8 @@
 """A PPO run in one picture, which a README can open with: `python -m minirlhf.picture out/ppo --output run.svg`.
 
 Score, judge and KL over the steps, and an answer before and after: that of the prompt whose score rose by the median of
-those that train_ppo.py prints at its end, so that nobody has picked it. Invariant: each number drawn is one of metrics.jsonl or
-samples.jsonl; where the run had no judge, there is no such curve.
+those that train_ppo.py prints at its end, so that nobody has picked it. Invariant: each number drawn is one of
+metrics.jsonl or samples.jsonl; where the run had no judge, there is no such curve.
 
 The file holds no script, no font and no address, is light or dark as the page around it, and on a narrow screen has
 larger letters and shorter lines: both forms of the answers are in it, and CSS shows one. Left out: what

@@ -176,8 +176,9 @@ def command(run):
         return None
     script = importlib.import_module("minirlhf.dpo" if run.stage == "dpo" else f"train_{run.stage}")
     was = as_fields(script.Options, run.options)
-    known = {f.name: was[f.name] for f in fields(script.Options)
-             if type(was.get(f.name)) is type(f.default) and f.name not in trackers.NAMES}
+    known = {f.name: value for f in fields(script.Options) if f.name not in trackers.NAMES
+             and type(value := was.get(f.name)) is type(f.default)
+             and (type(value) is not tuple or all(isinstance(one, str) for one in value))}
     if run.stage == "sft" and known.get("init_from", "scratch") != "scratch":  # whose sizes the run has noted
         known = {name: value for name, value in known.items() if name not in script.SIZES[:-1]}
     return runtime.command_line(run.stage, script.Options(**known), resume=False, overwrite=False)

@@ -1277,7 +1277,8 @@ CHART = [
 ]
 REPORT = [
     ("was = as_fields(script.Options, run.options)", "was = run.options"),
-    (" and f.name not in trackers.NAMES}", "}"),
+    ("if f.name not in trackers.NAMES\n             and type(value :=", "if type(value :="),
+    ("(type(value) is not tuple or all(isinstance(one, str) for one in value))}", "True}"),
     ('of = ", ".join(map(str, of)) if isinstance(of, list) else of', "pass"),
     ('run.stage in ("rm", "dpo") and of', 'run.stage == "rm" and of'),
     ('if run.options.get("advantages", "gae") != "gae" else', "if False else"),
