@@ -389,6 +389,11 @@ def ppo_curves(run):
     log, rows, judge = f"{run.folder}/metrics.jsonl", run.steps, [*points(run.steps, "eval", "judge_win_rate")]
     ends, usual = ends_of(rows), get(run.final, "before", "mean_length")
     guide = {"guides": {"reference model's": [(x, usual) for x in ends]}} if is_number(usual) else {}
+    names = [*dict.fromkeys(key for row in rows for key in row)]
+    rewards, multipliers = ({key.removeprefix(start): points(rows, key) for key in names if key.startswith(start)}
+                            for start in ("objective/scores/", "objective/multiplier/"))
+    more = {key.removeprefix("objective/"): [key] for key in names if key.startswith((
+        "objective/scores/", "objective/multiplier/", "groups/"))}
 
     def of(title, series, y_label, should, **more):
         return chart(title, series, "step", y_label, should, log, **more)
@@ -397,6 +402,10 @@ def ppo_curves(run):
         of("Score", {"training batch": points(rows, "objective/scores"), "held out": points(rows, "eval", "score")},
            "score of the reward model",
            "Rises, then levels off. Still rising while answers grow alike: reward hacking."),
+        *([of("Each reward", dict([*rewards.items()][:8]), "mean score of training answers", "One that falls while "
+              "the others rise is what they are bought with.")] if len(rewards) > 1 else []),
+        *([of("Multipliers", dict([*multipliers.items()][:8]), "multiplier of a limit", "Levels off where the limit is "
+              "kept. Growing to the end: it cannot be kept, or not at this rate.")] if multipliers else []),
         of("Preferred to the reference's answer", {"by the reward model": points(rows, "eval", "win_rate"),
                                                    **({"by the judge": judge} if judge else {})},
            "held-out prompts, share", "Rises from one half. The judge far below the reward model: over-optimised.",
@@ -415,7 +424,7 @@ def ppo_curves(run):
         if run.options.get("advantages", "gae") != "gae" else
         of("Value network", {"explained variance": points(rows, "val/explained_variance")},
            "explained variance of returns, share", "Rises towards 1. At 0 values predict nothing; below, they harm.")
-    ], PPO_COLUMNS
+    ], PPO_COLUMNS | dict([*more.items()][:17])
 
 
 def dpo_curves(run):
@@ -437,8 +446,9 @@ def dpo_curves(run):
               "KL, nats a response", "Rises, and stays near the reference the more beta is.", log)], {
         "loss of a pair": ["loss"], "pairs ordered rightly": ["rewards/accuracies"], "margin": ["rewards/margins"],
         "log-probability, chosen": ["logps/chosen"], "log-probability, rejected": ["logps/rejected"],
-        "held out, ordered rightly": ["eval", "rewards/accuracies"], "held-out KL": ["eval", "answers", "kl", 0],
-        "learning rate": ["lr"], "gradient norm": ["grad_norm"]}
+        "held out, loss": ["eval", "loss"], "held out, ordered rightly": ["eval", "rewards/accuracies"],
+        "held out, chosen": ["eval", "logps/chosen"], "held out, rejected": ["eval", "logps/rejected"],
+        "held-out KL": ["eval", "answers", "kl", 0], "learning rate": ["lr"], "gradient norm": ["grad_norm"]}
 
 
 def before_and_after(run):
@@ -446,6 +456,9 @@ def before_and_after(run):
     final, out = run.final or {}, []
     rows = [[label, *(cell(get(final, when, key), form) for when in ("before", "after"))]
             for key, label, form in evaluate.FIGURES if get(final, "after", key) is not None]
+    parts = [*entries(final, "after", "parts")]
+    rows += [[f"{name}: {label}", *(cell(get(final, when, "parts", name, key), form) for when in ("before", "after"))]
+             for name in parts[:8] if len(parts) > 1 for key, label, form in evaluate.FIGURES[:2]]
     if rows:
         n = get(final, "after", "prompts")
         caption = "Held-out prompts, with 95 % intervals" + (f": {figure(n)}" if is_number(n) else "")

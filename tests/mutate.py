@@ -1276,6 +1276,8 @@ CHART = [
     ("f\"{x + 0.0:.0f}\"", "f\"{x:.0f}\""),
 ]
 REPORT = [
+    ("if len(rewards) > 1 else []", "if rewards else []"), ("for name in parts[:8] if len(parts) > 1", "for name in ()"),
+    ("dict([*multipliers.items()][:8])", "dict([*rewards.items()][:8])"),
     ("was = as_fields(script.Options, run.options)", "was = run.options"),
     ("if f.name not in trackers.NAMES\n             and type(value :=", "if type(value :="),
     ("(type(value) is not tuple or all(isinstance(one, str) for one in value))}", "True}"),

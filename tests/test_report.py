@@ -310,8 +310,29 @@ def test_a_run_of_dpo(tmp_path):
         assert len(tooltips(root, title)) == sum(map(len, lines.values())), title
     assert len(tooltips(root, "Log-probability of texts")) == 6
     assert table_of(root, f"{tmp_path}/dpo, all steps")[2] == [
-        "2", *map(short, (0.75, 0.5, 0.125, -20.5, -23.5, 0.625, 0.5, 1e-4, 2.0))]
+        "2", *map(short, (0.75, 0.5, 0.125, -20.5, -23.5, 0.7, 0.625, -21.5, -22.5, 0.5, 1e-4, 2.0))]
     assert not any("no run of the DPO" in line for line in told(read(made(tmp_path / "other" / "ppo"))))
+
+
+def test_several_rewards_are_shown_apart(tmp_path):
+    """The mean of each and the multipliers of limits by step, and the closing figures of each; of one reward nothing
+    more than its score."""
+    rows = [ppo_row(k, **{"objective/scores/rm": 0.5 * k, "objective/scores/cost": None if k == 1 else 0.25,
+                          "objective/multiplier/cost": 0.125 * k}) for k in (1, 2)]
+    parts = {"rm": {"score": [1.5, 0.25], "win_rate": [0.75, 0.5, 0.875]}, "cost": {"score": [0.25, 0.125]}}
+    rows.append({"step": 2, "final": {"before": SUMMARY, "after": SUMMARY | {"parts": parts}}})
+    root = read(made(tmp_path / "ppo", metrics=rows))
+    assert [len(tooltips(root, title)) for title in ("Each reward", "Multipliers")] == [3, 2]
+    assert all(y in tip for y, tip in zip(("0.5", "1", "0.25"), tooltips(root, "Each reward")))
+    assert all(y in tip for y, tip in zip(("0.125", "0.25"), tooltips(root, "Multipliers")))
+    found = {row[0]: row[1:] for row in table_of(root, "Held-out prompts")}
+    assert found["rm: mean score"] == ["", "1.500 +- 0.250"] and found["cost: mean score"] == ["", "0.250 +- 0.125"]
+    found = table_of(root, f"{tmp_path}/ppo, all steps")
+    assert [found[0][-3:], *(row[-3:] for row in found[1:3])] == [
+        ["scores/rm", "scores/cost", "multiplier/cost"], ["0.5", "", "0.125"], ["1", "0.25", "0.25"]]
+    one = {k: v for k, v in rows[0].items() if not k.endswith("/cost")}
+    page = read(made(tmp_path / "ppo", metrics=[one]))
+    assert not any(f.get("aria-label").startswith(("Each reward", "Multipliers")) for f in page.iter("figure"))
 
 
 def test_answers_that_are_compared_have_no_value_network(tmp_path):
