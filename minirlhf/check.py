@@ -351,7 +351,8 @@ def ppo(policy, ref, value, reward, tokenizer, prompts, first, o, run):
             zip(batch.tokens.tolist(), batch.lengths.tolist(), batch.prompt_lengths.tolist())]
     several = len(reward.judges) > 1
     judges = {"reward model" + f" {judge.name}" * several: judge for judge in reward.judges}
-    models = {"policy": policy, "value network": value, **{name: judge.model for name, judge in judges.items()}}
+    models = {"policy": policy, **({"value network": value} if value else {}),
+              **{name: judge.model for name, judge in judges.items()}}
     for name, model in models.items():
         padding(checks, model, rows, name)
     cache(checks, policy, rows)

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import NamedTuple
 
-from minirlhf import chart, checkpoint, evaluate, kernels, prepare, rewards, runtime
+from minirlhf import chart, checkpoint, evaluate, kernels, mixture, prepare, rewards, runtime
 from minirlhf.config import RunOptions, fail, launch, one_line, parse, say, unprinted
 from minirlhf.data import encode_prompts, fingerprint
 from minirlhf.objectives import best_of_n_kl
@@ -302,17 +302,27 @@ class Ground:
         self.prompts = self.prompts[:o.num_prompts]
         if not self.prompts:
             fail(f"{path}: no prompt leaves room for an answer in the context of {o.sft}, {context} tokens")
+        mixture.give_columns(self.scorers.values(), self.prompts, path)
         self.base = self.answers(self.sft)
+        self.start = self.summary(self.base, o.sft)
 
     def answers(self, policy, draw=0):
         return evaluate.answer(policy, self.sft, self.scorers, self.prompts, self.tokenizer, self.settings, self.run,
                                draw)
 
+    def summary(self, rows, path):
+        """Figures of answers of a policy. Exits 2 where a function that judges applies to none of them."""
+        figures = evaluate.summary(rows, self.base)
+        if "judge_win_rate" not in figures:
+            fail(f"--judge {self.o.judge}: applies to no answer of {path} whose prompt has one of {self.o.sft} that it "
+                 "applies to; choose a judge that applies to more")
+        return figures
+
     def measure(self, path):
         """A policy's figures, as `python -m minirlhf.evaluate` has them."""
         policy, tokenizer, _ = checkpoint.load(path, checkpoint.POLICIES, self.run.device)
         checkpoint.compatible((policy, tokenizer), path, (self.sft, self.tokenizer), self.o.sft)
-        return evaluate.summary(self.answers(policy), self.base)
+        return self.summary(self.answers(policy), path)
 
     def best_of(self, runner):
         """Yields (n, figures) of the SFT model's best answer of n. Draws are kept in OUT/draws.jsonl, one a line."""
@@ -328,7 +338,7 @@ class Ground:
                 with open(path, "a", encoding="utf-8") as f:
                     f.write(json.dumps(draws[-1], ensure_ascii=False) + "\n")
                 runner.check_stop()
-            figures = evaluate.summary(evaluate.best_of(draws[:n]), self.base) | {"kl_bound": best_of_n_kl(n)}
+            figures = self.summary(evaluate.best_of(draws[:n]), self.o.sft) | {"kl_bound": best_of_n_kl(n)}
             yield n, {name: value for name, value in figures.items() if name not in ("kl", "kl_k3")}
 
 
@@ -367,7 +377,7 @@ class Results:
                 fail(f"--out {o.out}: its rows were measured with another {name.replace('_', ' ')}; choose another "
                      "--out, or remove this one")
         self.state |= {"ground": now, "num_prompts": len(ground.prompts),
-                       "baseline": evaluate.summary(ground.base, ground.base)}
+                       "baseline": ground.start}
 
     def check(self, job):
         """Exits 2 where a row of this name was made with other options."""

@@ -23,7 +23,7 @@ import tty
 import webbrowser
 from typing import NamedTuple
 
-from minirlhf import chart, checkpoint, kernels, rewards, runtime, server
+from minirlhf import chart, checkpoint, kernels, mixture, rewards, runtime, server
 from minirlhf.chat import about
 from minirlhf.choices import PERSON, Choices, Pair, figures, visible
 from minirlhf.config import (Parser, all_printed, check_spelling, escaped, fail, launch, one_line, positive_int, say,
@@ -100,7 +100,8 @@ class Writer(NamedTuple):
 
 
 class Answers:
-    """What the writers say. prompts: [(as it stands in its record, ids)]; judge: what scores a Rollout, or None."""
+    """What the writers say. prompts: [(as it stands in its record, ids)]; judge: what scores a Rollout, or None. An
+    answer to which the judge does not apply is left out."""
 
     def __init__(self, writers, tokenizer, prompts, judge, run, a):
         self.writers, self.tokenizer, self.prompts = writers, tokenizer, prompts
@@ -121,10 +122,12 @@ class Answers:
                 i, text = i // writer.answers, self.tokenizer.decode(ids)
                 if not isinstance(asked[i][0], str) and not self.tokenizer.form:
                     text = text.removeprefix(" ")  # which stands between "Assistant:" and what is said
-                answers[i].append((text, writer.name, finished, score))
+                if not math.isnan(score):
+                    answers[i].append((text, writer.name, finished, score))
         for k, rows in zip(numbers, answers):
             random.Random(f"sides {a.seed} {k}").shuffle(rows)
-        return [Pair(k, prompt, *map(list, zip(*rows))) for k, (prompt, _), rows in zip(numbers, asked, answers)]
+        return [Pair(k, prompt, *map(list, zip(*rows))) for k, (prompt, _), rows in zip(numbers, asked, answers)
+                if rows]
 
     def blocks(self, first, stop=10 ** 12):
         """Yields lists of Pairs from number `first` on, without those that leave nothing to choose.
@@ -138,8 +141,9 @@ class Answers:
             yield pairs
             idle = 0 if pairs else idle + 1
             if idle == PATIENCE:
-                raise RuntimeError(f"the answers to each of {PATIENCE * BLOCK} prompts in a row were the same; raise "
-                                   "--temperature")
+                raise RuntimeError(f"the answers to each of {PATIENCE * BLOCK} prompts in a row were the same"
+                                   + ", or the judge did not apply to them" * bool(self.judge)
+                                   + "; raise --temperature")
 
 
 class Ahead(threading.Thread):
@@ -457,6 +461,8 @@ def main(argv=None):
     writers, tokenizer = load(a, device)
     judge = a.judge and rewards.load(a.judge, "--judge", writers[0].model, tokenizer, a.policy, run)
     prompts = read_prompts(a, tokenizer, writers[0].model.config.block_size)
+    if judge:
+        mixture.give_columns([judge], [ids for _, ids in prompts], a.prompts)
     answers = Answers(writers, tokenizer, prompts, judge, run, a)
     reads = [a.prompts, *(file for writer in writers for file in checkpoint.files_of(writer.name))]
     choices = Choices(a.output, reads + (rewards.files(a.judge) if a.judge else []))

@@ -102,9 +102,9 @@ def check_options(o):
     parts = parts_of(o)
     if rewards.is_function(o.reward_model) and any(part.source == o.reward_model for part in parts):
         fail(f"--reward_model {o.reward_model}: a function is named by --reward")
-    models = [part for part in parts if not rewards.is_function(part.source)]
+    models = [part for part in parts if not rewards.is_function(part.source) and part.limit is None]
     warn_idle(o, "reward", o.reward_model not in [part.source for part in parts], "reward_model")
-    warn_idle(o, "reward", not models, "reward_clip", "value_init")
+    warn_idle(o, "reward", not models, "reward_clip", *["value_init"] * (o.advantages == "gae"))
     warn_idle(o, 'at_most ""', not o.at_most, "multiplier_rate")
 
 

@@ -18,12 +18,12 @@ import re
 from dataclasses import fields
 from typing import NamedTuple
 
-from minirlhf import evaluate, runtime
+from minirlhf import evaluate, runtime, trackers
 from minirlhf.chart import CHART, PAGE, SHADES, Point, figure, is_number, lines, look, text
-from minirlhf.config import all_printed, check_spelling, fail, launch, say, unprinted
+from minirlhf.config import all_printed, as_fields, check_spelling, fail, launch, say, unprinted
 from minirlhf.objectives import wilson_interval
 
-STAGES = {"sft": "SFT model", "rm": "reward model", "ppo": "PPO policy"}
+STAGES = {"sft": "SFT model", "rm": "reward model", "ppo": "PPO policy", "dpo": "DPO policy"}
 SHOWN = 12  # answers before and after at a time
 LONGEST = 2000  # characters of a text
 ANSWERS, ROLLOUTS = 250_000, 300_000  # characters of the page that answers, and rollouts, may take
@@ -170,14 +170,15 @@ def seconds(run):
 
 
 def command(run):
-    """The command line that repeats the run, of the options that its script knows today; None without a script."""
+    """The command line that repeats the run, of the options that its script knows today, without trackers, which this
+    machine may lack; None without a script."""
     if run.stage not in STAGES or not run.options:
         return None
-    script = importlib.import_module(f"train_{run.stage}")
-    several = {f.name for f in fields(script.Options) if isinstance(f.default, tuple)}  # an older run has one
-    given = {name: value if name not in several else (value,) if isinstance(value, str) else tuple(value)
-             for name, value in run.options.items() if name not in several or isinstance(value, (str, list))}
-    known = {f.name: given[f.name] for f in fields(script.Options) if type(given.get(f.name)) is type(f.default)}
+    script = importlib.import_module("minirlhf.dpo" if run.stage == "dpo" else f"train_{run.stage}")
+    was = as_fields(script.Options, run.options)
+    known = {f.name: value for f in fields(script.Options) if f.name not in trackers.NAMES
+             and type(value := was.get(f.name)) is type(f.default)
+             and (type(value) is not tuple or all(isinstance(one, str) for one in value))}
     if run.stage == "sft" and known.get("init_from", "scratch") != "scratch":  # whose sizes the run has noted
         known = {name: value for name, value in known.items() if name not in script.SIZES[:-1]}
     return runtime.command_line(run.stage, script.Options(**known), resume=False, overwrite=False)
@@ -217,6 +218,11 @@ def result(run):
         if isinstance(rate, list) and len(rate) == 3 and all(map(is_number, rate)):
             said.append("preferred to the SFT answer {:.1%} ({:.1%}-{:.1%})".format(*rate))
         if is_number(kl := get(final, "after", "kl", 0)):
+            said.append(f"KL {figure(kl)} nats a response")
+    if run.stage == "dpo" and (looks := [row["eval"] for row in run.steps if entries(row, "eval")]):
+        if is_number(share := get(looks[-1], "rewards/accuracies")):
+            said.append(f"held-out pairs ordered rightly {share:.1%}")
+        if is_number(kl := get(looks[-1], "answers", "kl", 0)):
             said.append(f"KL {figure(kl)} nats a response")
     return "; ".join(filter(None, said)) or "none yet"
 
@@ -279,7 +285,7 @@ def what_was_run(runs, shown):
         out.append('<h3>The commands</h3><pre class="panel">' + re.sub(  # an option's name is not broken
             r"(--\w+)", r"<span>\1</span>", "\n".join(map(text, commands))) + "</pre>")
     for stage, name in STAGES.items():
-        if stage not in shown:
+        if stage not in shown and stage != "dpo":  # which is beside the three
             out.append(missing(f"There is no run of the {name} here, and so nothing of it below."))
     return "".join(out) + "".join(missing(fault) for run in runs for fault in run.faults)
 
@@ -287,7 +293,9 @@ def what_was_run(runs, shown):
 def data_of(run):
     """"data/sentiment", and which preferences where these are not the usual ones."""
     of = run.options.get("preferences", "preferences")
-    return f"{run.options.get('data_dir', 'not recorded')}" + f", {of}" * (run.stage == "rm" and of != "preferences")
+    of = ", ".join(map(str, of)) if isinstance(of, list) else of
+    return f"{run.options.get('data_dir', 'not recorded')}" + f", {of}" * (
+        run.stage in ("rm", "dpo") and of != "preferences")
 
 
 def sft_curves(run):
@@ -381,6 +389,11 @@ def ppo_curves(run):
     log, rows, judge = f"{run.folder}/metrics.jsonl", run.steps, [*points(run.steps, "eval", "judge_win_rate")]
     ends, usual = ends_of(rows), get(run.final, "before", "mean_length")
     guide = {"guides": {"reference model's": [(x, usual) for x in ends]}} if is_number(usual) else {}
+    names = [*dict.fromkeys(key for row in rows for key in row)]
+    rewards, multipliers = ({key.removeprefix(start): points(rows, key) for key in names if key.startswith(start)}
+                            for start in ("objective/scores/", "objective/multiplier/"))
+    more = {key.removeprefix("objective/"): [key] for key in names if key.startswith((
+        "objective/scores/", "objective/multiplier/", "groups/"))}
 
     def of(title, series, y_label, should, **more):
         return chart(title, series, "step", y_label, should, log, **more)
@@ -389,6 +402,10 @@ def ppo_curves(run):
         of("Score", {"training batch": points(rows, "objective/scores"), "held out": points(rows, "eval", "score")},
            "score of the reward model",
            "Rises, then levels off. Still rising while answers grow alike: reward hacking."),
+        *([of("Each reward", dict([*rewards.items()][:8]), "mean score of training answers", "One that falls while "
+              "the others rise is what they are bought with.")] if len(rewards) > 1 else []),
+        *([of("Multipliers", dict([*multipliers.items()][:8]), "multiplier of a limit", "Levels off where the limit is "
+              "kept. Growing to the end: it cannot be kept, or not at this rate.")] if multipliers else []),
         of("Preferred to the reference's answer", {"by the reward model": points(rows, "eval", "win_rate"),
                                                    **({"by the judge": judge} if judge else {})},
            "held-out prompts, share", "Rises from one half. The judge far below the reward model: over-optimised.",
@@ -402,9 +419,36 @@ def ppo_curves(run):
            "Falls a little. Towards 0: the same answer to every prompt."),
         of("Clip fraction", {"policy": points(rows, "policy/clipfrac_avg")}, "decisions with a clipped ratio, share",
            "Between 0 and about 0.2. Always 0: steps could be larger. Above: they are too large."),
+        of("Groups of equal scores", {"training batch": points(rows, "groups/equal_scores")},
+           "groups whose answers have one score, share", "Low: such a group does not say which answer is better.")
+        if run.options.get("advantages", "gae") != "gae" else
         of("Value network", {"explained variance": points(rows, "val/explained_variance")},
            "explained variance of returns, share", "Rises towards 1. At 0 values predict nothing; below, they harm.")
-    ], PPO_COLUMNS
+    ], PPO_COLUMNS | dict([*more.items()][:17])
+
+
+def dpo_curves(run):
+    log, rows = f"{run.folder}/metrics.jsonl", run.steps
+
+    def of(title, names, y_label, should, **more):
+        series = {label: points(rows, *path, name) for name, said in names.items() for label, path in (
+            (f"{said}training batch", []), (f"{said}held out", ["eval"]))}
+        return chart(title, series, "step", y_label, should, log, **more)
+
+    return [
+        of("DPO loss", {"loss": ""}, "loss of a pair", "Falls. Held out rising while training falls: it learns the "
+           "pairs by heart."),
+        of("Pairs ordered rightly by the policy", {"rewards/accuracies": ""}, "pairs, share",
+           "Rises from one half.", guides={"chance": [(x, 0.5) for x in ends_of(rows)]}, y_range=(0, 1)),
+        of("Log-probability of texts", {"logps/chosen": "chosen, ", "logps/rejected": "rejected, "},
+           "log-probability, nats a text", "That both fall is usual; chosen ones should fall less."),
+        chart("KL of answers from the reference", {"held out, k1": points(rows, "eval", "answers", "kl")}, "step",
+              "KL, nats a response", "Rises, and stays near the reference the more beta is.", log)], {
+        "loss of a pair": ["loss"], "pairs ordered rightly": ["rewards/accuracies"], "margin": ["rewards/margins"],
+        "log-probability, chosen": ["logps/chosen"], "log-probability, rejected": ["logps/rejected"],
+        "held out, loss": ["eval", "loss"], "held out, ordered rightly": ["eval", "rewards/accuracies"],
+        "held out, chosen": ["eval", "logps/chosen"], "held out, rejected": ["eval", "logps/rejected"],
+        "held-out KL": ["eval", "answers", "kl", 0], "learning rate": ["lr"], "gradient norm": ["grad_norm"]}
 
 
 def before_and_after(run):
@@ -412,6 +456,9 @@ def before_and_after(run):
     final, out = run.final or {}, []
     rows = [[label, *(cell(get(final, when, key), form) for when in ("before", "after"))]
             for key, label, form in evaluate.FIGURES if get(final, "after", key) is not None]
+    parts = [*entries(final, "after", "parts")]
+    rows += [[f"{name}: {label}", *(cell(get(final, when, "parts", name, key), form) for when in ("before", "after"))]
+             for name in parts[:8] if len(parts) > 1 for key, label, form in evaluate.FIGURES[:2]]
     if rows:
         n = get(final, "after", "prompts")
         caption = "Held-out prompts, with 95 % intervals" + (f": {figure(n)}" if is_number(n) else "")
@@ -765,7 +812,7 @@ def page(folder):
     out.append(before_and_after(shown["ppo"]) if "ppo" in shown else missing("There is no PPO policy's run here."))
     out.append("<h2 id=curves>Curves</h2><p>On a chart, the mouse or the arrow keys read out a point.</p>")
     for stage, run in shown.items():
-        curves, columns = {"sft": sft_curves, "rm": rm_curves, "ppo": ppo_curves}[stage](run)
+        curves, columns = {"sft": sft_curves, "rm": rm_curves, "ppo": ppo_curves, "dpo": dpo_curves}[stage](run)
         out += [f"<h3>{STAGES[stage].capitalize() if stage == 'rm' else STAGES[stage]}: {text(run.folder)}</h3>",
                 f'<div class="charts">{"".join(curves)}</div>', rm_figures(run) if stage == "rm" else "",
                 steps_table(run, columns)]

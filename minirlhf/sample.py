@@ -190,8 +190,8 @@ def complete(policy, judges, prompts, a, batch_size=64):
 def scorers_of(policy, judges, prompts, a):
     """What scores the policy's completions."""
     run = runtime.Precision(a.device, "float32")
-    found = [rewards.RewardModel(j.model, j.tokenizer, run, j.path) if j.model else
-             rewards.RewardFunction(j.path, policy.tokenizer, run, "reward") for j in judges]
+    found = [rewards.RewardModel(j.model, j.tokenizer, run, j.path) if j.model else rewards.RewardFunction(
+        j.path, policy.tokenizer, run, "--reward_model" if j.path == a.reward_model else "reward") for j in judges]
     mixture.give_columns(found, prompts, a.prompts or "the prompt")
     return found
 
@@ -273,7 +273,8 @@ def check_choice(policies, judges, a):
     """Exits 2 where --rank and --best have nothing to choose from, nothing to choose by, or no file."""
     option = "--rank" if a.rank else "--best"
     if len(judges) != 1:
-        fail(f"{option}: needs one reward model, found {', '.join(judge.path for judge in judges) or 'none'}; name it with --reward_model")
+        fail(f"{option}: needs one reward model, found {', '.join(judge.path for judge in judges) or 'none'}; name it "
+             "with --reward_model")
     if not a.output or not (a.prompt or a.prompts):
         fail(f"{option}: writes records; name their file with --output, and the prompts' with --prompts")
     if a.n * len(policies) < 2:

@@ -460,6 +460,26 @@ def test_a_function_may_judge(folder):
         found["rows"]["best-of-4"]["command"])
 
 
+def test_a_judge_gets_columns_and_need_not_apply(folder, refused):
+    """The columns of the held-out prompts; None is left out; a judge that applies to no answer ends it in a line."""
+    path = folder / "data/prompts.val.jsonl"
+    path.write_text("".join(json.dumps(json.loads(line) | {"level": n}) + "\n"
+                            for n, line in enumerate(path.read_text().splitlines())))
+    (folder / "own.py").write_text(
+        "def score(prompts, completions, level): return [n if n % 2 else None for n in level]\n"
+        "def never(prompts, completions): return [None] * len(prompts)\n"
+        "def other(prompts, completions, gone): return level\n")
+    words = [*START, "--methods", "best-of-n", "--out", "out/other", "--judge"]
+    frontier.main([*words, "own.py:score"])
+    row = json.loads((folder / "out/other/frontier.json").read_text("utf-8"))["rows"]["best-of-4"]
+    assert row["judge_score"][0] == 3 and row["judge_win_rate"][0] == 0.5  # of levels 0 to 5
+    words[words.index("out/other")] = "out/third"
+    assert "--judge own.py:never: applies to no answer of out/scratch/sft" in refused(
+        frontier.main, [*words, "own.py:never"])
+    assert "asks for the column 'gone', which data/prompts.val.jsonl lacks" in refused(
+        frontier.main, [*words, "own.py:other"])
+
+
 def test_draws_are_taken_up_again(folder):
     """Of three draws the last is torn, and no row is there: the same rows again, and the same draws."""
     path, found = folder / "out/frontier/draws.jsonl", state(folder)

@@ -842,6 +842,23 @@ def test_a_judge_of_two_writes_pairs_and_the_win_rate(folder, capsys):
     assert f"out/ppo preferred to out/sft: {sum(rates) / 30:.1%} (95% " in capsys.readouterr().out
 
 
+def test_a_judge_gets_columns_and_leaves_out_what_it_does_not_apply_to(folder, refused):
+    """None makes neither a number nor a loser; a column that the prompts lack is refused before anything is written."""
+    (folder / "prompts.jsonl").write_text("".join(f'{{"prompt": "{a}d", "level": {n}}}\n' for n, a in enumerate("abc")))
+    (folder / "judge.py").write_text(
+        "def score(prompts, completions, level):\n"
+        "    return [None if n == 0 or len(c) % 2 else n + len(c) for n, c in zip(level, completions)]\n"
+        "def other(prompts, completions, gone): pass\n")
+    assert "asks for the column 'gone'" in refused(judged, "--judge", "judge.py:other", "--n", "4")
+    assert not (folder / "c.jsonl").exists()
+    judged("--judge", "judge.py:score", "--n", "4", "--num_pairs", "12")
+    records = lines(folder / "c.jsonl")
+    assert len(records) == 12 and {r["prompt"] for r in records} == {"bd", "cd"}
+    for r in records:
+        texts = r.get("completions") or [r["chosen"], r["rejected"]]
+        assert r["scores"] == [len(text) + "abc".index(r["prompt"][0]) for text in texts]
+
+
 def test_a_judge_that_fails_keeps_what_it_has_judged_and_goes_on_as_if_it_had_not(folder, refused, capsys):
     good = "def score(prompts, completions):\n    return [c.count('d') for c in completions]\n"
     (folder / "judge.py").write_text(good)

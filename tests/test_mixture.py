@@ -119,12 +119,17 @@ def test_what_a_command_line_may_not_ask_for(options, refused, words, says):
 
 
 def test_options_that_have_no_effect(options, capsys):
-    """The reward model's, where none is among the rewards; the rate of multipliers, where there is no limit."""
+    """The reward model's, where none is among the rewards that are maximised; the rate of multipliers, where there is
+    no limit. Each is told once."""
     given = "--reward_model x --reward_clip 1 --value_init rm --multiplier_rate 1 "
     for words, idle in (("", ["multiplier_rate"]), ("--reward rm --reward my.py:dots", ["multiplier_rate"]),
                         ("--reward my.py:dots --at_most 1", []),
                         ("--reward out/safe", ["reward_model", "multiplier_rate"]),
-                        ("--reward my.py:dots", ["reward_model", "reward_clip", "value_init", "multiplier_rate"])):
+                        ("--reward my.py:dots", ["reward_model", "reward_clip", "value_init", "multiplier_rate"]),
+                        ("--reward my.py:dots:1 --reward out/safe --at_most 1",
+                         ["reward_model", "reward_clip", "value_init"]),
+                        ("--reward my.py:dots --advantages rloo --group_size 4",
+                         ["value_init", "reward_model", "reward_clip", "multiplier_rate"])):
         train_ppo.read_options((given + words).split())
         assert re.findall(r"warning: --(\w+) has no effect", capsys.readouterr().out) == idle
 
@@ -684,8 +689,9 @@ def test_sample_shows_a_function_s_scores(tiny, several, tmp_path, capsys, refus
     assert f"{f}: {tiny.sft} mean score {mean:.3f}" in said and " null |" in said
     sample.main([tiny.sft, f"{several.function}:never", "--prompt", "a", "--device", "cpu", "--response_length", "3"])
     assert f"{tiny.sft} applies to none" in capsys.readouterr().out
-    assert "asks for the column 'wanted', which the prompt lacks" in refused(
-        sample.main, [tiny.sft, f, "--prompt", "a", "--device", "cpu", "--response_length", "3"])
+    for words in ([f], ["--reward_model", f]):
+        assert f"{' '.join(words)}: asks for the column 'wanted', which the prompt lacks" in refused(
+            sample.main, [tiny.sft, *words, "--prompt", "a", "--device", "cpu", "--response_length", "3"])
     assert "a function scores what policies write; name a policy too" in refused(
         sample.main, [f, "--prompts", str(prompts), "--device", "cpu"])
 

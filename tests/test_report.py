@@ -269,6 +269,80 @@ def test_the_command_of_a_pretrained_model_leaves_its_sizes_out(tmp_path):
     assert "--n_layer 30" in words(next(read(tmp_path).iter("pre")))
 
 
+def test_the_command_has_options_that_were_given_again(tmp_path, monkeypatch):
+    """All of their values, which config.json holds as a list; a run of before has one word. Trackers are left out: this
+    machine may not have the package."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    again = {"reward": ["rm:0.5", "my.py:cost"], "at_most": ["0.1"], "tensorboard": True, "wandb": True}
+    made(tmp_path / "ppo", config={"stage": "ppo"} | again)
+    assert words(next(read(tmp_path).iter("pre"))).endswith(
+        "train_ppo.py --reward rm:0.5 --reward my.py:cost --at_most 0.1")
+    made(tmp_path / "ppo", config={"stage": "ppo", "reward": "my.py:cost"})
+    assert words(next(read(tmp_path).iter("pre"))).endswith("train_ppo.py --reward my.py:cost")
+    for preferences, of in ((["preferences"], ""), ("preferences", ""),
+                            (["judge", "./new.jsonl"], ", judge, ./new.jsonl")):
+        made(tmp_path / "rm", config={"stage": "rm", "data_dir": "data/mine", "preferences": preferences})
+        assert table_of(read(tmp_path), "Runs")[1][2] == f"data/mine{of}"
+    assert "train_rm.py --data_dir data/mine --preferences judge --preferences ./new.jsonl" in words(
+        next(read(tmp_path).iter("pre")))
+
+
+def test_a_run_of_dpo(tmp_path):
+    """Its command, its figures of training and held-out pairs, and the KL of its answers; none is missed where there is
+    none."""
+    eval_ = {"loss": 0.7, "rewards/accuracies": 0.625, "logps/chosen": -21.5, "logps/rejected": -22.5,
+             "answers": {"kl": [0.5, 0.25]}}
+    rows = [{"step": k, "epoch": k / 4, "loss": 0.75, "rewards/accuracies": 0.5, "rewards/margins": 0.125,
+             "logps/chosen": -20.5, "logps/rejected": -23.5, "lr": 1e-4, "grad_norm": 2.0} for k in (1, 2)]
+    rows[1]["eval"] = eval_
+    config = {"stage": "dpo", "data_dir": "data/mine", "max_steps": 2, "num_train_epochs": 1, "beta": 0.3,
+              "preferences": ["mine"]}
+    root = read(made(tmp_path / "dpo", config=config, metrics=rows, samples=[], tokens=[]))
+    assert words(next(root.iter("pre"))).endswith(
+        "python -m minirlhf.dpo --data_dir data/mine --preferences mine --beta 0.3 --max_steps 2")
+    assert table_of(root, "Runs")[1][:4] == [f"{tmp_path}/dpo", "DPO policy", "data/mine, mine", "2 of 2 steps"]
+    assert f"{tmp_path}/dpo: held-out pairs ordered rightly 62.5%; KL 0.5 nats a response" in [
+        words(p) for p in root.iter("p")]
+    for title, lines in (("DPO loss", {"training batch": [0.75, 0.75], "held out": [0.7]}),
+                         ("Pairs ordered rightly by the policy", {"training batch": [0.5, 0.5], "held out": [0.625]}),
+                         ("KL of answers from the reference", {"": [0.5]})):
+        assert [short(y) in tip for ys in lines.values() for y, tip in zip(ys, tooltips(root, title))], title
+        assert len(tooltips(root, title)) == sum(map(len, lines.values())), title
+    assert len(tooltips(root, "Log-probability of texts")) == 6
+    assert table_of(root, f"{tmp_path}/dpo, all steps")[2] == [
+        "2", *map(short, (0.75, 0.5, 0.125, -20.5, -23.5, 0.7, 0.625, -21.5, -22.5, 0.5, 1e-4, 2.0))]
+    assert not any("no run of the DPO" in line for line in told(read(made(tmp_path / "other" / "ppo"))))
+
+
+def test_several_rewards_are_shown_apart(tmp_path):
+    """The mean of each and the multipliers of limits by step, and the closing figures of each; of one reward nothing
+    more than its score."""
+    rows = [ppo_row(k, **{"objective/scores/rm": 0.5 * k, "objective/scores/cost": None if k == 1 else 0.25,
+                          "objective/multiplier/cost": 0.125 * k}) for k in (1, 2)]
+    parts = {"rm": {"score": [1.5, 0.25], "win_rate": [0.75, 0.5, 0.875]}, "cost": {"score": [0.25, 0.125]}}
+    rows.append({"step": 2, "final": {"before": SUMMARY, "after": SUMMARY | {"parts": parts}}})
+    root = read(made(tmp_path / "ppo", metrics=rows))
+    assert [len(tooltips(root, title)) for title in ("Each reward", "Multipliers")] == [3, 2]
+    assert all(y in tip for y, tip in zip(("0.5", "1", "0.25"), tooltips(root, "Each reward")))
+    assert all(y in tip for y, tip in zip(("0.125", "0.25"), tooltips(root, "Multipliers")))
+    found = {row[0]: row[1:] for row in table_of(root, "Held-out prompts")}
+    assert found["rm: mean score"] == ["", "1.500 +- 0.250"] and found["cost: mean score"] == ["", "0.250 +- 0.125"]
+    found = table_of(root, f"{tmp_path}/ppo, all steps")
+    assert [found[0][-3:], *(row[-3:] for row in found[1:3])] == [
+        ["scores/rm", "scores/cost", "multiplier/cost"], ["0.5", "", "0.125"], ["1", "0.25", "0.25"]]
+    one = {k: v for k, v in rows[0].items() if not k.endswith("/cost")}
+    page = read(made(tmp_path / "ppo", metrics=[one]))
+    assert not any(f.get("aria-label").startswith(("Each reward", "Multipliers")) for f in page.iter("figure"))
+
+
+def test_answers_that_are_compared_have_no_value_network(tmp_path):
+    """The share of groups that say nothing stands in its place."""
+    rows = [{k: v for k, v in ppo_row(1).items() if k != "val/explained_variance"} | {"groups/equal_scores": 0.25}]
+    root = read(made(tmp_path / "ppo", config={"stage": "ppo", "advantages": "rloo"}, metrics=rows))
+    assert "0.25" in tooltips(root, "Groups of equal scores")[0]
+    assert not any("Value network" in line for line in told(root))
+
+
 def test_every_answer_is_there_with_its_scores(tmp_path):
     """The first twelve in sight, the others hidden; prompt, both answers, both scores as in samples.jsonl."""
     rows = [answer(k) for k in range(30)]
