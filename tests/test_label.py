@@ -227,6 +227,22 @@ def test_on_a_full_disk_the_pair_stays_and_the_person_is_told(file, tmp_path):
     assert press(session, "right")["problem"] == "" and len(lines(tmp_path / "c.jsonl")) == 2
 
 
+def test_what_cannot_be_taken_back_stays(file, tmp_path, monkeypatch):
+    """The disk fails when the file is shorter already: it has its last line again."""
+    session = session_of(file(), pair(0), pair(1))
+    press(session, "left", "right")
+    before = (tmp_path / "c.jsonl").read_bytes()
+
+    def fails(number):
+        raise OSError(5, "Input/output error")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fails)
+        assert "could not be written (Input/output error)" in press(session, "undo")["problem"]
+    assert (tmp_path / "c.jsonl").read_bytes() == before
+    press(session, "undo")
+    assert (tmp_path / "c.jsonl").read_bytes() == before[:before.index(b"\n") + 1]
+
+
 @pytest.mark.parametrize("damage", ["append", "remove", "replace"])
 def test_a_file_that_another_program_changes_is_not_written_to(damage, file, tmp_path):
     path, opened = tmp_path / "c.jsonl", file()
@@ -269,7 +285,11 @@ def test_what_is_no_file_of_choices_is_refused_and_stays(tmp_path, refused):
     for name, content, why in (
             ("p.jsonl", '{"prompt": "a"}\n', "p.jsonl:1: was not written by this command"),
             ("q.jsonl", '{"pair": 1, "judge": "person"}\n', "was not written"), ("t.txt", "", ".jsonl"),
-            ("r.jsonl", '{"pair": }\n', "r.jsonl:1: not JSON"), ("metrics.jsonl", "", "log of a run")):
+            ("r.jsonl", '{"pair": }\n', "r.jsonl:1: not JSON"), ("metrics.jsonl", "", "log of a run"),
+            # whose last line has no end, which a crash of this command leaves too
+            ("s.jsonl", '{"prompt": "a"}\n{"prompt": "b"}', "s.jsonl:1: was not written"),
+            ("u.jsonl", '{"prompt": "b", "chosen": "c", "rejected": "d"}', "u.jsonl:1: was not written"),
+            ("v.jsonl", "notes", "v.jsonl:1: was not written"), ("w.jsonl", "7", "w.jsonl:1: was not written")):
         (tmp_path / name).write_text(content)
         assert why in refused(Choices, str(tmp_path / name), [])
         assert (tmp_path / name).read_text() == content
