@@ -11,6 +11,7 @@ import re
 import signal
 import socket
 import statistics
+import sys
 import termios
 import threading
 import time
@@ -134,6 +135,9 @@ def test_whatever_part_of_the_file_is_there_whole_lines_are_kept_and_it_goes_on(
         if cut % 2:
             opened.add(records[0])
             assert lines(path) == [*records[:kept], records[0]]
+    for rest in (b"\0" * 100, b'{"prompt": "p' + bytes(9)):  # a block that a power cut has left unwritten
+        path.write_bytes(whole + rest)
+        assert file().records == records and path.read_bytes() == whole
 
 
 class Died(BaseException):
@@ -808,6 +812,22 @@ def test_keys_in_a_terminal(folder, monkeypatch):
     os.close(ours)
 
 
+def test_a_terminal_that_goes_away_ends_the_session(folder, monkeypatch, capsys):
+    """As under nohup, when its window is closed: what was chosen is there, and no traceback."""
+    ours, theirs = pty.openpty()
+    monkeypatch.setattr(label.sys, "stdin", os.fdopen(theirs))
+    keys, read = [b"l", b"r"], os.read
+
+    def reading(descriptor, n):
+        if descriptor == theirs:
+            os.write(ours, keys.pop(0)) if keys else os.close(ours)
+        return read(descriptor, n)
+    monkeypatch.setattr(label.os, "read", reading)
+    label.main([POLICY, "--prompts", "prompts.jsonl", "--output", "c.jsonl", "--terminal", "--temperature", "2"])
+    assert [r["choice"] for r in lines(folder / "c.jsonl")] == ["left", "right"]
+    assert "c.jsonl: 2 lines, 2 of them new" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("text, why", [(b"x" * 5000, "a line of 4096 bytes"), (None, "standard input is closed")])
 def test_standard_input_that_is_no_terminal_s(text, why, folder, monkeypatch, refused):
     if text is None:
@@ -938,7 +958,8 @@ def test_the_reference_s_judge_asks_a_local_server_that_is_slow_wrong_and_rude(f
 # ---- options
 
 @pytest.mark.parametrize("argv, why", [
-    (["--against", POLICY], "is POLICY itself"), (["--n", "3"], "only a --judge can order more"),
+    (["--against", POLICY], "is POLICY itself"), (["--against", POLICY + "/"], "is POLICY itself"),
+    (["--against", f"./{POLICY}/ckpt.pt"], "is POLICY itself"), (["--n", "3"], "only a --judge can order more"),
     (["--n", "1"], "two or more"), (["--temperature", "0"], "would all be the same"),
     (["--port", "65536"], "--port 65536"),
     (["--terminal", "--no_browser"], "--no_browser: has no effect with --terminal"),
@@ -949,6 +970,14 @@ def test_the_reference_s_judge_asks_a_local_server_that_is_slow_wrong_and_rude(f
 def test_what_cannot_be_is_refused_and_leaves_nothing(argv, why, folder, declined):
     error = declined(folder, "minirlhf.label", POLICY, "--prompts", "prompts.jsonl", "--output", "new/c.jsonl", *argv)
     assert why in error
+
+
+def test_a_page_whose_address_nobody_can_read_ends(file, monkeypatch):
+    """Standard output is full, and no browser is opened: one line, exit status 1."""
+    monkeypatch.setattr(label, "say", lambda line: label.unprinted.append((sys.stdout, OSError(28, "No space left"))))
+    with pytest.raises(SystemExit, match="^error: standard output could not be written .No space left"):
+        label.in_page(session_of(file(), pair()), SimpleNamespace(port=0, no_browser=True))
+    label.unprinted.clear()
 
 
 def test_a_port_that_is_taken_is_refused(folder, declined):
