@@ -186,9 +186,9 @@ def planned(run):
     episodes, batch, epochs, most = (run.options.get(name) for name in (
         "total_episodes", "batch_size", "num_train_epochs", "max_steps"))
     if run.stage == "ppo":
-        return -(-episodes // batch) if all(is_number(n) and n > 0 for n in (episodes, batch)) else None
+        return -(-episodes // batch) if all(is_number(n) and n >= 1 for n in (episodes, batch)) else None
     an_epoch = next((round(row["step"] / row["epoch"]) for row in run.steps
-                     if is_number(row.get("epoch")) and row["epoch"] > 0), None)
+                     if is_number(row.get("epoch")) and row["epoch"] > 1e-9), None)
     if an_epoch is None or not all(map(is_number, (epochs, most))):
         return None
     steps = max(1, round(epochs * an_epoch))
