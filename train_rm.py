@@ -31,7 +31,7 @@ class Options(RunOptions):
     data_dir: str = "data/sentiment"  # folder of the preferences; the default is prepared when it is missing
     preferences: tuple[str, ...] = ("preferences",)  # NAME of NAME.{train,val}.jsonl ("judge": for a judge), or a path
     out_dir: str = "out/rm"  # where ckpt.pt, config.json, metrics.jsonl and samples.jsonl go
-    init_from: str = "out/sft/ckpt.pt"  # whose trunk is the start: the SFT model, a policy, or, with head, a reward model
+    init_from: str = "out/sft/ckpt.pt"  # the trunk's start: the SFT model, a policy, or, with its head, a reward model
     reference: str = ""  # the model whose samples set the scale; "" = init_from, or what that reward model had
     dropout: float = 0.0  # in training only [0..1)
     lora_layers: int = 12  # adapters in the last so many blocks, where there are more; 0 = in all [0..]

@@ -55,7 +55,7 @@ class Options(RunOptions):
     lr_schedule: Literal["linear", "cosine", "constant"] = "cosine"  # how it falls to 0; constant runs can be prolonged
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm; 0 = never [0..]
     # ---- evaluations and checkpoints
-    eval_interval: int = 250  # steps between evaluations, checkpoints and samples; the last step always does [1..]
+    eval_interval: int = 360  # steps between evaluations, checkpoints and samples; the last step always does [1..]
     num_eval_texts: int = 0  # held-out rows of an evaluation, evenly spread over all of them; 0 = all [0..]
     log_interval: int = 10  # steps between log lines [1..]
     response_length: int = 48  # longest sample in tokens [1..]

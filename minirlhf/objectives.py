@@ -95,7 +95,7 @@ def dpo_loss(chosen, rejected, beta, label_smoothing=0.0):
 
 
 def ipo_loss(chosen, rejected, beta):
-    """(h - 1 / (2 beta))^2, h = chosen - rejected, the same sums as DPO's.   Azar et al. 2023, eq. 17 (beta is its tau)"""
+    """(h - 1 / (2 beta))^2, h = chosen - rejected, DPO's sums.   Azar et al. 2023, eq. 17 (beta is its tau)"""
     return (chosen - rejected - 1 / (2 * beta)) ** 2
 
 

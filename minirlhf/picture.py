@@ -1,8 +1,8 @@
 """A PPO run in one picture, which a README can open with: `python -m minirlhf.picture out/ppo --output run.svg`.
 
 Score, judge and KL over the steps, and an answer before and after: that of the prompt whose score rose by the median of
-all held-out prompts, so that nobody has picked it. Invariant: each number drawn is one of metrics.jsonl or
-samples.jsonl; where the run had no judge, there is no such curve.
+those that train_ppo.py prints at its end, so that nobody has picked it. Invariant: each number drawn is one of
+metrics.jsonl or samples.jsonl; where the run had no judge, there is no such curve.
 
 The file holds no script, no font and no address, is light or dark as the page around it, and on a narrow screen has
 larger letters and shorter lines: both forms of the answers are in it, and CSS shows one. Left out: what
@@ -12,7 +12,7 @@ import os
 import textwrap
 import unicodedata
 
-from minirlhf import runtime
+from minirlhf import evaluate, runtime
 from minirlhf.chart import HIDDEN, Point, figure, is_number, look, shortened, span, text, thinned, ticks
 from minirlhf.config import Parser, check_spelling, fail, fitting, launch, say, unprinted
 from minirlhf.data import read_records
@@ -144,7 +144,7 @@ def described(steps, found, row):
 def draw(folder):
     """-> the picture as SVG, and which curves it has."""
     steps, final, answers = read(folder)
-    found, row = curves(steps, final), of_median_gain(answers)
+    found, row = curves(steps, final), of_median_gain(answers[:2 * evaluate.SHOWN])
     width = (WIDTH - 2 * EDGE - (len(found) - 1) * GAP) / len(found)
     heights = {title: [v for p in own + held_out for v in (p.y, p.low, p.high)] for title, (own, held_out) in
                found.items()}

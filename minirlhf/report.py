@@ -174,8 +174,10 @@ def command(run):
     if run.stage not in STAGES or not run.options:
         return None
     script = importlib.import_module(f"train_{run.stage}")
-    known = {f.name: run.options[f.name] for f in fields(script.Options)
-             if type(run.options.get(f.name)) is type(f.default)}
+    several = {f.name for f in fields(script.Options) if isinstance(f.default, tuple)}  # an older run has one
+    given = {name: value if name not in several else (value,) if isinstance(value, str) else tuple(value)
+             for name, value in run.options.items() if name not in several or isinstance(value, (str, list))}
+    known = {f.name: given[f.name] for f in fields(script.Options) if type(given.get(f.name)) is type(f.default)}
     if run.stage == "sft" and known.get("init_from", "scratch") != "scratch":  # whose sizes the run has noted
         known = {name: value for name, value in known.items() if name not in script.SIZES[:-1]}
     return runtime.command_line(run.stage, script.Options(**known), resume=False, overwrite=False)

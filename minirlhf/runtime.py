@@ -602,9 +602,10 @@ def finite(value):
 
 
 def command_line(stage, options, **changes):
-    """"python train_STAGE.py --name value ...", or "python -m minirlhf.dpo ...": the options that differ, after `changes`, from their defaults, or from
-    those of a file of options in the package if these are fewer."""
-    return " ".join([start_of("minirlhf.dpo" if stage == "dpo" else f"train_{stage}.py"), *shortest(options, **changes)])
+    """"python train_STAGE.py --name value ...", or "python -m minirlhf.dpo ...": the options that differ, after
+    `changes`, from their defaults, or from those of a file of options in the package if these are fewer."""
+    start = start_of("minirlhf.dpo" if stage == "dpo" else f"train_{stage}.py")
+    return " ".join([start, *shortest(options, **changes)])
 
 
 def shortest(options, **changes):

@@ -1446,6 +1446,7 @@ TRACKERS = [
     ("    for name in chosen:\n        installed(name)", "    for name in ():\n        installed(name)"),
 ]
 PICTURE = [
+    ("answers[:2 * evaluate.SHOWN]", "answers"),
     ('row["step"] < end)', 'row["step"] <= end)'),  # the last look twice
     ('looks = [(0, final["before"])', 'looks = [(0, final["after"])'),
     ('(end, final["after"])]', '(end, steps[-1].get("eval", {}))]'),

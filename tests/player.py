@@ -77,12 +77,9 @@ def shorter(prompts, completions):
     return [-len(text) for text in completions]
 
 
-def praise(prompts, completions):
-    """A person who likes praise: words of it less words of blame."""
-    good, bad = (re.compile(rf"\b(?:{words})\b", re.IGNORECASE) for words in (
-        "good|great|best|better|love|loved|like|nice|fun|funny|perfect|easy|well|enjoy|beautiful|excellent|fine|happy",
-        "bad|worst|worse|hate|poor|boring|dull|never|not|no|problem|hard|wrong|ugly|sad|stupid"))
-    return [len(good.findall(text)) - len(bad.findall(text)) for text in completions]
+def letters(prompts, completions):
+    """A person who likes the letter e: a rule that says nothing of what a text means."""
+    return [text.count("e") / max(1, len(text)) for text in completions]
 
 
 def run(*words):
@@ -115,7 +112,8 @@ def loop(folder, sft, data, rule, count, rounds, held_out=256, rm=(), ppo=()):
     choices = folder / "preferences.train.jsonl"
     for n in range(1, rounds + 1):
         print(label(policy, f"{data}/prompts.train.jsonl", choices, rule, count * n).split("\nnext")[0], flush=True)
-        run("train_rm.py", *rm, "--data_dir", folder, "--init_from", sft, "--out_dir", folder / f"rm{n}")
+        run("train_rm.py", *rm, "--data_dir", folder, "--init_from", folder / f"rm{n - 1}" if n > 1 else sft,
+            "--out_dir", folder / f"rm{n}")
         run("train_ppo.py", *ppo, "--data_dir", data, "--init_from", policy, "--reference", sft, "--reward_model",
             folder / f"rm{n}", "--out_dir", folder / f"ppo{n}")
         policy = folder / f"ppo{n}"
@@ -129,7 +127,7 @@ def loop(folder, sft, data, rule, count, rounds, held_out=256, rm=(), ppo=()):
 
 
 def main():
-    """`python tests/player.py shorter|praise SFT DATA FOLDER CHOICES ROUNDS`, of an SFT model made by @scratch."""
+    """`python tests/player.py shorter|letters SFT DATA FOLDER CHOICES ROUNDS`, of an SFT model made by @scratch."""
     rule, sft, data, folder, count, rounds = sys.argv[1:]
     loop(folder, os.path.abspath(sft), os.path.abspath(data), globals()[rule], int(count), int(rounds),
          rm="@scratch --val_share 0.2 --num_train_epochs 8 --batch_size 8 --num_scale_samples 256".split(),

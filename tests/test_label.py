@@ -852,16 +852,18 @@ def test_a_reward_model_orders_n_answers_into_a_ranking(folder, capsys):
     (model, tokenizer, _), answers = checkpoint.load("out/rm", ["rm"], "cpu"), answers_of()
     ids = {text: ids for text, ids in answers.prompts}
     rows = [ids[r["prompt"]] for r in records[:8] for _ in range(4)]
-    rollout = generate(answers.writers[0].model, rows, 4, tokenizer.eos, 2.0, runtime.generator(1337, 0, 0, "label"))
-    scores = {}
+    run, scores = runtime.Precision(torch.device("cpu"), "auto"), {}
+    with run.autocast():
+        rollout = generate(answers.writers[0].model, rows, 4, tokenizer.eos, 2.0,
+                           runtime.generator(1337, 0, 0, "label"))
     for row, response in zip(rows, rollout.responses()):
-        with torch.no_grad():
-            scores.setdefault((row.text, tokenizer.decode(response)), []).append(
-                float(model(torch.tensor([[*row, *response]]))[0, -1]))
+        with torch.no_grad(), run.autocast():
+            scores.setdefault((row.text, tokenizer.decode(response)), []).append(float(model.score(
+                torch.tensor([[*row, *response]]), torch.tensor([len(row) + len(response)]))))
     for n, (r, p) in enumerate(zip(records, read)):
         assert r["scores"] == sorted(r["scores"], reverse=True) and r["judge"] == "out/rm" and len(p.pairs()) <= 6
         for text, score in zip(r["completions"], r["scores"]) if n < 8 else ():
-            assert any(score == pytest.approx(x, abs=0.05) for x in scores[r["prompt"], text])  # bfloat16, on some
+            assert min(abs(score - x) for x in scores[r["prompt"], text]) < 0.1, (score, scores[r["prompt"], text])
     assert sum(len(p.pairs()) for p in read) > 50
     assert "rankings: 12\n" in capsys.readouterr().out
 

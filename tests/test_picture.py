@@ -38,8 +38,9 @@ def run_folder(tmp_path):
                                                                                          6.5)}
         answers = [{"step": steps, "final": True, "prompt": f"p{n}", "completion": f"after {n}", "score": score,
                     "sft_completion": f"before {n}", "sft_score": sft_score}
-                   for n, (score, sft_score) in enumerate([(3.0, 0.0), (1.0, 0.5), (1.5, 0.0), (2.0, 3.0)])]
-        answers[1] |= answer  # its gain, 0.5, is the lower one in the middle of 3, 0.5, 1.5, -1
+                   for n, (score, sft_score) in enumerate([(3.0, 0.0), (1.0, 0.5), (1.5, 0.0), (2.0, 3.0), (-3.0, 0.0),
+                                                                 (-2.0, 0.0), (5.0, 0.0), (6.0, 0.0), *[(100.0, 0.0)] * 3])]
+        answers[1] |= answer  # its gain, 0.5, is the lower one in the middle of the first eight
         folder = tmp_path / "run"
         folder.mkdir(exist_ok=True)
         write(folder / "metrics.jsonl", [*rows, {"step": steps, "final": final}])
@@ -139,7 +140,7 @@ def test_each_axis_has_two_labels_or_more(run_folder, kl):
 
 
 def test_the_answers_are_those_of_median_gain(run_folder):
-    """In both forms, of which CSS shows one; the closing report's, not an earlier look's."""
+    """In both forms, of which CSS shows one; the closing report's, not an earlier look's, of the eight it prints."""
     folder = run_folder()
     _, root, _ = drawn(folder)
     forms = ["".join(g.itertext()) for g in root.iter(f"{SVG}g")]

@@ -261,6 +261,10 @@ def test_the_command_of_a_pretrained_model_leaves_its_sizes_out(tmp_path):
     made(tmp_path / "sft", config=config)
     line = words(next(read(tmp_path).iter("pre")))
     assert line.split()[2:] == ["--seed", "7", "--block_size", "512"]
+    for name, value in (("a", ["judge", "old"]), ("b", "judge"), ("c", 5)):  # an older run has one set
+        made(tmp_path / name / "rm", config={"stage": "rm", "preferences": value})
+    assert [words(next(read(tmp_path / name).iter("pre"))).split()[2:] for name in "abc"] == [
+        ["--preferences", "judge", "--preferences", "old"], ["--preferences", "judge"], []]
     made(tmp_path / "sft", config=config | {"init_from": "scratch"})
     assert "--n_layer 30" in words(next(read(tmp_path).iter("pre")))
 

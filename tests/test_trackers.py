@@ -437,10 +437,12 @@ def test_the_command_tells_what_is_missing(run_folder, played, capsys, monkeypat
     assert [note[1] for note in notes() if note[0] == "log"] == [1, 2, 3]
 
 
-def test_what_the_command_refuses(run_folder, played, refused, tmp_path):
+def test_what_the_command_refuses(run_folder, played, refused, tmp_path, monkeypatch):
     played()
     assert "name a tracker" in refused(trackers.main, [run_folder(1)])
     assert f"{tmp_path}: no folder of a run" in refused(trackers.main, [str(tmp_path), "--wandb"])
+    monkeypatch.setattr("importlib.util.find_spec", lambda package: None)
+    assert "the package wandb is not installed" in refused(trackers.main, [run_folder(1), "--wandb"])
 
 
 # ---- the packages themselves
