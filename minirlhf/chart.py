@@ -129,7 +129,7 @@ def span(values, least=()):
     return (low if low in least else low - room), (high if high in least else high + room)
 
 
-def thinned(points, most=300):
+def thinned(points, most=200):
     """At most so many of many points: in each stretch its lowest and its highest, and both ends of the line."""
     if len(points) <= most:
         return points

@@ -25,6 +25,7 @@ from minirlhf.objectives import wilson_interval
 
 LATELY = 50  # choices whose pace is told
 PERSON = "person"  # who judged, in a record
+BEGINS = b'{"prompt": '  # each line
 
 
 class Choices:
@@ -84,18 +85,23 @@ class Choices:
     def read(self):
         self.file.seek(0)
         lines = self.file.read().splitlines(keepends=True)
-        if lines and not lines[-1].endswith(b"\n"):
-            say(f"{self.path}: the last line is not whole, as a crash may leave it, and is cut off")
-            self.file.truncate(sum(map(len, lines[:-1])))
-            lines.pop()
+        rest = lines.pop() if lines and not lines[-1].endswith(b"\n") else b""
         sizes = [*accumulate(map(len, lines))]
         for where, record in records_in(lines, self.path) if lines else ():
             if not is_choice(record):
-                fail(f"--output {where}: was not written by this command, which goes on with its own files only; name "
-                     "another file")
+                self.refuse(where)
             self.records.append(record)
             self.ends.append(sizes[int(where.rpartition(":")[2]) - 1])
         self.ends[-1] = sum(map(len, lines))  # blank lines at the end, if any
+        if rest and not is_torn(rest):
+            self.refuse(f"{self.path}:{len(lines) + 1}")
+        if rest:
+            say(f"{self.path}: the last line is not whole, as a crash may leave it, and is cut off")
+            self.file.truncate(self.ends[-1])
+
+    def refuse(self, where):
+        fail(f"--output {where}: was not written by this command, which goes on with its own files only; name another "
+             "file")
 
     def add(self, *records):
         lines = [clean(json.dumps(runtime.finite(record), ensure_ascii=False) + "\n").encode() for record in records]
@@ -109,14 +115,15 @@ class Choices:
 
     def undo(self):
         """-> the last record, which is no longer there."""
-        with self.changing():
+        line = os.pread(self.file.fileno(), self.ends[-1] - self.ends[-2], self.ends[-2])
+        with self.changing(line):
             self.file.truncate(self.ends[-2])
         self.ends.pop()
         return self.records.pop()
 
     @contextlib.contextmanager
-    def changing(self):
-        """What changes the file is on the disk afterwards, or, where that fails, not in the file."""
+    def changing(self, taken=b""):
+        """What changes the file is on the disk afterwards, or, where that fails, not in the file. taken: from its end."""
         if not self.is_there() or os.fstat(self.file.fileno()).st_size != self.ends[-1]:
             raise OSError(0, "another program has changed or removed it")
         try:
@@ -124,7 +131,8 @@ class Choices:
             os.fsync(self.file.fileno())
         except OSError:
             with contextlib.suppress(OSError):
-                self.file.truncate(self.ends[-1])
+                self.file.truncate(self.ends[-1] - len(taken))
+                self.file.write(taken)
             raise
 
     def disown(self):
@@ -150,6 +158,16 @@ def is_choice(record):
         "completions": list, "scores": list}
     kinds |= {"choice": str, "seconds": float} if record.get("judge") == PERSON else {}
     return all(isinstance(record.get(name), kind) for name, kind in kinds.items())
+
+
+def is_torn(rest):
+    """Whether a last line without its end is the beginning of a record, or the zeros of a block that was never written.
+    A whole record of another program's is neither."""
+    begun = rest.rstrip(b"\0")
+    with contextlib.suppress(ValueError):
+        record = json.loads(begun)
+        return isinstance(record, dict) and is_choice(record)
+    return begun.startswith(BEGINS[:len(begun)])
 
 
 class Pair(NamedTuple):

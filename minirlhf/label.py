@@ -75,7 +75,8 @@ def parse(argv=None):
     a = parser.parse_args(argv)
     for path in (a.policy, a.prompts, a.output, a.against or "", a.judge or ""):
         check_spelling("file", path)
-    if a.against == a.policy:
+    a.policy, a.against = (path and (path.rstrip("/") or path) for path in (a.policy, a.against))  # as records name it
+    if a.against and len({os.path.realpath(checkpoint.file_of(path)) for path in (a.policy, a.against)}) == 1:
         fail(f"--against {a.against}: is POLICY itself; name another, or leave it out for two answers of one")
     if a.n < 2 or a.n > 2 and not a.judge:
         fail(f"--n {a.n}: " + ("there must be two or more to choose from" if a.n < 2 else
@@ -315,6 +316,8 @@ def in_page(session, a):
         say(f"choose at {served.url} (End there, or Ctrl-C here, ends it)")
         if not a.no_browser and (sys.platform == "darwin" or {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()):
             webbrowser.open(served.url)
+        else:
+            all_printed()  # or nobody knows the address
         session.ended.wait()
 
 
@@ -369,10 +372,13 @@ def pressed_keys():
     terminal = sys.stdin.fileno()
 
     def press():
-        termios.tcflush(terminal, termios.TCIFLUSH)
-        key = os.read(terminal, 64)
-        while key in (b"\x1b", b"\x1b[", b"\x1bO") and select.select([terminal], [], [], 0.05)[0]:
-            key += os.read(terminal, 1)
+        try:
+            termios.tcflush(terminal, termios.TCIFLUSH)
+            key = os.read(terminal, 64) or b"q"
+            while key in (b"\x1b", b"\x1b[", b"\x1bO") and select.select([terminal], [], [], 0.05)[0]:
+                key += os.read(terminal, 1)
+        except (OSError, termios.error):  # the terminal is gone
+            key = b"q"
         key = key.decode("utf-8", "replace")
         return KEYS.get(key, KEYS.get(key.lower()))
 
@@ -381,7 +387,8 @@ def pressed_keys():
     try:
         yield press
     finally:
-        termios.tcsetattr(terminal, termios.TCSADRAIN, before)
+        with contextlib.suppress(termios.error):
+            termios.tcsetattr(terminal, termios.TCSADRAIN, before)
 
 
 def from_lines():

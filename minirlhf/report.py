@@ -26,7 +26,7 @@ from minirlhf.objectives import wilson_interval
 STAGES = {"sft": "SFT model", "rm": "reward model", "ppo": "PPO policy", "dpo": "DPO policy"}
 SHOWN = 12  # answers before and after at a time
 LONGEST = 2000  # characters of a text
-ANSWERS, ROLLOUTS = 250_000, 300_000  # characters of the page that answers, and rollouts, may take
+ANSWERS, ROLLOUTS = 200_000, 240_000  # bytes of the page that answers, and rollouts, may take
 ROWS = 100  # of a table of steps
 
 
@@ -189,9 +189,9 @@ def planned(run):
     episodes, batch, epochs, most = (run.options.get(name) for name in (
         "total_episodes", "batch_size", "num_train_epochs", "max_steps"))
     if run.stage == "ppo":
-        return -(-episodes // batch) if all(is_number(n) and n > 0 for n in (episodes, batch)) else None
+        return -(-episodes // batch) if all(is_number(n) and n >= 1 for n in (episodes, batch)) else None
     an_epoch = next((round(row["step"] / row["epoch"]) for row in run.steps
-                     if is_number(row.get("epoch")) and row["epoch"] > 0), None)
+                     if is_number(row.get("epoch")) and row["epoch"] > 1e-9), None)
     if an_epoch is None or not all(map(is_number, (epochs, most))):
         return None
     steps = max(1, round(epochs * an_epoch))
@@ -484,7 +484,7 @@ def side_by_side(answers):
     kept, used = set(), 0
     for i in dict.fromkeys([*range(SHOWN), *ranked[:SHOWN], *ranked[-SHOWN:], *range(len(answers))]):
         if i < len(answers) and used < ANSWERS:
-            used += len(article(answers[i], False))
+            used += len(article(answers[i], False).encode())
             kept.add(i)
     shown = sorted(kept)
     body = "".join(article(answers[i], k >= SHOWN) for k, i in enumerate(shown))
@@ -534,10 +534,10 @@ def token_viewer(run):
     parts, used, names = [], 0, []
     for k, row in enumerate(rows[::-1]):  # the latest first, should not all have room
         part = rollout(row, scales, clip, k)
-        if used + len(part) > ROLLOUTS and parts:
+        used += len(part.encode())
+        if used > ROLLOUTS and parts:
             break
         parts.append(part)
-        used += len(part)
         names.append(f"step {figure(row['step'])}, score {cell(row.get('score'), '{:+.2f}') or 'unknown'}")
     left = len(rows) - len(parts)
     left = f" {left} earlier answers of {run.folder}/tokens.jsonl are left out." if left else ""

@@ -1306,7 +1306,9 @@ REPORT = [
     ("        if i < len(answers) and used < ANSWERS:", "        if i < len(answers):"),
     ("article(answers[i], k >= SHOWN)", "article(answers[i], False)"),
     ("for k, row in enumerate(rows[::-1]):", "for k, row in enumerate(rows):"),
-    ("if used + len(part) > ROLLOUTS and parts:", "if False:"),
+    ("if used > ROLLOUTS and parts:", "if False:"),
+    ("used += len(part.encode())", "used += len(part)"),
+    ("used += len(article(answers[i], False).encode())", "used += len(article(answers[i], False))"),
     ("abs(v - (key == \"ratios\"))", "abs(v)"),
     ("sizes[int(0.95 * (len(sizes) - 1))]", "sizes[-1]"),
     ("level = SHADES if abs(value) > clip else", "level = SHADES if abs(value) > 2 * clip else"),
@@ -1322,9 +1324,14 @@ REPORT = [
 LABEL_CHOICES = [
     ("fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass"),
     ("runtime.RUNS.add(self)", "pass"),  # a fork keeps the lock
-    ("self.file.truncate(sum(map(len, lines[:-1])))", "pass"),  # a torn line stays
+    ("self.file.truncate(self.ends[-1])\n\n", "pass\n\n"),  # a torn line stays
+    ("        if rest and not is_torn(rest):", "        if False:"),  # another program's last line is cut off
+    ("return isinstance(record, dict) and is_choice(record)", "return isinstance(record, dict)"),
+    ("return begun.startswith(BEGINS[:len(begun)])", "return True"),
+    ('begun = rest.rstrip(b"\\0")', "begun = rest"),
+    ("                self.file.write(taken)\n", "                pass\n"),
     ("            os.fsync(self.file.fileno())\n", "            pass\n"),
-    ("        except OSError:\n            with contextlib.suppress(OSError):\n                self.file.truncate(self.ends[-1])",
+    ("        except OSError:\n            with contextlib.suppress(OSError):\n                self.file.truncate(self.ends[-1] - len(taken))",
      "        except OSError:\n            with contextlib.suppress(OSError):\n                pass"),
     ("if not self.is_there() or os.fstat(self.file.fileno()).st_size != self.ends[-1]:", "if not self.is_there():"),
     ("if not self.is_there() or os.fstat(self.file.fileno()).st_size != self.ends[-1]:",
@@ -1381,6 +1388,10 @@ LABEL = [
     ("text = text.removeprefix(\" \")  #", "pass  #"),
     ("            writer.model.h[0].register_forward_pre_hook(self.end_if_asked)", "            pass"),
     ("termios.tcflush(terminal, termios.TCIFLUSH)", "pass"),
+    ("except (OSError, termios.error):  # the terminal is gone", "except termios.error:"),
+    ("        with contextlib.suppress(termios.error):\n", "        if True:\n"),
+    ("            all_printed()  # or nobody", "            pass  # or nobody"),
+    ("{os.path.realpath(checkpoint.file_of(path)) for", "{path for"),
     ("        termios.tcsetattr(terminal, termios.TCSADRAIN, before)", "        pass"),
     ("if len(line) == LONGEST_LINE:", "if False:"),
     ("pairs = pairs[:left] if a.num_pairs else pairs", "pass"),

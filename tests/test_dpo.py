@@ -15,7 +15,7 @@ import torch
 from conftest import ROOT, scratch, script
 from minirlhf import adapters, checkpoint, config, dpo, evaluate, export, runtime, sample
 from minirlhf.config import parse
-from minirlhf.data import Order, Row, load_preferences
+from minirlhf.data import Order, Row, is_held_out, load_preferences
 from minirlhf.model import GPT, GPTConfig
 
 EOS = 0
@@ -135,10 +135,13 @@ def test_ranks_divide_by_the_pairs_of_all(nets):
     policy, ref = nets(o)
     batch = with_reference(ref, RECORDS[:2])
     whole, _ = dpo.batch_gradients(policy, batch, EOS, o, run_of())
-    expected, parts, found = gradients(policy), [], []
+    expected, parts, found, asked = gradients(policy), [], [], []
     for rank in range(3):
-        parts.append(dpo.batch_gradients(policy, batch, EOS, o, run_of(rank, 3))[0])
+        run = run_of(rank, 3)
+        run.sum_gradients = lambda parameters: asked.append(len([*parameters]))
+        parts.append(dpo.batch_gradients(policy, batch, EOS, o, run)[0])
         found.append(gradients(policy))
+    assert asked == [len(expected)] * 3  # after the last microbatch, of all parameters
     assert {name: sum(part[name] for part in parts) for name in whole} == pytest.approx(whole)
     assert parts[2]["loss"] == 0
     for of_ranks, one in zip(zip(*found), expected):
@@ -336,6 +339,16 @@ def test_a_ranking_gives_all_its_pairs(tiny, tmp_path):
     assert "training texts: 1 of 4 longer than 12 tokens: dropped" in run.said
 
 
+def test_length_alone_is_learned_from_training_pairs(tiny, tmp_path):
+    """The longer text is the better one in training, the shorter one among held-out pairs: length alone is never
+    right there."""
+    for split, (chosen, rejected) in {"train": ("dfg.", "e"), "val": ("e", "dfg.")}.items():
+        (tmp_path / f"preferences.{split}.jsonl").write_text(json.dumps(
+            {"prompt": "a", "chosen": chosen, "rejected": rejected}) + "\n")
+    run = tiny.train("dpo", "--data_dir", tmp_path)
+    assert run.rows()[-1]["eval"]["pairs"]["all"]["length_only"] == 0
+
+
 @pytest.mark.parametrize("options", [[], ["--loss", "ipo"], ["--loss", "simpo", "--beta", "2"], ["--lora_rank", "2"]],
                          ids=["dpo", "ipo", "simpo", "adapters"])
 def test_training_parts_chosen_from_rejected(tiny, options):
@@ -440,7 +453,7 @@ def test_prompts_of_the_preferences_where_there_are_no_others(tiny, tmp_path):
     tokenizer = checkpoint.load(tiny.sft, ["sft"], torch.device("cpu"))[1]
     o = options(data_dir=str(tmp_path), response_length=3, val_share=0.4, num_eval_prompts=9)
     found = [prompt.text for prompt in dpo.read_prompts(o, tokenizer, 12)]
-    assert 1 < len(found) < 8 and len({*found}) == len(found)
+    assert found == [p for p in "abcdefgh" if is_held_out(p, 0.4)] and 1 < len(found) < 8
     assert [prompt.text for prompt in dpo.read_prompts(replace(o, num_eval_prompts=1), tokenizer, 12)] == found[:1]
     (tmp_path / "prompts.val.jsonl").write_text('{"prompt": "zz"}\n')
     assert [prompt.text for prompt in dpo.read_prompts(o, tokenizer, 12)] == ["zz"]

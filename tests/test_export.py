@@ -354,9 +354,10 @@ def test_the_small_file_is_taken_as_any_and_not_resumed(tiny, tmp_path):
     ended = [tiny.train("ppo", "--init_from", sft, "--reward_model", rm).payload()["model"] for sft, rm in (
         (tmp_path / "sft", tmp_path / "rm"), (tiny.sft, tiny.rm))]
     assert all(torch.equal(tensor, ended[1][name]) for name, tensor in ended[0].items())
-    for stage, way_out in (("sft", f"with --init_from {tmp_path / 'sft'}"), ("rm", "begin another run\n")):
+    for stage in ("sft", "rm"):
         ended = tiny.train(stage, "--resume", out=tmp_path / stage)
-        assert ended.code == 2 and "holds the model only" in ended.error and way_out in ended.error
+        assert ended.code == 2 and "holds the model only" in ended.error
+        assert f"with --init_from {tmp_path / stage}" in ended.error
         assert os.listdir(tmp_path / stage) == ["ckpt.pt"]
 
 

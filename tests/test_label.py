@@ -11,6 +11,7 @@ import re
 import signal
 import socket
 import statistics
+import sys
 import termios
 import threading
 import time
@@ -134,6 +135,9 @@ def test_whatever_part_of_the_file_is_there_whole_lines_are_kept_and_it_goes_on(
         if cut % 2:
             opened.add(records[0])
             assert lines(path) == [*records[:kept], records[0]]
+    for rest in (b"\0" * 100, b'{"prompt": "p' + bytes(9)):  # a block that a power cut has left unwritten
+        path.write_bytes(whole + rest)
+        assert file().records == records and path.read_bytes() == whole
 
 
 class Died(BaseException):
@@ -227,6 +231,22 @@ def test_on_a_full_disk_the_pair_stays_and_the_person_is_told(file, tmp_path):
     assert press(session, "right")["problem"] == "" and len(lines(tmp_path / "c.jsonl")) == 2
 
 
+def test_what_cannot_be_taken_back_stays(file, tmp_path, monkeypatch):
+    """The disk fails when the file is shorter already: it has its last line again."""
+    session = session_of(file(), pair(0), pair(1))
+    press(session, "left", "right")
+    before = (tmp_path / "c.jsonl").read_bytes()
+
+    def fails(number):
+        raise OSError(5, "Input/output error")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fails)
+        assert "could not be written (Input/output error)" in press(session, "undo")["problem"]
+    assert (tmp_path / "c.jsonl").read_bytes() == before
+    press(session, "undo")
+    assert (tmp_path / "c.jsonl").read_bytes() == before[:before.index(b"\n") + 1]
+
+
 @pytest.mark.parametrize("damage", ["append", "remove", "replace"])
 def test_a_file_that_another_program_changes_is_not_written_to(damage, file, tmp_path):
     path, opened = tmp_path / "c.jsonl", file()
@@ -269,7 +289,11 @@ def test_what_is_no_file_of_choices_is_refused_and_stays(tmp_path, refused):
     for name, content, why in (
             ("p.jsonl", '{"prompt": "a"}\n', "p.jsonl:1: was not written by this command"),
             ("q.jsonl", '{"pair": 1, "judge": "person"}\n', "was not written"), ("t.txt", "", ".jsonl"),
-            ("r.jsonl", '{"pair": }\n', "r.jsonl:1: not JSON"), ("metrics.jsonl", "", "log of a run")):
+            ("r.jsonl", '{"pair": }\n', "r.jsonl:1: not JSON"), ("metrics.jsonl", "", "log of a run"),
+            # whose last line has no end, which a crash of this command leaves too
+            ("s.jsonl", '{"prompt": "a"}\n{"prompt": "b"}', "s.jsonl:1: was not written"),
+            ("u.jsonl", '{"prompt": "b", "chosen": "c", "rejected": "d"}', "u.jsonl:1: was not written"),
+            ("v.jsonl", "notes", "v.jsonl:1: was not written"), ("w.jsonl", "7", "w.jsonl:1: was not written")):
         (tmp_path / name).write_text(content)
         assert why in refused(Choices, str(tmp_path / name), [])
         assert (tmp_path / name).read_text() == content
@@ -788,6 +812,22 @@ def test_keys_in_a_terminal(folder, monkeypatch):
     os.close(ours)
 
 
+def test_a_terminal_that_goes_away_ends_the_session(folder, monkeypatch, capsys):
+    """As under nohup, when its window is closed: what was chosen is there, and no traceback."""
+    ours, theirs = pty.openpty()
+    monkeypatch.setattr(label.sys, "stdin", os.fdopen(theirs))
+    keys, read = [b"l", b"r"], os.read
+
+    def reading(descriptor, n):
+        if descriptor == theirs:
+            os.write(ours, keys.pop(0)) if keys else os.close(ours)
+        return read(descriptor, n)
+    monkeypatch.setattr(label.os, "read", reading)
+    label.main([POLICY, "--prompts", "prompts.jsonl", "--output", "c.jsonl", "--terminal", "--temperature", "2"])
+    assert [r["choice"] for r in lines(folder / "c.jsonl")] == ["left", "right"]
+    assert "c.jsonl: 2 lines, 2 of them new" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("text, why", [(b"x" * 5000, "a line of 4096 bytes"), (None, "standard input is closed")])
 def test_standard_input_that_is_no_terminal_s(text, why, folder, monkeypatch, refused):
     if text is None:
@@ -937,7 +977,8 @@ def test_the_reference_s_judge_asks_a_local_server_that_is_slow_wrong_and_rude(f
 # ---- options
 
 @pytest.mark.parametrize("argv, why", [
-    (["--against", POLICY], "is POLICY itself"), (["--n", "3"], "only a --judge can order more"),
+    (["--against", POLICY], "is POLICY itself"), (["--against", POLICY + "/"], "is POLICY itself"),
+    (["--against", f"./{POLICY}/ckpt.pt"], "is POLICY itself"), (["--n", "3"], "only a --judge can order more"),
     (["--n", "1"], "two or more"), (["--temperature", "0"], "would all be the same"),
     (["--port", "65536"], "--port 65536"),
     (["--terminal", "--no_browser"], "--no_browser: has no effect with --terminal"),
@@ -948,6 +989,14 @@ def test_the_reference_s_judge_asks_a_local_server_that_is_slow_wrong_and_rude(f
 def test_what_cannot_be_is_refused_and_leaves_nothing(argv, why, folder, declined):
     error = declined(folder, "minirlhf.label", POLICY, "--prompts", "prompts.jsonl", "--output", "new/c.jsonl", *argv)
     assert why in error
+
+
+def test_a_page_whose_address_nobody_can_read_ends(file, monkeypatch):
+    """Standard output is full, and no browser is opened: one line, exit status 1."""
+    monkeypatch.setattr(label, "say", lambda line: label.unprinted.append((sys.stdout, OSError(28, "No space left"))))
+    with pytest.raises(SystemExit, match="^error: standard output could not be written .No space left"):
+        label.in_page(session_of(file(), pair()), SimpleNamespace(port=0, no_browser=True))
+    label.unprinted.clear()
 
 
 def test_a_port_that_is_taken_is_refused(folder, declined):

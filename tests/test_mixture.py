@@ -468,7 +468,7 @@ def test_a_run_s_log_shows_each_reward(several):
 
 def same(a, b):
     networks = [{k: v for k, v in e.payload()["training"].items() if k not in ("data", "optimizers")} for e in (a, b)]
-    clocks = {"eps", "tokens_per_second", "rollout_seconds", "seconds"}
+    clocks = {"eps", "tokens_per_second", "rollout_seconds", "seconds", "elapsed"}
     rows = [[{k: v for k, v in r.items() if k not in clocks} for r in e.rows()] for e in (a, b)]
     model = [e.payload()["model"] for e in (a, b)]
     return (str(networks[0]) == str(networks[1]) and rows[0] == rows[1]

@@ -288,7 +288,7 @@ def test_bad_custom_reward(folder, stages, declined, body, expected):
 @pytest.mark.parametrize("stage, arguments, expected", [
     ("sft", ["--data_dir", "data"], "holds a run"),
     ("sft", ["--data_dir", "nowhere", "--out_dir", "out/x"], "sft.train.jsonl: no such file"),
-    ("rm", ["--data_dir", "data", "--out_dir", "out/x", "--init_from", "out/rm/ckpt.pt"], "holds a reward model"),
+    ("ppo", ["--data_dir", "data", "--out_dir", "out/x", "--init_from", "out/rm/ckpt.pt"], "holds a reward model"),
     ("ppo", ["--data_dir", "data", "--out_dir", "out/x", "--init_from", "nowhere.pt"],
      "run train_sft.py or train_ppo.py or python -m minirlhf.dpo first"),
     ("ppo", ["--data_dir", "data", "--out_dir", "out/x", "--num_mini_batches", "5"], "--num_mini_batches 5"),

@@ -843,12 +843,23 @@ def test_contrast_of_the_page_s_own_style(root, scheme):
 
 # ---- size
 
-def test_a_page_of_large_runs_is_less_than_a_megabyte(tmp_path):
-    """PPO of 2,000 steps, 500 answers of 3,000 characters, tokens as many as a run can leave."""
-    n = evaluate.TOKENS
-    made(tmp_path / "ppo", metrics=[ppo_row(k) for k in range(1, 2001)],
-         samples=[answer(k, prompt="p" * 3000, completion="c" * 3000, sft_completion="s" * 3000) for k in range(500)],
-         tokens=[rollout(k, [" wordier"] * n) for k in range(1, 33)])
+@pytest.mark.parametrize("letter", "c\u8a9e")
+def test_a_page_of_large_runs_is_less_than_a_megabyte(tmp_path, letter):
+    """All three stages of 2,000 steps whose figures go up and down, 500 answers of 3,000 characters, of which one may
+    take three bytes, tokens as many as a run can leave."""
+    n, rows = evaluate.TOKENS, range(1, 2001)
+
+    def figures(names, k):
+        return {name: (7919 * k + 31 * j) % 1009 / 1009 for j, name in enumerate(names)}
+    made(tmp_path / "ppo", metrics=[ppo_row(k) | figures([p[0] for p in report.PPO_COLUMNS.values() if len(p) == 1], k)
+                                    for k in rows],
+         samples=[answer(k, **{name: letter * 3000 for name in ("prompt", "completion", "sft_completion")})
+                  for k in range(500)],
+         tokens=[rollout(k, [letter * 7] * n) for k in range(1, 33)])
+    made(tmp_path / "rm", config={"stage": "rm"}, metrics=[{"step": k} | figures(["loss", "accuracy"], k) for k in rows])
+    made(tmp_path / "sft", config={"stage": "sft"}, metrics=[
+        {"step": k, "eval": {kind: figures(["nats_per_token", "bits_per_byte"], k) for kind in ("all", *"abcdefgh")}}
+        | figures(["loss", "lr"], k) for k in rows])
     assert len(report.page(str(tmp_path)).encode()) < 1_000_000
 
 

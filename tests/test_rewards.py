@@ -170,7 +170,7 @@ def test_a_step_s_rollout_carries_whole_prompts(make_model):
     model, prompts = make_model(), [Prompt([0, 1 + i], f"prompt {i}", 0) for i in range(6)]
     run = SimpleNamespace(device=CPU.device, autocast=lambda: NO_CONTEXT,
                           generator=lambda step, purpose: torch.Generator().manual_seed(3))
-    o = SimpleNamespace(response_length=8, temperature=1.0)
+    o = SimpleNamespace(response_length=8, temperature=1.0, group_size=1)
     batch = train_ppo.roll_out(model, prompts, [4, 0, 5, 2, 2, 1], 0, 0, o, run)
     assert batch.prompt_texts == [f"prompt {i}" for i in batch.prompt_index.tolist()]
     assert batch.prompt_index.tolist() != [4, 0, 5, 2, 2, 1]

@@ -144,7 +144,8 @@ def test_a_tracker_gets_what_the_metrics_have(tiny, played, stage):
     assert first == "init" and last == ["finish"]
     assert [log[1:] for log in logs] == told(ended.rows())
     assert any(name.startswith("eval/") for _, step, numbers in logs for name in numbers)
-    assert any(name.startswith("final/") for _, step, numbers in logs for name in numbers) == (stage != "sft")
+    assert any(name.startswith("final/") for _, step, numbers in logs for name in numbers) == (
+        stage in ("rm", "ppo"))
     assert given.pop("config") == json.loads((ended.folder / "config.json").read_text())
     assert given == {"id": given["id"], "resume": "allow", "dir": str(ended.folder), "job_type": stage}
     assert environment == {"WANDB_PROJECT": "minirlhf", "WANDB_NAME": str(ended.folder), "WANDB_CONSOLE": "off"}
@@ -399,7 +400,7 @@ def test_one_rank_has_trackers_and_no_terminal_reaches_them(tmp_path, played, ca
 @pytest.mark.parametrize("name", trackers.NAMES)
 def test_a_missing_package_is_named_before_anything_is_read(declined, tmp_path, monkeypatch, stage, name):
     monkeypatch.setattr("importlib.util.find_spec", lambda package: None)
-    assert declined(tmp_path, f"train_{stage}.py", f"--{name}", "--data_dir", "none") == (
+    assert declined(tmp_path, "minirlhf.dpo" if stage == "dpo" else f"train_{stage}.py", f"--{name}", "--data_dir", "none") == (
         f"error: --{name}: the package {name} is not installed; get it by: pip install {name}; or leave the option out "
         f"(--{name} false, where a run that goes on has it)\n")
 
