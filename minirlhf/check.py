@@ -235,14 +235,15 @@ def rm(model, tokenizer, batch, optimizers, o, run):
 
 def along_gradient(checks, policy, ref, batch, eos, o, run):
     """A step along the gradient and one against it, whose lengths should change the loss by 2 %, differ by about twice
-    that; what is frozen and the reference have not moved."""
+    that; what is frozen and the reference have not moved. Shorter for means a token, times a beta below 1: to change
+    them by so much takes steps on which the loss is no line."""
     from minirlhf import dpo
 
     before = dpo.batch_gradients(policy, batch, eos, o, run)[0]["loss"]
     learn, still = [p for p in policy.parameters() if p.grad is not None], [
         *ref.parameters(), *(p for p in policy.parameters() if not p.requires_grad)]
     kept, slopes, copies = ([x.detach().clone() for x in xs] for xs in (learn, [p.grad for p in learn], still))
-    wanted = 0.02 * abs(before)
+    wanted = 0.02 * abs(before) * (min(1.0, o.beta) if o.loss == "simpo" else 1.0)
     size, losses, moved = wanted / max(sum(float(g.pow(2).sum()) for g in slopes), 1e-20), [], 0
     for sign in (1, -1):
         for p, own, slope in zip(learn, kept, slopes):

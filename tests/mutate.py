@@ -598,6 +598,7 @@ STATE = [
     ("minirlhf/check.py", '    if not first and not o.reference:\n', '    if True:\n'),
     ("minirlhf/check.py", '{"value network": value} if value else {}', '{"value network": policy} if value else {}'),
     ("minirlhf/check.py", '({"value network": value} if value else {})', '{"value network": value}'),
+    ("minirlhf/check.py", 'min(1.0, o.beta) if o.loss == "simpo" else 1.0', "1.0"),
     ("minirlhf/check.py", '    model.eval()\n    padding(checks, model, batch, "model")',
      '    padding(checks, model, batch, "model")'),
     ("minirlhf/check.py", '    model.eval()\n    padding(checks, model, rows, "reward model")',

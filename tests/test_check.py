@@ -66,6 +66,7 @@ def letters(tiny):
     ("ppo", ["--temperature", "0.7", "--ent_coef", "0.1"], ()),
     ("ppo", ["--value_init", "sft", "--num_ppo_epochs", "1", "--num_mini_batches", "4"], ()),
     ("dpo", ["--loss", "ipo", "--long_prompts", "trim"], ()), ("dpo", ["--loss", "simpo", "--beta", "2"], ()),
+    ("dpo", ["--loss", "simpo", "--beta", "0.005"], ()),
     ("dpo", ["--reference", "{sft}", "--lora_rank", "2"], ["all log-ratios are 0 at the start"])])
 def test_what_is_right_passes(tiny, checked, stage, options, without):
     """Every line says ok and the exit status is 0."""
