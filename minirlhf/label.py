@@ -254,8 +254,8 @@ class Session:
             return self.look()
 
     def agreement(self, choice):
-        """1 where the same answer was chosen as before, 0.5 where they are tied now. Nothing where this one is skipped, or
-        the first one was taken back and not decided again."""
+        """1 where the same answer was chosen as before, 0.5 where they are tied now. Nothing where this one is skipped,
+        or the first one was taken back and not decided again."""
         first = next(r for r in self.own() if r["pair"] == self.pair.again)
         same = choice != first["choice"]  # the sides are exchanged
         return {} if choice == "skip" or "chosen" not in first else {"agrees": 0.5 if choice == "tie" else float(same)}

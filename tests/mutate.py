@@ -1406,6 +1406,7 @@ LABEL_SERVER = [
     ("request_queue_size = True, 128", "request_queue_size = True, 1"),
 ]
 TRACKERS = [
+    ("v if isinstance(v, (int, float, str)) else json.dumps(v) for k, v", "v for k, v"),
     ('{2: ("", "_half_width"), 3: ("", "_low", "_high")}', '{2: ("_half_width", ""), 3: ("", "_low", "_high")}'),
     ('3: ("", "_low", "_high")}', '3: ("", "_high", "_low")}'),
     ("elif type(value) in (int, float):", "elif isinstance(value, (int, float)):"),  # True is 1
