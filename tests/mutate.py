@@ -1384,8 +1384,10 @@ LABEL = [
     ("first = len(choices.records), 1 + max([-1,", "first = len(choices.records), max([0,"),
     ("Writer(a.policy, first, a.n - a.n // 2 if a.against else a.n)", "Writer(a.policy, first, a.n)"),
     ("    if ahead.problem:\n", "    if False:\n"),
+    ("            earlier, n = out_dir, n + 1", "            n = n + 1"),
 ]
 LABEL_SERVER = [
+    ("names * (port == 80)", "names"),
     ("if not hmac.compare_digest(self.path[:len(behind)].encode(\"latin-1\"), behind.encode()):", "if False:"),
     ("if len(self.headers.get_all(\"Host\", [])) != 1 or self.headers[\"Host\"] not in hosts or any(", "if any("),
     ("origin not in [f\"http://{host}\" for host in hosts] for origin in origins):", "False for origin in origins):"),
