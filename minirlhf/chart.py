@@ -57,8 +57,9 @@ th:first-child, td.text, th.text {{ text-align: left; }}
   h2, h3 {{ break-after: avoid; }} }}
 """
 
-HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069"
-                    "\ufdd0-\ufdef\ufeff\ufff9-\ufffb\ufffe\uffff]")  # controls, halves of characters, turns of direction
+HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\ud800-\udfff\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f"
+                    "\ufdd0-\ufdef\ufeff\ufff9-\ufffb\ufffe\uffff\U000e0000-\U000e007f]")
+# controls, halves of characters, turns of direction, letters without a shape
 
 
 def text(value):

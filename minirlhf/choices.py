@@ -123,7 +123,7 @@ class Choices:
 
     @contextlib.contextmanager
     def changing(self, taken=b""):
-        """What changes the file is on the disk afterwards, or, where that fails, not in the file. taken: from its end."""
+        """What changes the file is on the disk afterwards, or, where that fails, not in it. taken: off its end."""
         if not self.is_there() or os.fstat(self.file.fileno()).st_size != self.ends[-1]:
             raise OSError(0, "another program has changed or removed it")
         try:

@@ -258,8 +258,8 @@ class Session:
             return self.look()
 
     def agreement(self, choice):
-        """1 where the same answer was chosen as before, 0.5 where they are tied now. Nothing where this one is skipped, or
-        the first one was taken back and not decided again."""
+        """1 where the same answer was chosen as before, 0.5 where they are tied now. Nothing where this one is skipped,
+        or the first one was taken back and not decided again."""
         first = next(r for r in self.own() if r["pair"] == self.pair.again)
         same = choice != first["choice"]  # the sides are exchanged
         return {} if choice == "skip" or "chosen" not in first else {"agrees": 0.5 if choice == "tie" else float(same)}
@@ -522,8 +522,13 @@ def closing(choices, begun, a):
     yield f"{a.output}: {len(choices.records):,} lines, {len(choices.records) - begun:,} of them new"
     folder, name = os.path.split(a.output)
     if name.endswith(".train.jsonl"):
-        words = {"data_dir": folder or ".", "preferences": name.removesuffix(".train.jsonl"), "init_from": a.policy,
-                 "val_share": 0.2, "out_dir": os.path.join("out", os.path.basename(os.path.abspath(folder)), "rm")}
+        rm, n = os.path.join("out", os.path.basename(os.path.abspath(folder)), "rm"), 1
+        earlier, out_dir = a.policy, rm  # or the reward model of the choices so far
+        while os.path.exists(out_dir):
+            earlier, n = out_dir, n + 1
+            out_dir = f"{rm}{n}"
+        words = {"data_dir": folder or ".", "preferences": name.removesuffix(".train.jsonl"), "init_from": earlier,
+                 "val_share": 0.2, "out_dir": out_dir}
         yield f"next: {runtime.start_of('train_rm.py')} {' '.join(runtime.option(*word) for word in words.items())}"
 
 

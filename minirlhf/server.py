@@ -35,7 +35,7 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", port), Handler)
         self.look, self.actions, self.page = look, actions, page.encode()
         self.token, self.busy = secrets.token_urlsafe(24), set()  # busy: connections
-        self.hosts = [f"{name}:{self.server_port}" for name in ("127.0.0.1", "localhost")]
+        self.hosts = hosts_of(self.server_port)
         self.url = f"http://{self.hosts[0]}/{self.token}/"
         scripts, styles = (" ".join(
             f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
@@ -71,6 +71,12 @@ class Server(ThreadingHTTPServer):
 
     def handle_error(self, request, client_address):
         """A connection that broke is its client's matter."""
+
+
+def hosts_of(port):
+    """What a browser calls this server: it leaves out the port that is usual."""
+    names = ["127.0.0.1", "localhost"]
+    return [f"{name}:{port}" for name in names] + names * (port == 80)
 
 
 class Timely(io.RawIOBase):

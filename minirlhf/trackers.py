@@ -125,6 +125,7 @@ def to_tensorboard(folder, known, options, first, say):
     def write(step=0, **content):
         writer.add_event(Event(wall_time=time.time(), step=step, **content))
 
+    options = {k: v if isinstance(v, (int, float, str)) else json.dumps(v) for k, v in options.items()}  # no list
     write(session_log=SessionLog(status=SessionLog.START))  # an open TensorBoard forgets the points that it has
     write(summary=hparams.hparams_config_pb([hparams.HParam(name) for name in options],
                                             [hparams.Metric(name) for name in first]))

@@ -1399,8 +1399,10 @@ LABEL = [
     ("first = len(choices.records), 1 + max([-1,", "first = len(choices.records), max([0,"),
     ("Writer(a.policy, first, a.n - a.n // 2 if a.against else a.n)", "Writer(a.policy, first, a.n)"),
     ("    if ahead.problem:\n", "    if False:\n"),
+    ("            earlier, n = out_dir, n + 1", "            n = n + 1"),
 ]
 LABEL_SERVER = [
+    ("names * (port == 80)", "names"),
     ("if not hmac.compare_digest(self.path[:len(behind)].encode(\"latin-1\"), behind.encode()):", "if False:"),
     ("if len(self.headers.get_all(\"Host\", [])) != 1 or self.headers[\"Host\"] not in hosts or any(", "if any("),
     ("origin not in [f\"http://{host}\" for host in hosts] for origin in origins):", "False for origin in origins):"),
@@ -1421,6 +1423,7 @@ LABEL_SERVER = [
     ("request_queue_size = True, 128", "request_queue_size = True, 1"),
 ]
 TRACKERS = [
+    ("v if isinstance(v, (int, float, str)) else json.dumps(v) for k, v", "v for k, v"),
     ('{2: ("", "_half_width"), 3: ("", "_low", "_high")}', '{2: ("_half_width", ""), 3: ("", "_low", "_high")}'),
     ('3: ("", "_low", "_high")}', '3: ("", "_high", "_low")}'),
     ("elif type(value) in (int, float):", "elif isinstance(value, (int, float)):"),  # True is 1

@@ -81,7 +81,7 @@ def test_the_style_holds_both_palettes_and_no_colour_of_its_own():
     ("<script>alert('x')</script> & \"y\"",
      "&lt;script&gt;alert(&#x27;x&#x27;)&lt;/script&gt; &amp; &quot;y&quot;"),
     ("a\x00b\x1bc\x7f", r"a\x00b\x1bc\x7f"), ("\ud800", r"\ud800"), ("\udfff", r"\udfff"),
-    ("\u202eevil", r"\u202eevil"),
+    ("\u202eevil", r"\u202eevil"), ("a\u200bb\xad\U000e0041\u2064", r"a\u200bb\xad\U000e0041\u2064"),
     ("\u2066x\u2069\u200f\ufeff", r"\u2066x\u2069\u200f\ufeff"), ("a\n\tb\r", "a\n\tb\\r"),
     ("שלום é 👩‍👩‍👧 \u00a0\ufffd", "שלום é 👩‍👩‍👧 \u00a0\ufffd"), (3, "3"), ("\uffff\ufffe", r"\uffff\ufffe")])
 def test_a_text_shows_and_does_nothing_else(given, expected):

@@ -695,6 +695,11 @@ def test_the_reward_model_learns_from_the_file(folder, monkeypatch, tiny):
     assert ended.code == 0, ended.error
     dropped = re.findall(r"records dropped, no two texts that differ and are not tied: (\d+)", ended.said)
     assert sum(map(int, dropped)) == ties + sum("again" in r and r["choice"] != "tie" for r in records)
+    # the next one goes on from it, and takes nothing's place
+    for there, place in (("out/mine/rm", "out/mine/rm2"), ("out/mine/rm2", "out/mine/rm3")):
+        (folder / there).mkdir(parents=True, exist_ok=True)
+        *_, said = label.closing(SimpleNamespace(records=records), 0, options(output="mine/preferences.train.jsonl"))
+        assert f"--init_from {there} " in said and said.endswith(f"--out_dir {place}")
 
 
 def test_two_sessions_on_one_file_are_refused_and_the_first_goes_on(folder, monkeypatch, refused):
@@ -1033,6 +1038,11 @@ def speak(port, data, seconds=20):
             while more := s.recv(65536):
                 found += more
         return found
+
+
+def test_a_browser_leaves_out_the_usual_port():
+    assert server.hosts_of(80) == ["127.0.0.1:80", "localhost:80", "127.0.0.1", "localhost"]
+    assert server.hosts_of(8080) == ["127.0.0.1:8080", "localhost:8080"]
 
 
 def test_a_request_needs_token_host_origin_and_method(served):

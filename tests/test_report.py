@@ -726,6 +726,8 @@ def test_an_older_run_without_clock_tells_its_steps_alone(tmp_path):
     ("sft", {"num_train_epochs": 1.5, "max_steps": 0}, [{"step": 4, "epoch": 0.4}], "4 of 15 steps, not finished"),
     ("sft", {"num_train_epochs": 4, "max_steps": 12}, [{"step": 12, "epoch": 1.2}], "12 of 12 steps"),
     ("sft", {"num_train_epochs": 0.01, "max_steps": 0}, [{"step": 1, "epoch": 0.1}], "1 of 1 steps"),
+    ("sft", {"num_train_epochs": 1, "max_steps": 0}, [{"step": 1e99, "epoch": 1e-300}], "1e+99 steps"),
+    ("ppo", {"total_episodes": 1e99, "batch_size": 1e-300}, [{"step": 7}], "7 steps, not finished"),
     ("sft", {}, [{"step": 4, "epoch": 0.4}], "4 steps"), ("sft", {"max_steps": "x"}, [], "0 steps"),
     ("rm", {"num_train_epochs": 1, "max_steps": 5}, [{"step": 5, "epoch": 0.5}], "5 of 5 steps, not finished"),
     ("rm", {"num_train_epochs": 1, "max_steps": 5}, [{"step": 5, "epoch": 0.5}, {"step": 5, "final": {"figures": {}}}],
@@ -856,7 +858,8 @@ def test_a_page_of_large_runs_is_less_than_a_megabyte(tmp_path, letter):
          samples=[answer(k, **{name: letter * 3000 for name in ("prompt", "completion", "sft_completion")})
                   for k in range(500)],
          tokens=[rollout(k, [letter * 7] * n) for k in range(1, 33)])
-    made(tmp_path / "rm", config={"stage": "rm"}, metrics=[{"step": k} | figures(["loss", "accuracy"], k) for k in rows])
+    made(tmp_path / "rm", config={"stage": "rm"}, metrics=[
+        {"step": k} | figures(["loss", "accuracy"], k) for k in rows])
     made(tmp_path / "sft", config={"stage": "sft"}, metrics=[
         {"step": k, "eval": {kind: figures(["nats_per_token", "bits_per_byte"], k) for kind in ("all", *"abcdefgh")}}
         | figures(["loss", "lr"], k) for k in rows])

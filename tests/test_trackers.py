@@ -1,6 +1,7 @@
 """TensorBoard and Weights & Biases beside a run: they get what metrics.jsonl has, and nothing that they do reaches the
 run. The second is played by a module that does what it is told to."""
 import contextlib
+import importlib
 import json
 import os
 import random
@@ -11,7 +12,8 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -468,6 +470,15 @@ def expected(rows):
         for name, value in numbers.items():
             found.setdefault(name, []).append((step, float(np.float32(value))))
     return found
+
+
+@pytest.mark.parametrize("stage", ["sft", "rm", "ppo"])
+def test_tensorboard_takes_the_options_of_every_stage(run_folder, events, stage):
+    """Those that are lists too, which are no hyperparameter of its own kinds."""
+    folder, options = run_folder(1, 2), asdict(importlib.import_module(f"train_{stage}").Options())
+    Path(folder, "config.json").write_text(json.dumps(options | {"stage": stage, "a": [1, "b"], "c": None}))
+    assert once(folder, "tensorboard") == 2
+    assert events(Path(folder))["x"] == [(1, 1.5), (2, 2.5)]
 
 
 @pytest.mark.slow
