@@ -87,6 +87,7 @@ def played(tmp_path, monkeypatch):
     (tmp_path / "played" / "wandb.py").write_text(PLAYED)
     notes = tmp_path / "notes"
     monkeypatch.syspath_prepend(tmp_path / "played")
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)  # another package may have imported the real one
     monkeypatch.setenv("NOTES", str(notes))
     for name in [name for name in os.environ if name.startswith("WANDB")]:
         monkeypatch.delenv(name)
@@ -94,7 +95,8 @@ def played(tmp_path, monkeypatch):
     def play(*ways):
         monkeypatch.setenv("PLAYED", " ".join(ways))
         return lambda: [json.loads(line) for line in notes.read_text().splitlines()] if notes.exists() else []
-    return play
+    yield play
+    sys.modules.pop("wandb", None)
 
 
 @pytest.fixture(scope="module")
