@@ -646,12 +646,12 @@ def test_a_child_never_releases_the_run(run, leave, behind):
 
 def test_a_child_that_outlives_a_killed_run_does_not_hold_its_lock(tmp_path):
     """kill -9 of the run: its orphan goes on, and another run may have the folder."""
-    told, tell = os.pipe()
+    (told, tell), (ready, begun) = os.pipe(), os.pipe()
 
     def begin():
         run = Run(Options(out_dir=str(tmp_path / "out")), "ppo")
-        os.write(tell, b"%d\n" % fork(lambda: time.sleep(60)))
-        assert run.lock
+        os.write(tell, b"%d\n" % fork(lambda: (os.write(begun, b"."), time.sleep(60))))
+        assert run.lock and os.read(ready, 1)  # the orphan has let go of the lock
         os.kill(os.getpid(), signal.SIGKILL)
 
     os.waitpid(fork(begin), 0)
