@@ -661,6 +661,19 @@ def test_what_cannot_be_ranked(folder, refused, given, says):
     assert not (folder / "o.jsonl").exists()
 
 
+def test_answers_to_which_the_reward_does_not_apply_are_not_ranked(folder, capsys, monkeypatch):
+    """None is no score: such answers are left out and counted, the others stand in order."""
+    letters_e(folder)
+    write(folder / "p.jsonl", [{"prompt": "the"}])
+    answers = [("the", f" {text}", True, (score,)) for text, score in (("a", None), ("b", 1.0), ("c", 2.0), ("d", None))]
+    monkeypatch.setattr(sample, "complete", lambda *a: iter(answers))
+    sample.main(["out/sft", "--reward_model", "own.py:score", "--rank", "--n", "4", "--prompts", "p.jsonl", "--output",
+                 "o.jsonl"])
+    (record,) = map(json.loads, open(folder / "o.jsonl"))
+    assert record == {"prompt": "the", "completions": [" c", " b"], "scores": [2.0, 1.0]}
+    assert "0 that repeat another, 2 to which the reward does not apply, 0 prompts" in capsys.readouterr().out
+
+
 def test_rankings_need_a_file_and_answers_that_end(folder, refused, monkeypatch):
     """No --output, no prompts, --chat, reward models alone, what it reads as --output, and answers that are all cut."""
     letters_e(folder)
