@@ -147,9 +147,9 @@ def summary(scores):
     return f"mean score {float(x.mean()):.3f}, standard deviation {float(x.std(correction=0)):.3f}"
 
 
-def suffixes(paths, one_is_plain=True):
+def suffixes(judges, one_is_plain=True):
     """What the names of a reward model's columns end in, a model."""
-    return [""] if len(paths) == 1 and one_is_plain else [f" {path}" for path in paths]
+    return [""] if len(judges) == 1 and one_is_plain else [f" {judge.path}" for judge in judges]
 
 
 def opened(a, also=()):
@@ -291,12 +291,11 @@ def choose(policies, judges, prompts, a, output):
     counts, progress, scores = Counter(), Progress(len(prompts) * a.n, "completions of each policy"), {}
     streams = [complete(policy, scorers_of(policy, judges, prompts, a), prompts, a) for policy in policies]
     for k, prompt in enumerate(prompts):
-        answers = [(score, policy.path, text) for policy, stream in zip(policies, streams)
-                   for _, text, finished, (score,) in itertools.islice(stream, a.n) if finished]
-        counts["cut"] += a.n * len(policies) - len(answers)
-        unscored = [answer for answer in answers if answer[0] is None]  # the reward does not apply to them
-        counts["unscored"] += len(unscored)
-        answers = [answer for answer in answers if answer[0] is not None]
+        ended = [(score, policy.path, text) for policy, stream in zip(policies, streams)
+                 for _, text, finished, (score,) in itertools.islice(stream, a.n) if finished]
+        answers = [answer for answer in ended if answer[0] is not None]  # None: the reward does not apply
+        counts["cut"] += a.n * len(policies) - len(ended)
+        counts["unscored"] += len(ended) - len(answers)
         ranked = {}
         for score, path, text in sorted(answers, key=lambda answer: -answer[0]):
             ranked.setdefault(text, (score, path))
@@ -403,9 +402,9 @@ def pick_suffixes(records, texts, judges):
         return next(((where, record, name) for (where, record), p in zip(records, texts) for end in ends
                      for name in score_columns(record, p.completions, end) if name in record), None)
 
-    plain = suffixes([judge.path for judge in judges])
+    plain = suffixes(judges)
     if len(judges) == 1 and (found := taken(plain)):
-        ends = suffixes([judge.path for judge in judges], one_is_plain=False)
+        ends = suffixes(judges, one_is_plain=False)
         say(f"the records have a column {found[2]!r} of their own: the new one is {found[2] + ends[0]!r}")
     else:
         ends = plain

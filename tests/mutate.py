@@ -1005,7 +1005,7 @@ SAMPLE = [
     ("return [*a.checkpoints, *filter(None, [a.reward_model])]", "return a.checkpoints"),
     ('load(a.reward_model, a.device, ["rm"])', "load(a.reward_model, a.device)"),
     ("map(rewards.files, named(a))", "map(rewards.files, a.checkpoints)"),
-    ("[answer for answer in answers if answer[0] is not None]", "answers"),
+    ("[answer for answer in ended if answer[0] is not None]", "ended"),
     ("encode_prompts(policy.tokenizer, prompts, room,", "encode_prompts(policy.tokenizer, prompts, room - 1,"),
     ("in zip(prompts, encoded) for _ in range(a.n)]", "in [*zip(prompts, encoded)] * a.n]"),
     ('completion, "finished": finished}', 'completion, "finished": not finished}'),

@@ -320,6 +320,9 @@ def test_scores_beside_completions_are_those_of_stage_3(folder, monkeypatch):
     for row, ids in zip(scored, tokens):
         assert row["score"] == close(float(model(torch.tensor([ids]))[0, -1]))
         assert "a" + row["completion"] == tokenizer.decode(ids)
+    sample.main(["out/ppo", "out/rm", "out/judge", "--prompt", "a", "--output", "several.jsonl"])
+    assert rows(folder / "several.jsonl")[0].keys() == {
+        "checkpoint", "prompt", "completion", "finished", "score out/rm", "score out/judge"}
 
 
 def test_a_prompt_that_is_too_long_is_told(folder, capsys):
