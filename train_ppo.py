@@ -16,7 +16,7 @@ from minirlhf import (adapters, checkpoint, evaluate, groups, kernels, memory, m
                       sizes)
 from minirlhf.chat import Talk, about
 from minirlhf.config import RunOptions, fail, launch, parse, ranks, warn_idle
-from minirlhf.data import blank_ends, encode_prompts, endless_batch, load_parts, load_prompts, repeats
+from minirlhf.data import blank_ends, encode_prompts, endless_batch, load_asked, load_parts, repeats
 from minirlhf.generate import Rollout, compile_model, generate
 from minirlhf.objectives import (adaptive_kl_coef, entropy, gae, grpo, k1, k2, k3, kl_above_baseline, log_ratio,
                                  policy_loss, rloo, shape_rewards, value_loss, whiten)
@@ -251,7 +251,7 @@ def read_prompts(o, tokenizer, context):
     room, encoded = context - o.response_length, []
     if room < 2:
         fail(f"--response_length {o.response_length}: leaves no room for a prompt in a context of {context} tokens")
-    *texts, paths, lines = load_parts(load_prompts, "prompts", o)
+    *texts, paths, lines = load_parts(load_asked, "prompts", o)
     for path, part, name in zip(paths, texts, ("training", "held-out")):
         kept, long = encode_prompts(tokenizer, part, room, o.long_prompts)
         if not kept:

@@ -27,6 +27,7 @@ turn, or several where it has "\\n\\nHuman:" in it. What would lose a text is re
 
 Left out: streaming and memory mapping. Human feedback fits in memory.
 """
+import functools
 import hashlib
 import itertools
 import json
@@ -423,15 +424,22 @@ class Asked(str):
     """A prompt's text that knows the other columns of its record, for a reward function. So does a Talk."""
 
 
-def load_prompts(path) -> list[str]:
+def load_prompts(path, columns=False) -> list[str]:
+    """columns: each text knows the other columns of its record, as `columns`, for a reward function that asks for one."""
     rows = []
     for where, record in read_records(path):
         name = present(record, "prompt", "messages") or "prompt"
         text, messages = take(where, record, name)
-        rows.append(Asked(text) if messages is None else open_answer(where, name, messages))
-        rows[-1].columns = other_columns(record, name)
+        text = text if messages is None else open_answer(where, name, messages)
+        if columns:
+            text = Asked(text) if messages is None else text
+            text.columns = other_columns(record, name)
+        rows.append(text)
         lose_nothing(where, record, rows[-1], [], (name, "messages", "conversation", "conversations"))
     return rows
+
+
+load_asked = functools.partial(load_prompts, columns=True)
 
 
 def fingerprint(*paths) -> str:

@@ -14,7 +14,7 @@ import torch
 from minirlhf import adapters, checkpoint, groups, kernels, mixture, rewards, runtime
 from minirlhf.config import (Parser, RunOptions, all_printed, check_spelling, fail, launch, one_line, positive_int,
                              say, temperature_number, unprinted)
-from minirlhf.data import collate, divide, encode_prompts, label_of, load_prompts, number
+from minirlhf.data import collate, divide, encode_prompts, label_of, load_asked, number
 from minirlhf.generate import generate
 from minirlhf.memory import BATCH, ROWS
 from minirlhf.model import flat_indices
@@ -692,8 +692,8 @@ def held_out_prompts(path, share):
     out, of which share the first policy's run says."""
     whole = path.removesuffix(".val.jsonl") + ".train.jsonl"
     if os.path.lexists(path) or not path.endswith(".val.jsonl") or not os.path.lexists(whole):
-        return load_prompts(path), path
-    _, held_out = divide(load_prompts, whole, share)
+        return load_asked(path), path
+    _, held_out = divide(load_asked, whole, share)
     if not held_out:
         fail(f"{whole}: by the run's --val_share {share:g} no prompt is held out; name another file with --prompts")
     say(f"there is no {path}: the {len(held_out):,} prompts of {whole} that the run holds out (--val_share {share:g})")

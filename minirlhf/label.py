@@ -28,7 +28,7 @@ from minirlhf.chat import about
 from minirlhf.choices import PERSON, Choices, Pair, figures, visible
 from minirlhf.config import (Parser, all_printed, check_spelling, escaped, fail, launch, one_line, positive_int, say,
                              temperature_number, unprinted)
-from minirlhf.data import blank_ends, encode_prompts, endless_batch, load_prompts, present, read_records
+from minirlhf.data import blank_ends, encode_prompts, endless_batch, load_asked, present, read_records
 from minirlhf.generate import generate
 
 BLOCK = 8  # prompts that are answered at a time
@@ -444,7 +444,7 @@ def read_prompts(a, tokenizer, block_size):
     room = block_size - a.response_length
     if room < 2:
         fail(f"--response_length {a.response_length}: leaves no room for a prompt in a context of {block_size} tokens")
-    texts, found, long = load_prompts(a.prompts), [], 0
+    texts, found, long = load_asked(a.prompts), [], 0
     for text, (_, record) in zip(texts, read_records(a.prompts), strict=True):
         fitting, too_long = encode_prompts(tokenizer, [text], room, a.long_prompts)
         found += [(record[present(record, "prompt", "messages") or "prompt"], ids) for ids in fitting]

@@ -19,8 +19,8 @@ import torch
 from minirlhf import checkpoint, evaluate, kernels, mixture, rewards, runtime
 from minirlhf.chat import Message, Talk, describe
 from minirlhf.config import all_printed, escaped, fail, launch, positive_int, say, temperature_number, unprinted
-from minirlhf.data import (Preference, blank_ends, clean, encode_prompts, encode_row, load_demonstrations,
-                           load_preferences, load_prompts, present, read_records, refuse, too_long)
+from minirlhf.data import (Preference, blank_ends, clean, encode_prompts, encode_row, load_asked, load_demonstrations,
+                           load_preferences, present, read_records, refuse, too_long)
 from minirlhf.generate import generate
 from minirlhf.model import GPT
 from minirlhf.objectives import best_of_n_kl
@@ -245,7 +245,7 @@ def sample(policies, judges, a):
             checkpoint.compatible(policy[1:3], policy.path, judge[1:3], judge.path)
     if a.rank or a.best:
         check_choice(policies, judges, a)
-    prompts = [clean(p) for p in a.prompt] + (load_prompts(a.prompts) if a.prompts else [])
+    prompts = [clean(p) for p in a.prompt] + (load_asked(a.prompts) if a.prompts else [])
     for line in blank_ends(prompts, "prompts"):
         warn(line)
     with opened(a, () if prompts else ["/dev/stdin"]) as output:

@@ -17,7 +17,7 @@ import train_ppo
 from conftest import ROOT, tree
 from minirlhf import checkpoint, evaluate, mixture, rewards, sample
 from minirlhf.config import parse, weighted
-from minirlhf.data import Asked, Prompt, load_prompts
+from minirlhf.data import Asked, Prompt, load_asked
 from minirlhf.mixture import Part, Reward, parts_of
 from test_rewards import CPU, TOKENIZER, rollout
 
@@ -211,7 +211,7 @@ def test_columns_come_from_the_file_of_prompts(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_text('{"prompt": "a", "answer": "\\ud83d", "n": [1, {"b": 2}], "none": null}\n'
                     '{"messages": [{"role": "user", "content": "hi"}], "ok": true}\n{"prompt": "c"}\n')
-    found = load_prompts(path)
+    found = load_asked(path)
     assert found == ["a", "\n\nHuman: hi\n\nAssistant:", "c"] and [text.columns for text in found] == [
         {"answer": "\ufffd", "n": [1, {"b": 2}]}, {"ok": True}, {}]
 

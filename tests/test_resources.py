@@ -110,7 +110,7 @@ def large(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("load, name, most", [("load_demonstrations", "data/sft.train.jsonl", 2.5),
                                               ("load_preferences", "preferences.jsonl", 2.5),
-                                              ("load_prompts", "data/sft.train.jsonl", 2.5)])  # with the other columns
+                                              ("load_prompts", "data/sft.train.jsonl", 1.0)])
 def test_loading_costs_a_small_multiple(large, load, name, most):
     """A file of 200 MB is read once, at more than 5 MB a second, and all rows of it together take at most `most` times
     its size."""
