@@ -425,7 +425,7 @@ class Asked(str):
 
 
 def load_prompts(path, columns=False) -> list[str]:
-    """columns: each text knows the other columns of its record, as `columns`, for a reward function that asks for one."""
+    """columns: each text knows the others of its record, as `columns`, for a reward function that asks for one."""
     rows = []
     for where, record in read_records(path):
         name = present(record, "prompt", "messages") or "prompt"
