@@ -288,7 +288,7 @@ def verified(payload, path, stages):
     if wrong := [part for part, kind in PARTS.items() if not isinstance(payload.get(part), kind)]:
         fail(f"{path}: lacks {', '.join(wrong)}, or holds something else there")
     if payload["stage"] not in stages:
-        expected = " or ".join(STAGES[s] for s in stages)
+        expected = " or ".join(filter(None, (", ".join(STAGES[s] for s in stages[:-1]), STAGES[stages[-1]])))
         fail(f"{path}: holds {STAGES.get(payload['stage'], payload['stage'])}, expected {expected}")
     if (payload["head"] == "scalar") != (payload["stage"] == "rm"):
         fail(f"{path}: holds {STAGES[payload['stage']]} with the head {payload['head']!r}")
@@ -663,7 +663,7 @@ def resume(o, stage, structural):
             changes |= of_another_length(o, stage, was, tell)
     if payload is None:
         changes |= {"resume": False, "overwrite": True}
-    given, o = o.given, replace(o, **changes)
-    o.given = given
+    given, asked, o = o.given, o.asked, replace(o, **changes)
+    o.given, o.asked = given, asked
     check_ranges(o)
     return o, Saved(payload, path) if payload else None

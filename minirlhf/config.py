@@ -152,9 +152,9 @@ def part_from_others():
 
 
 def warn_idle(options, what, makes_idle, *names):
-    """One line for each named option that was given though `what` leaves it without effect."""
+    """One line for each named option that was given, by the user, though `what` leaves it without effect."""
     for name in names:
-        if makes_idle and name in getattr(options, "given", ()) and ranks()[0] == 0:
+        if makes_idle and name in getattr(options, "asked", ()) and ranks()[0] == 0:
             say(f"warning: --{name} has no effect with --{what}")
 
 
@@ -174,6 +174,7 @@ def temperature_number(text):
 class RunOptions:
     """What every stage has in common."""
     stage = ""
+    given = asked = frozenset()  # names of options, as `parse` finds them
     # ---- the run
     device: str = "auto"  # cpu, cuda, cuda:N, mps; auto takes the GPU when there is one
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matmuls; auto: bfloat16 where the chip has it
@@ -268,6 +269,8 @@ def parse(cls, argv=None):
         parser.error("expected a value, found '--'")
     options = cls(**as_fields(cls, given))
     options.given = set(given)  # what --resume may not overrule
+    preset = tuple(presets().values())
+    options.asked = {name for name in given if not places.get(name, "").startswith(preset)}  # and not by a preset
     check_ranges(options, places)
     return options
 

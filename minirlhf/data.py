@@ -594,7 +594,8 @@ def load_sets(o):
     Each holds out its own; where that is by the hash, a prompt is on one side in all sets. Of several, rows without a
     "kind" get the set's name for one, so that figures tell them apart.
     """
-    if not o.preferences or len({*o.preferences}) < len(o.preferences):
+    files = {os.path.realpath(files_of_set(stem, o.data_dir)[0]) for stem in o.preferences}
+    if not o.preferences or len(files) < len(o.preferences):
         fail(f"--preferences {', '.join(o.preferences)}: name each set once, and one at least")
     sets = {stem: load_parts(load_preferences, stem, o) for stem in o.preferences}
     for stem, (*parts, _, _) in sets.items() if len(sets) > 1 else ():

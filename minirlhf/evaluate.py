@@ -625,23 +625,24 @@ def paired_difference(rows, others, name="score", replicates=2000, seed=0):
     return float(d.mean()), low, high
 
 
-def verdict_on_policy(figures, thirds, has_judge):
-    """One sentence: is the policy better than the baseline? figures: `summary`; thirds: `by_length`."""
+def verdict_on_policy(figures, thirds, has_judge, reward="reward model"):
+    """One sentence: is the policy better than the baseline? figures: `summary`; thirds: `by_length`; reward: what
+    scores."""
     rate, low, high = figures["win_rate"]
     if low <= 0.5 <= high:
-        return f"not to be told from the baseline: the reward model prefers {rate:.1%} ({low:.1%}-{high:.1%})"
+        return f"not to be told from the baseline: the {reward} prefers {rate:.1%} ({low:.1%}-{high:.1%})"
     if high < 0.5:
-        return f"worse than the baseline: the reward model prefers {rate:.1%} ({low:.1%}-{high:.1%})"
+        return f"worse than the baseline: the {reward} prefers {rate:.1%} ({low:.1%}-{high:.1%})"
     if len(thirds) == 3 and thirds[1][3] <= 0.5 and (thirds[0][3] > 0.5) != (thirds[2][3] > 0.5):
         longer = thirds[2][3] > 0.5
         return (f"{'longer' if longer else 'shorter'} only: preferred where answers are "
                 f"{'longer' if longer else 'shorter'}, not where lengths are alike ({thirds[1][2]:.1%})")
     if not has_judge or "judge_win_rate" not in figures:
-        return f"preferred by the reward model ({rate:.1%}); whether that is real needs a --judge it was not trained on"
+        return f"preferred by the {reward} ({rate:.1%}); whether that is real needs a --judge it was not trained on"
     judge_rate, judge_low, judge_high = figures["judge_win_rate"]
     if judge_low > 0.5:
-        return f"believable: preferred by the reward model ({rate:.1%}) and by the judge ({judge_rate:.1%})"
-    return (f"over-optimised: the reward model prefers {rate:.1%}, the judge {judge_rate:.1%} "
+        return f"believable: preferred by the {reward} ({rate:.1%}) and by the judge ({judge_rate:.1%})"
+    return (f"over-optimised: the {reward} prefers {rate:.1%}, the judge {judge_rate:.1%} "
             f"({judge_low:.1%}-{judge_high:.1%})")
 
 
@@ -777,7 +778,9 @@ def compare(policies, baseline, called, scorers, prompts, tokenizer, run, a):
         say(f"\n{path}: preferred, by how much longer the answer is than the baseline's: " + "; ".join(
             f"{least:+d} to {most:+d} tokens {rate:.1%} ({low:.1%}-{high:.1%})"
             for least, most, rate, low, high in thirds))
-        sentence = result["verdicts"][path] = verdict_on_policy(columns[path], thirds, a.judge)
+        sentence = result["verdicts"][path] = verdict_on_policy(
+            columns[path], thirds, a.judge, "reward" if a.reward else "reward function" if rewards.is_function(
+                a.reward_model) else "reward model")
         say(f"verdict on {path}: {sentence}")
     paths = [*found]
     for i, one in enumerate(paths):

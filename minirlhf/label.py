@@ -519,7 +519,10 @@ def closing(choices, begun, a):
     yield from (f"{name}: {text}" for name, text in figures(choices.records, a))
     if any("agrees" in r for r in choices.records):
         yield "(a reward model cannot be expected to agree with you more often than you do yourself)"
-    yield f"{a.output}: {len(choices.records):,} lines, {len(choices.records) - begun:,} of them new"
+    new = choices.records[begun:]
+    yield f"{a.output}: {len(choices.records):,} lines, {len(new):,} of them new"
+    if a.judge and (alike := sum(len({*r["scores"]}) == 1 for r in new)):
+        yield f"warning: the judge gave all answers to {alike:,} of {len(new):,} prompts one score: they train nothing"
     folder, name = os.path.split(a.output)
     if name.endswith(".train.jsonl"):
         rm, n = os.path.join("out", os.path.basename(os.path.abspath(folder)), "rm"), 1

@@ -320,7 +320,8 @@ def choose(policies, judges, prompts, a, output):
         + f"{counts['unscored']:,} to which the reward does not apply, " * bool(counts["unscored"])
         + f"{len(prompts) - counts['records']:,} prompts")
     say(f"best answers: {summary(scores['best'])}; all: {summary(scores['all'])}" + (
-        f"; KL of the best from {policies[0].path} <= {best_of_n_kl(a.n):.2f} nats" if len(policies) == 1 else ""))
+        f"; KL of the best from {policies[0].path} <= {best_of_n_kl(a.n):.2f} nats, where no answer was left out"
+        if len(policies) == 1 else ""))
 
 
 def ranking(prompt, ranked, several):
@@ -457,7 +458,7 @@ def accuracy(texts, rows, scores):
 def score_records(judges, a, batch_size=256):
     """Scores of all records of --prompts, printed or, in their order, written as they are made."""
     if not a.prompts:
-        fail(f"{judges[0].path}: holds a reward model, expected an SFT model or a PPO policy that writes answers; or "
+        fail(f"{judges[0].path}: holds a reward model, expected an SFT model or a policy, which writes answers; or "
              "name a file of answers to score with --prompts")
     for name in [*a.given, *(name for name in ("prompt", "reward_model", "rank", "best") if getattr(a, name))]:
         fail(f"--{name}: has no effect on reward models; name a policy too, or leave it out")
@@ -513,7 +514,7 @@ def main(argv=None):
     models += [load(a.reward_model, a.device, ["rm"])] if a.reward_model else []
     policies, judges = ([m for m in models if (m.stage == "rm") == rm] for rm in (False, True))
     if a.chat and judges:
-        fail(f"--chat: {judges[0].path} holds a reward model, expected an SFT model or a PPO policy that answers")
+        fail(f"--chat: {judges[0].path} holds a reward model, expected an SFT model or a policy, which answers")
     if a.chat:
         converse(policies[0], a)
     elif policies:

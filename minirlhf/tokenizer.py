@@ -375,7 +375,8 @@ def from_merges(path, vocab, merges, special, eos, opening, pattern, vocab_size=
                  "config.json")
     if eos in ranks.values():
         fail(f"{path}: eos_token {eos}: a text could hold it; expected a special token")
-    name = os.path.basename(os.path.dirname(os.path.abspath(path)))
+    file, end = os.path.splitext(os.path.abspath(path))
+    name = os.path.basename(file if end == ".gguf" else os.path.dirname(file))
     tokenizer = Tokenizer(ranks, name, pattern, special, eos, opening, size, nfc)
     probe = "".join(chr(c) for c in [*range(9, 0x3000, 7), 0x1F600, 0xE000, 0xE0001]) + "a1 \r\n  b\t "
     if not tokenizer.missing and tokenizer.decode(tokenizer.encode(probe)) != (

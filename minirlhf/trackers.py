@@ -77,7 +77,8 @@ class Known:
     """
 
     def __init__(self, name, folder, wait):
-        self.file = open(os.path.join(folder, f"{name}.json"), "a+", encoding="utf-8")
+        self.file = open(os.path.join(folder, f"{name}.json"), "r+b", 0,
+                         opener=lambda path, flags: os.open(path, flags | os.O_CREAT, 0o666))
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
@@ -86,9 +87,8 @@ class Known:
 
     def save(self, sent):
         self.sent = sent
-        self.file.truncate(0)
-        self.file.write(json.dumps({"id": self.id, "sent": sent}))
-        self.file.flush()
+        known = json.dumps({"id": self.id, "sent": sent}).ljust(100)
+        os.pwrite(self.file.fileno(), known.encode(), 0)  # at once: a kill leaves this one or the one before
 
 
 def read_known(name, folder):

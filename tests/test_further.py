@@ -310,11 +310,12 @@ def test_a_policy_is_trained_further_with_a_reference_of_its_own(folder, capsys,
 
 
 @pytest.mark.parametrize("given, says", [
-    (["--reference", "out/rm"], "out/rm/ckpt.pt: holds a reward model, expected an SFT model or a PPO policy"),
+    (["--reference", "out/rm"],
+     "out/rm/ckpt.pt: holds a reward model, expected an SFT model, a PPO policy or a DPO policy"),
     (["--reference", "nowhere"], "nowhere: no such checkpoint"),
     (["--reference", "out/short_context"], "has a context of 32 tokens, out/short_context one of 24"),
     (["--reference", "out/other_words"], "have different tokenizers"),
-    (["--init_from", "out/rm"], "holds a reward model, expected an SFT model or a PPO policy"),
+    (["--init_from", "out/rm"], "holds a reward model, expected an SFT model, a PPO policy or a DPO policy"),
     (["--reference", "out/long/ppo", "--out_dir", "out/long/ppo", "--overwrite"], "holds --reference out/long/ppo"),
 ])
 def test_what_cannot_be_a_reference(folder, given, says, refused):
@@ -427,7 +428,7 @@ def test_a_reward_model_goes_on_and_is_resumed(folder, monkeypatch):
 
 
 @pytest.mark.parametrize("given, says", [
-    ([], "names the SFT model"), (["--reference", "out/rm"], "expected an SFT model or a PPO policy"),
+    ([], "names the SFT model"), (["--reference", "out/rm"], "expected an SFT model, a PPO policy or a DPO policy"),
     (["--reference", "out/small"], "different tokenizers"),
     (["--out_dir", "out/sft", "--overwrite"], "--out_dir out/sft: holds --reference out/sft")])
 def test_what_cannot_set_the_scale(folder, given, says, refused):

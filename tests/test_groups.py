@@ -12,6 +12,7 @@ import torch
 import train_ppo
 from conftest import ROOT, scratch
 from minirlhf import adapters, checkpoint, evaluate, export, groups, memory, objectives, runtime, sample
+from minirlhf.config import parse
 from minirlhf.data import endless_batch
 from minirlhf.model import Block
 from test_memory import options, run_of
@@ -90,13 +91,19 @@ def test_more_groups_than_prompts(tiny, monkeypatch):
         assert A.any()
 
 
-def test_the_policy_learns_from_the_first_step(tiny):
+def test_the_policy_learns_from_the_first_step(tiny, tmp_path, capsys):
     """--value_warmup, as long as the run and longer, is idle; without the named options nothing is said to be."""
     ended = tiny.train("ppo", *RLOO, *(word for name, value in VALUE_OPTIONS.items() for word in (f"--{name}", value)))
     assert ended.code == 0 and "(value warm-up)" not in ended.said, ended
     assert all(row["policy/updates"] > 0 for row in ended.rows()[:1])
     idle = [line for line in ended.said.splitlines() if line.endswith(" has no effect with --advantages rloo")]
     assert sorted(idle) == sorted(f"warning: --{name} has no effect with --advantages rloo" for name in VALUE_OPTIONS)
+    (tmp_path / "own.toml").write_text("value_learning_rate = 0.5\n")
+    for file, told in (("@scratch", ["gamma"]), (f"@{tmp_path}/own.toml", ["gamma", "value_learning_rate"])):
+        o = parse(train_ppo.Options, [file, *RLOO, "--gamma", "0.9"])  # a preset speaks for nobody, own files do
+        groups.check_options(o)
+        assert capsys.readouterr().out.split() == " ".join(
+            f"warning: --{name} has no effect with --advantages rloo" for name in told).split()
     same = tiny.train("ppo", *RLOO)  # the tiny world's own --value_warmup 0 is what it would be
     assert "--value_warmup" not in same.said
     assert equal(ended.payload()["model"], same.payload()["model"])

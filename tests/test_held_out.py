@@ -1,6 +1,7 @@
 """A folder without *.val.jsonl: every stage, and the evaluation after it, holds out the same prompts; sets that people
 have go through all three stages."""
 import json
+import os
 import random
 import re
 from types import SimpleNamespace
@@ -230,9 +231,11 @@ def test_sets_of_preferences(folder, refused):
     assert describe_sets(o) == f"{data}/preferences.*.jsonl, {data}/mine.*.jsonl, {again}"
     o.preferences = (str(data / "mine"),)
     assert [p.extra for p in load_sets(o)[0]] == [{}, {"kind": "own"}]
-    o.preferences = (str(data / "mine.train.jsonl"), "mine")
-    assert [[p.prompt for p in part] for part in load_sets(o)[:2]] == [["extra", "more"] * 2, ["held"] * 2]
-    for names in ((), ("mine", "mine")):
+    for o.preferences in (str(data / "mine.train.jsonl"),), ("mine",):
+        assert [[p.prompt for p in part] for part in load_sets(o)[:2]] == [["extra", "more"], ["held"]]
+    os.symlink("mine.train.jsonl", data / "linked.train.jsonl")
+    for names in ((), ("mine", "mine"), ("mine", f"{data}/mine.train.jsonl"), (f"{data}/../data/mine", "mine"),
+                  ("linked", "mine")):
         o.preferences = names
         assert f"--preferences {', '.join(names)}: name each set once, and one at least" in refused(load_sets, o)
 

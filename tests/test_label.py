@@ -887,6 +887,18 @@ def test_a_judge_of_two_writes_pairs_and_the_win_rate(folder, capsys):
     assert f"out/ppo preferred to out/sft: {sum(rates) / 30:.1%} (95% " in capsys.readouterr().out
 
 
+def test_a_judge_that_sees_no_difference_is_told(folder, capsys):
+    """Records of equal scores train nothing: how many of the new ones are such is said, none of a judge who sees it."""
+    (folder / "judge.py").write_text(
+        "def none(prompts, completions):\n    return [1.0 for c in completions]\n"
+        "def place(prompts, completions):\n    return [float(n) for n, _ in enumerate(completions)]\n")
+    for judge, told in (("none", 1), ("place", 0), ("none", 1)):  # the third goes on behind the first's lines
+        judged("--judge", f"judge.py:{judge}", "--num_pairs", "12" if told else "6")
+        said = f"warning: the judge gave all answers to 12 of 12 prompts one score: they train nothing"
+        assert capsys.readouterr().out.count(said) == told
+        (folder / "c.jsonl").unlink()
+
+
 def test_a_judge_gets_columns_and_leaves_out_what_it_does_not_apply_to(folder, refused):
     """None makes neither a number nor a loser; a column that the prompts lack is refused before anything is written."""
     (folder / "prompts.jsonl").write_text("".join(f'{{"prompt": "{a}d", "level": {n}}}\n' for n, a in enumerate("abc")))

@@ -148,7 +148,7 @@ def test_evaluate_says_what_the_run_said(folder, stages):
 
 
 @pytest.mark.parametrize("arguments, expected", [
-    (["out/rm"], "holds a reward model, expected an SFT model or a PPO policy"),
+    (["out/rm"], "holds a reward model, expected an SFT model, a PPO policy or a DPO policy"),
     (["nowhere"], "nowhere: no such checkpoint"),
     (["out/ppo", "--reward_model", "out/sft"], "holds an SFT model, expected a reward model"),
     (["out/ppo", "--reward_model", "nothing.py:f"], "--reward_model nothing.py:f: expected FILE.py:FUNCTION"),

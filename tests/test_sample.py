@@ -230,7 +230,7 @@ def test_all_forms_of_records_are_read(folder, record, expected):
 
 
 @pytest.mark.parametrize("argv, words", [
-    (["out/rm"], "out/rm: holds a reward model, expected an SFT model or a PPO policy that writes answers"),
+    (["out/rm"], "out/rm: holds a reward model, expected an SFT model or a policy, which writes answers"),
     (["out/rm", "--prompt", "a"], "or name a file of answers to score with --prompts"),
     (["out/rm", "--prompts", "p.jsonl"], "p.jsonl:1: a reward model scores answers, and here are none"),
     (["out/rm", "--prompts", "p.jsonl"], "the record has: 'prompt', 'domain'"),

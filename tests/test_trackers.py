@@ -283,6 +283,21 @@ def test_what_is_known_of_a_tracker_may_be_torn(run_folder, heard, content):
     assert trackers.read_known("wandb", folder) == (heard[0][0], [2, False])
 
 
+def test_a_note_that_cannot_be_written_leaves_the_one_before(run_folder, heard, monkeypatch):
+    """One write, of one length: there is no moment at which the note is cut."""
+    folder = run_folder(1, 2)
+    known = trackers.Known("wandb", folder, False)
+    writes = []
+    for sent in ([1000, True], [2, False], [3, False]):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "pwrite", lambda *write: writes.append(write) or len(write[1]))
+            before = (ROOT / folder / "wandb.json").read_bytes()
+            known.save(sent)
+            assert (ROOT / folder / "wandb.json").read_bytes() == before  # nothing else touches it
+        assert os.pwrite(*writes[-1]) == 100
+        assert trackers.read_known("wandb", folder) == (known.id, sent)
+
+
 def test_a_disk_that_is_nearly_full_is_left_to_the_run(run_folder, heard, monkeypatch):
     """What was told before stays known."""
     free = iter([1 << 40, 1 << 28, (1 << 28) - 1])

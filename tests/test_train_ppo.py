@@ -788,6 +788,8 @@ def test_the_verdict_on_a_policy(win_rate, judge, thirds, sentence):
     """Each sentence, on figures at its border: an interval that touches one half tells nothing."""
     figures = {"win_rate": win_rate} | ({"judge_win_rate": judge} if judge else {})
     assert evaluate.verdict_on_policy(figures, thirds, judge is not None) == sentence
+    assert evaluate.verdict_on_policy(figures, thirds, judge is not None, "reward") == sentence.replace(
+        "the reward model", "the reward")
 
 
 def test_figures_of_a_rollout_by_hand():
