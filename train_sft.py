@@ -5,17 +5,16 @@ Minimises the cross-entropy of completion tokens and eos given the prompt, from 
 import math
 import os
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
 import torch
 
 from minirlhf import adapters, checkpoint, evaluate, kernels, memory, prepare, runtime, sizes
-from minirlhf.chat import about
 from minirlhf.config import RunOptions, fail, launch, parse, warn_idle
-from minirlhf.data import (Order, blank_ends, collate, doubtful_columns, encode_prompts, encode_row, labels_of,
-                           load_demonstrations, load_parts, load_prompts, repeats, spread, too_long)
+from minirlhf.data import (Order, collate, encode_demonstrations, encode_prompts, labels_of, load_demonstrations,
+                           load_parts, load_prompts)
 from minirlhf.generate import compile_model, generate
 from minirlhf.model import GPT, GPTConfig, flat_indices
 from minirlhf.objectives import sft_loss
@@ -94,43 +93,15 @@ def show_samples(model, run, tokenizer, prompts, step, o):
         run.write("samples.jsonl", {"step": step, "prompt": prompt, "completion": completion})
 
 
-def encode_demonstrations(parts, paths, o, tokenizer, block_size):
-    """-> training rows, held-out rows, held-out demonstrations, and the lines to say. Exits 2 where no row fits."""
-    encoded, lines = [], []
-    for part, path, name in zip(parts, paths, ("training", "held-out")):
-        rows = [encode_row(tokenizer, d.prompt, d.completion, block_size, o.long_prompts, o.last_turn_only)
-                for d in part]
-        if not any(rows):
-            fail(f"{path}: every row is longer than the context of {block_size} tokens; use --long_prompts trim or a "
-                 "larger --block_size")
-        if long := too_long(rows, block_size, o.long_prompts):
-            lines.append(f"{name} rows: {long}")
-        lines += [*doubtful_columns(part, f"{name} rows"), *blank_ends([d.prompt for d in part],
-                                                                       f"prompts of {name} rows")]
-        kept = [(d, row) for d, row in zip(part, rows) if row]
-        encoded.append(spread(kept, o.num_eval_texts) if name == "held-out" else kept)
-    train_rows, (val, val_rows) = [row for _, row in encoded[0]], zip(*encoded[1])
-    head = f"{len(train_rows):,} rows for training, {len(val_rows):,} held out, from {o.data_dir}"
-    lines += [*repeats(*([(d.prompt, d.completion) for d in part] for part in parts), "demonstrations"),
-              *about(tokenizer, [d.prompt for d in parts[0]], "training rows")]
-    return train_rows, val_rows, val, [head, *lines]
-
-
 def main(argv=None):
     given = parse(Options, argv)
     o, saved = checkpoint.resume(given, "sft", (
         *SIZES, "seed", "val_share", "batch_size", "max_steps", "optimizer", "long_prompts",
         "last_turn_only", "lr_schedule", *adapters.OPTIONS))
-    if o.init_from != "scratch" and not given.resume and "init_from" not in o.given:
-        if sized := [runtime.option(name, getattr(o, name)) for name in SIZES[:-1] if name in o.given]:
-            fail(f"{sized[0]}: {o.init_from} has its own size and vocabulary; for a model from scratch give @scratch "
-                 f"{' '.join(sized)}")
+    sizes.check_options(o, SIZES, given.resume)
     adapters.check_options(o)
     warn_idle(o, "optimizer adamw", o.optimizer == "adamw", "muon_learning_rate")
     warn_idle(o, "tokenizer gpt2", o.tokenizer == "gpt2", "vocab_size")
-    if o.n_embd % (o.n_head if o.family == "gpt2" else 2 * o.n_head):
-        fail(f"--n_head {o.n_head}: must divide --n_embd {o.n_embd}" + ", and with --family llama by an even number"
-             * (o.family == "llama"))
     if os.path.normpath(o.data_dir) == Options.data_dir:
         prepare.ensure(o.data_dir)
     with runtime.Run(o, "sft") as run:
@@ -142,14 +113,7 @@ def main(argv=None):
         if not scratch:
             shorter = o.block_size if saved or "block_size" in given.given else 0
             model, tokenizer, payload = checkpoint.start(o, saved, run.device, shorter)
-            found = {"family": "gpt2", "tokenizer": o.tokenizer, **payload["config"], **payload["options"]}
-            own = {name: found[name] for name in SIZES}
-            had = own | {"tokenizer": (saved.payload if saved else payload)["options"].get("tokenizer", tokenizer.name)}
-            for name in own.keys() & given.given:
-                if getattr(o, name) != had[name]:
-                    fail(f"--{name} {getattr(o, name)}: {saved.path if saved else o.init_from} has {had[name]}; leave "
-                         "the option out")
-            run.options = o = replace(o, **own)
+            run.options = o = checkpoint.with_own_sizes(o, SIZES, given.given, saved, payload, tokenizer)
         else:
             tokenizer = Tokenizer.gpt2() if o.tokenizer == "gpt2" else Tokenizer.train(
                 (d.prompt + d.completion for d in parts[0]), o.vocab_size, say=run.say)

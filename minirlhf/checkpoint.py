@@ -453,6 +453,19 @@ def start(o, saved, device, block_size):
     return model, tokenizer, payload
 
 
+def with_own_sizes(o, names, given, saved, payload, tokenizer):
+    """Options with the sizes of the model that `start` gave, by these names. Exits 2 where one that was given is not
+    the model's."""
+    found = {"family": "gpt2", "tokenizer": o.tokenizer, **payload["config"], **payload["options"]}
+    own = {name: found[name] for name in names}
+    had = own | {"tokenizer": (saved.payload if saved else payload)["options"].get("tokenizer", tokenizer.name)}
+    for name in names:
+        if name in given and getattr(o, name) != had[name]:
+            fail(f"--{name} {getattr(o, name)}: {saved.path if saved else o.init_from} has {had[name]}; leave the "
+                 "option out")
+    return replace(o, **own)
+
+
 def as_begun(tokenizer, saved):
     """A run that goes on keeps its form of messages: earlier versions took all for Human/Assistant text."""
     if saved:

@@ -768,6 +768,28 @@ def read_preferences(o, tokenizer, block_size):
     return *sets, [head, *lines], sum(paths, [])
 
 
+def encode_demonstrations(parts, paths, o, tokenizer, block_size):
+    """-> training rows, held-out rows, held-out demonstrations, and the lines to say. Exits 2 where no row fits."""
+    encoded, lines = [], []
+    for part, path, name in zip(parts, paths, ("training", "held-out")):
+        rows = [encode_row(tokenizer, d.prompt, d.completion, block_size, o.long_prompts, o.last_turn_only)
+                for d in part]
+        if not any(rows):
+            fail(f"{path}: every row is longer than the context of {block_size} tokens; use --long_prompts trim or a "
+                 "larger --block_size")
+        if long := too_long(rows, block_size, o.long_prompts):
+            lines.append(f"{name} rows: {long}")
+        lines += [*doubtful_columns(part, f"{name} rows"), *blank_ends([d.prompt for d in part],
+                                                                       f"prompts of {name} rows")]
+        kept = [(d, row) for d, row in zip(part, rows) if row]
+        encoded.append(spread(kept, o.num_eval_texts) if name == "held-out" else kept)
+    train_rows, (val, val_rows) = [row for _, row in encoded[0]], zip(*encoded[1])
+    head = f"{len(train_rows):,} rows for training, {len(val_rows):,} held out, from {o.data_dir}"
+    lines += [*repeats(*([(d.prompt, d.completion) for d in part] for part in parts), "demonstrations"),
+              *about(tokenizer, [d.prompt for d in parts[0]], "training rows")]
+    return train_rows, val_rows, val, [head, *lines]
+
+
 # ---- order
 
 class Order:

@@ -44,6 +44,18 @@ def parameters(n_layer, n_embd, block_size, vocab_size):
     return (vocab_size + block_size) * n_embd + n_layer * (12 * n_embd ** 2 + 13 * n_embd) + 2 * n_embd
 
 
+def check_options(o, names, resumes):
+    """Exits 2 where a size is given for a model that has its own, or the heads cannot share the width out. names: of
+    the sizes, block_size last, which may be given for any model."""
+    if o.init_from != "scratch" and not resumes and "init_from" not in o.given:
+        if sized := [f"--{name} {getattr(o, name)}" for name in names[:-1] if name in o.given]:
+            fail(f"{sized[0]}: {o.init_from} has its own size and vocabulary; for a model from scratch give @scratch "
+                 f"{' '.join(sized)}")
+    if o.n_embd % (o.n_head if o.family == "gpt2" else 2 * o.n_head):
+        fail(f"--n_head {o.n_head}: must divide --n_embd {o.n_embd}" + ", and with --family llama by an even number"
+             * (o.family == "llama"))
+
+
 def check_model(o, device):
     """Exits 2 where a new model of these options cannot be trained; names the one that is farthest from its default."""
     shape = {"n_layer": o.n_layer, "n_embd": o.n_embd, "block_size": o.block_size,

@@ -344,7 +344,7 @@ def test_the_parser_refuses(finished, main, capsys, argv, words):
 
 @pytest.mark.parametrize("argv, words", [
     (["nowhere.pt"], ["nowhere.pt", "no such checkpoint"]),
-    (["out/rm"], ["holds a reward model", "expected an SFT model, a PPO policy or a DPO policy"]),
+    (["out/rm"], ["holds a reward model", "expected an SFT model or a policy, which writes answers"]),
     (["out/sft", "--prompt", "a", "--response_length", "99"], ["--response_length 99", "32 tokens"]),
     (["out/sft", "--prompt", "a", "--output", "nowhere/o.jsonl"], ["--output nowhere/o.jsonl", "cannot be written"]),
     (["out/sft", "--prompt", "a", "--device", "cuda:9"], ["--device cuda:9"]),

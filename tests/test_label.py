@@ -892,11 +892,10 @@ def test_a_judge_that_sees_no_difference_is_told(folder, capsys):
     (folder / "judge.py").write_text(
         "def none(prompts, completions):\n    return [1.0 for c in completions]\n"
         "def place(prompts, completions):\n    return [float(n) for n, _ in enumerate(completions)]\n")
-    for judge, told in (("none", 1), ("place", 0), ("none", 1)):  # the third goes on behind the first's lines
-        judged("--judge", f"judge.py:{judge}", "--num_pairs", "12" if told else "6")
-        said = f"warning: the judge gave all answers to 12 of 12 prompts one score: they train nothing"
-        assert capsys.readouterr().out.count(said) == told
-        (folder / "c.jsonl").unlink()
+    for judge, number, told in (("none", "12", 1), ("place", "6", 0), ("none", "24", 1)):  # each behind the one before
+        judged("--judge", f"judge.py:{judge}", "--num_pairs", number)
+        said = "warning: the judge gave all answers to 12 of 12 prompts one score: they train nothing"
+        assert capsys.readouterr().out.count(said) == told, judge
 
 
 def test_a_judge_gets_columns_and_leaves_out_what_it_does_not_apply_to(folder, refused):

@@ -652,6 +652,7 @@ def test_evaluate_judges_each_apart(tiny, several, tmp_path, capsys):
             assert found["policies"][name][key] == json.loads(json.dumps(final[when][key]))
     assert found["reward"] == [*several.words[1:6:2], f"{several.function}:dots:0"]
     said = capsys.readouterr().out
+    assert re.search(r"^verdict on .* the reward( prefers| \()", said, re.M)
     assert re.search(r"^  other_rm +-?\d", said, re.M) and re.search(r"^    above the SFT answer's +50.0%", said, re.M)
 
 
@@ -664,9 +665,12 @@ def test_evaluate_gives_columns_to_functions(tiny, several, capsys, refused):
                    "--best_of", "2"])
     said = capsys.readouterr().out
     assert "by the judge" not in said and "mean score" in said
+    assert re.search(r"^verdict on .* the reward function( prefers| \()", said, re.M)
     evaluate.main([*common, "--reward_model", tiny.rm, "--judge", f"{f}:wanted", "--prompts", str(prompts)])
     rows = [json.loads(line) for line in prompts.read_text().splitlines()]
-    assert "preferred by the judge" in capsys.readouterr().out and any("wanted" not in r for r in rows[:6])
+    said = capsys.readouterr().out
+    assert "preferred by the judge" in said and any("wanted" not in r for r in rows[:6])
+    assert re.search(r"^verdict on .* the reward model( prefers|.* \()", said, re.M)
     plain = tiny.folder / "data" / "prompts.val.jsonl"
     assert f"--judge {f}:wanted: asks for the column 'wanted', which {plain} lacks" in refused(
         evaluate.main, [*common, "--reward_model", tiny.rm, "--judge", f"{f}:wanted", "--prompts", str(plain)])
