@@ -24,7 +24,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -40,8 +40,8 @@ PRICE = 0.05  # of a nat of KL, in deviations of the score, where learning rates
 SEEDS = (1337, 1, 2, 3, 4)
 BEST_OF = (1, 2, 4, 16, 64)
 RANKED = 4  # answers to each prompt that are ordered into a ranking
-TOLD = 10  # seconds between lines on the run in progress
-ENDED = "exit status 0\n"  # the last line of a log of a run that has come to its end
+TOLD = 10  # seconds between lines on the runs in progress
+ENDED = "exit status 0"  # the last line of a log of a run that has come to its end
 
 
 class Method(NamedTuple):
@@ -75,6 +75,7 @@ class Options:
     methods: str = "ppo,rloo,dpo,dpo-on-policy,best-of-n"  # those to compare, of these
     seeds: int = 1  # runs of each point, with the seeds 1337, 1, 2, 3, 4 [1..5]
     num_prompts: int = 512  # held-out prompts that each policy answers [2..1000000]
+    jobs: int = 2  # runs at a time, each with its share of the cores [1..64]
     dry_run: bool = False  # show the commands, run nothing
     # ---- where
     out: str = "out/frontier"  # folder of the runs and of the results
@@ -85,15 +86,18 @@ class Options:
 
 
 class Job(NamedTuple):
-    """A command, where its output goes, and what of the table's row is known before it runs."""
+    """A command, where its output goes, what of the table's row is known before it runs, and its OMP_NUM_THREADS, ""
+    for all cores: other threads round otherwise, so they are a part of the command."""
     name: str
     script: str
     words: tuple
     path: str
     row: dict
+    threads: str
 
     def command(self):
-        return " ".join([runtime.start_of(self.script), *map(shlex.quote, self.words)])
+        threads = [f"OMP_NUM_THREADS={self.threads}"] if self.threads else []
+        return " ".join([*threads, runtime.start_of(self.script), *map(shlex.quote, self.words)])
 
 
 # ---- what there is to run
@@ -102,8 +106,14 @@ def common(o):
     return ["--data_dir", o.data_dir] if o.data_dir != Options.data_dir else []
 
 
+def threads(o):
+    """Of each of the runs at a time: what the user said, or its share of the cores; "" for all."""
+    share = str(max(1, kernels.cores_allowed() // o.jobs)) if o.jobs > 1 else ""
+    return os.environ.get("OMP_NUM_THREADS", share)
+
+
 def base_jobs(o):
-    """What makes the three models and the ranked samples."""
+    """What makes the three models and the ranked samples: groups, each of which needs those before it."""
     trunk, prompts = [*common(o), "--init_from", o.sft], os.path.join(o.data_dir, "prompts.train.jsonl")
     jobs = [("sft", "train_sft.py", [PRESET, *common(o), "--out_dir", o.sft], o.sft),
             ("rm", "train_rm.py", [PRESET, *trunk, "--out_dir", o.reward_model], o.reward_model),
@@ -113,7 +123,8 @@ def base_jobs(o):
     if "dpo-on-policy" in o.methods.split(","):
         jobs.append(("ranked", "minirlhf.sample", [o.sft, o.reward_model, "--rank", "--n", str(RANKED), "--prompts",
                                                    prompts, "--output", ranked(o)], ranked(o)))
-    return [Job(name, script, tuple(words), path, {}) for name, script, words, path in jobs]
+    jobs = [Job(name, script, tuple(words), path, {}, threads(o)) for name, script, words, path in jobs]
+    return [[job for job in jobs if job.name in names] for names in (("sft",), ("rm", "judge"), ("ranked",))]
 
 
 def ranked(o):
@@ -130,12 +141,12 @@ def job_of(method, value, rate, seed, o):
     words += [*m.words, f"--{m.option}", f"{value:g}", "--learning_rate", f"{rate:g}", "--seed", str(seed), "--out_dir",
               path]
     return Job(name, m.script, tuple(words), path, {"method": method, m.option: value, "learning_rate": rate,
-                                                    "seed": seed})
+                                                    "seed": seed}, threads(o))
 
 
 def best_of_job(n, o):
     return Job(f"best-of-{n}", "minirlhf.evaluate", (o.sft, *measuring(o), "--best_of", str(n)), "",
-               {"method": "best-of-n", "n": n})
+               {"method": "best-of-n", "n": n}, os.environ.get("OMP_NUM_THREADS", ""))
 
 
 def measuring(o):
@@ -184,25 +195,37 @@ def jobs_of(method, rows, o):
 
 # ---- running
 
-class Runner:
-    """Runs jobs, one at a time, each a process with a log; says how far it is, and all of them.
+class Running(NamedTuple):
+    job: Job
+    process: subprocess.Popen
+    began: float
+    goes_on: bool  # a run that was begun before
 
-    lock: an open file whose lock each process holds too, so that one which outlives this one is waited for.
+
+class Runner:
+    """Runs jobs, --jobs at a time, each a process with a log; says how far they are, and all of them.
+
+    lock: an open file whose lock each process holds too, so that those which outlive this one are waited for.
     """
 
     def __init__(self, o, lock=None):
-        self.o, self.lock, self.child, self.stop = o, lock, None, 0
-        self.left = []  # [(kind, how many)] of the runs to come
+        self.o, self.lock, self.running, self.stop = o, lock, {}, 0  # running: {a job's name: Running}
+        self.left = []  # [(kind, how many)] of the runs to come, those in progress among them
         self.began, self.pace = time.monotonic(), runtime.Pace()
 
     def log_of(self, job):
         return os.path.join(self.o.out, "logs", f"{job.name}.log")
 
+    def lines_of(self, job):
+        """The last lines of a job's log."""
+        with open(self.log_of(job), "rb") as f:
+            f.seek(max(0, f.seek(0, os.SEEK_END) - 10_000))
+            return f.read().decode("utf-8", "replace").splitlines()
+
     def ended(self, job):
         """Whether a job has run to its end; None where it was never begun here."""
         try:
-            with open(self.log_of(job), encoding="utf-8") as f:
-                return f.read().endswith(ENDED)
+            return self.lines_of(job)[-1:] == [ENDED]
         except FileNotFoundError:
             return None
 
@@ -212,52 +235,75 @@ class Runner:
             os.path.exists(checkpoint.file_of(job.path)) or checkpoint.is_foreign(job.path))
 
     def on_signal(self, number, frame):
-        """The run in progress ends its step and saves, as if it had been asked itself."""
+        """The runs in progress end their steps and save, as if they had been asked themselves."""
         self.stop = number
-        if self.child:
-            self.child.send_signal(signal.SIGTERM)
+        for run in self.running.values():
+            run.process.send_signal(signal.SIGTERM)
 
     def check_stop(self):
         if self.stop:
+            self.end()
             say(f"stopped; go on with: {again(self.o)}")
             raise SystemExit(128 + self.stop)
 
-    def run(self, job):
-        """-> its exit status, and the last line that it wrote. A run that was begun before goes on."""
+    def end(self):
+        """Waits for the runs in progress, which end as on a signal."""
+        for run in self.running.values():
+            if not self.stop:
+                run.process.send_signal(signal.SIGTERM)
+            run.process.wait()
+        self.running.clear()
+
+    def start(self, job):
+        """A run that was begun before goes on."""
         begun = job.script != "minirlhf.sample" and any(
             os.path.exists(os.path.join(job.path, name)) for name in ("config.json", "ckpt.pt"))
         root, resume = os.path.dirname(os.path.dirname(os.path.abspath(__file__))), ["--resume"] * begun
         program = [os.path.join(root, job.script)] if job.script.endswith(".py") else ["-m", job.script]
-        paths = filter(None, [root, os.environ.get("PYTHONPATH")])
-        began, kind, last = time.monotonic(), job.row.get("method", job.name), ""
-        told = began
-        with open(self.log_of(job), "a", encoding="utf-8", errors="replace") as log:
-            log.write(f"$ {' '.join([job.command(), *resume])}\n")
+        paths = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+        left = f"{sum(n for _, n in self.left)} to go: " if "method" in job.row else ""
+        say(f"{self.clock()}  {left}{job.command()}")
+        with open(self.log_of(job), "ab") as log:
+            log.write(f"$ {' '.join([job.command(), *resume])}\n".encode())
             log.flush()
-            self.child = subprocess.Popen(  # in a session of its own: Ctrl-C comes to it once, from `on_signal`
-                [sys.executable, *program, *job.words, *resume], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
-                pass_fds=[self.lock.fileno()], env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)})
-            for line in self.child.stdout:
-                log.write(line)
-                log.flush()
-                last, now = line.strip() or last, time.monotonic()
-                if (found := re.match(r" *\d+/\d+ +\d+% \S+", line)) and now > told + TOLD:
-                    told = now
-                    say(f"    {self.clock(kind, now - began)}  {job.name} {found[0].strip()}")
-            status, self.child = self.child.wait(), None
-            self.check_stop()
-            log.write(ENDED if not status else f"exit status {status}\n")
-        if not status and not begun:
-            self.pace.add(kind, time.monotonic() - began)
-        return status, last
+            process = subprocess.Popen(  # in a session of its own: Ctrl-C comes to it once, from `on_signal`
+                [sys.executable, *program, *job.words, *resume], stdin=subprocess.DEVNULL, stdout=log,
+                stderr=subprocess.STDOUT, start_new_session=True, pass_fds=[self.lock.fileno()],
+                env=os.environ | {"PYTHONPATH": paths} | ({"OMP_NUM_THREADS": job.threads} if job.threads else {}))
+        self.running[job.name] = Running(job, process, time.monotonic(), begun)
+        if self.stop:  # a signal that came before it was there
+            process.send_signal(signal.SIGTERM)
 
-    def clock(self, kind="", used=0.0):
+    def wait(self):
+        """Until one ends -> its job, its exit status, and the last line that it wrote."""
+        told = time.monotonic()
+        while not (ended := [run for run in self.running.values() if run.process.poll() is not None]):
+            if time.monotonic() > told + TOLD:
+                told = time.monotonic()
+                for run in self.running.values():
+                    found = [re.match(r" *\d+/\d+ +\d+% \S+", line) for line in self.lines_of(run.job)]
+                    if any(found):
+                        say(f"    {self.clock()}  {run.job.name} {[*filter(None, found)][-1][0].strip()}")
+            time.sleep(0.05)
+        self.check_stop()
+        job, process, began, goes_on = ended[0]
+        status = process.wait()
+        del self.running[job.name]
+        last = next((line.strip() for line in reversed(self.lines_of(job)) if line.strip()), "")
+        with open(self.log_of(job), "a", encoding="utf-8") as log:
+            log.write(f"{ENDED}\n" if not status else f"exit status {status}\n")
+        if not status and not goes_on:
+            self.pace.add(job.row.get("method", job.name), time.monotonic() - began)
+        return job, status, "" if last.startswith("$ ") else last
+
+    def clock(self):
         """"1:02<48:10": time used, and time left for all runs, as long as they take what others of their kind took."""
-        taken = [seconds for found in self.pace.seconds.values() for seconds in found]
+        now, taken = time.monotonic(), [seconds for found in self.pace.seconds.values() for seconds in found]
         usual = sum(taken) / max(1, len(taken))
-        left = sum(self.pace.left(name, n) or n * usual for name, n in self.left) - used
-        return f"{runtime.clock(time.monotonic() - self.began)}<{runtime.clock(max(0.0, left)) if taken else '?'}"
+        left = sum(self.pace.left(name, n) or n * usual for name, n in self.left)
+        left -= sum(now - run.began for run in self.running.values() if "method" in run.job.row)
+        shown = runtime.clock(max(0.0, left) / self.o.jobs) if taken and self.left else "?"
+        return f"{runtime.clock(now - self.began)}<{shown}"
 
 
 def take(lock, o):
@@ -279,8 +325,7 @@ def take(lock, o):
 def again(o):
     """The command once more."""
     return " ".join([runtime.start_of("minirlhf.frontier"), *(
-        runtime.option(name, value) for name, value in vars(o).items()
-        if name != "given" and value != getattr(Options, name))])
+        runtime.option(f.name, getattr(o, f.name)) for f in fields(Options) if getattr(o, f.name) != f.default)])
 
 
 # ---- measuring
@@ -559,7 +604,7 @@ def show_plan(o, runner, results):
     def show(is_there, command):
         say(f"{'there' if is_there else 'run  '}  {command}")
 
-    for job in base_jobs(o):
+    for job in sum(base_jobs(o), []):
         show(runner.there(job), job.command())
     for method in o.methods.split(","):
         if not METHODS[method]:
@@ -584,37 +629,50 @@ def give_up(job, status, last, runner):
 def run_all(o, runner, results):
     if os.path.normpath(o.data_dir) == Options.data_dir:
         prepare.ensure(o.data_dir)
-    for job in base_jobs(o):
-        if not runner.there(job):
-            say(f"{runner.clock()}  {job.command()}")
-            status, last = runner.run(job)
+    to_come(o, runner, results)
+    for group in base_jobs(o):
+        to_do = [job for job in group if not runner.there(job)]
+        while to_do or runner.running:
+            while to_do and len(runner.running) < o.jobs:
+                runner.start(to_do.pop(0))
+            job, status, last = runner.wait()
             if status:
                 give_up(job, status, last, runner)
-    ground, methods = Ground(o), o.methods.split(",")
+    ground = Ground(o)
     results.stand_on(ground)
-    if "best-of-n" in methods and not all(best_of_job(n, o).name in results.rows for n in BEST_OF):
+    if "best-of-n" in o.methods.split(",") and not all(best_of_job(n, o).name in results.rows for n in BEST_OF):
         say(f"{runner.clock()}  {max(BEST_OF)} answers of {o.sft} to each of {len(ground.prompts)} prompts")
         for n, figures in ground.best_of(runner):
             results.add(best_of_job(n, o), figures)
             say(described(f"best of {n}", figures))
     while True:
-        found = {method: jobs_of(method, results.rows, o) for method in methods if METHODS[method]}
-        to_do = []
-        for method, (jobs, more, _) in found.items():
-            for job in jobs:
-                results.check(job)
-            new = [job for job in jobs if job.name not in results.rows]
-            to_do += new
-            runner.left = [(m, n) for m, n in runner.left if m != method] + [(method, len(new) + more)]
-        if not to_do:
+        jobs = to_come(o, runner, results)
+        for job in jobs:
+            results.check(job)
+        to_do = [job for job in jobs if job.name not in results.rows and job.name not in runner.running]
+        if ended := next(filter(runner.ended, to_do), None):  # which was not measured
+            results.add(ended, outcome(ended, 0, "", ground, runner))
+        elif to_do and len(runner.running) < o.jobs:
+            runner.start(to_do[0])
+        elif runner.running:
+            job, status, last = runner.wait()
+            results.add(job, outcome(job, status, last, ground, runner))
+        else:
             return
-        say(f"{runner.clock()}  {sum(n for _, n in runner.left)} to go: {to_do[0].command()}")
-        results.add(to_do[0], outcome(to_do[0], runner, ground))
 
 
-def outcome(job, runner, ground):
-    """Runs a job, unless it has run -> the figures of its policy, or that it failed."""
-    status, last = (0, "") if runner.ended(job) else runner.run(job)
+def to_come(o, runner, results):
+    """-> all jobs, as far as they are known; tells the runner how many runs are left."""
+    jobs, runner.left = [], []
+    for method in filter(METHODS.get, o.methods.split(",")):
+        found, more, _ = jobs_of(method, results.rows, o)
+        jobs, new = jobs + found, [job for job in found if job.name not in results.rows]
+        runner.left.append((method, len(new) + more))
+    return jobs
+
+
+def outcome(job, status, last, ground, runner):
+    """-> the figures of an ended run's policy, or that it failed."""
     began = os.path.exists(os.path.join(job.path, "metrics.jsonl"))
     if status and not (began and last.startswith("error: ")):
         give_up(job, status, last, runner)
@@ -658,6 +716,7 @@ def main(argv=None):
         try:
             run_all(o, runner, results)
         finally:
+            runner.end()
             for number, handler in before.items():
                 signal.signal(number, handler)
         results.write()

@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import types
 
 import pytest
@@ -61,7 +62,7 @@ FEW = {"ppo": Method("train_ppo.py", "kl_coef", (0.01, 0.1), 0.1, (1e-3, 3e-3, 1
        "dpo": Method("minirlhf.dpo", "beta", (0.1, 1.0), 0.1, (3e-3, 1e-2), ()),
        "dpo-on-policy": Method("minirlhf.dpo", "beta", (0.1,), 0.1, (3e-3, 1e-2), ()), "best-of-n": None}
 ALL = "ppo,rloo,dpo,dpo-on-policy,best-of-n"
-START = ["--data_dir", "data", "--num_prompts", "6"]
+START = ["--data_dir", "data", "--num_prompts", "6", "--jobs", "1"]
 
 
 class Process:
@@ -80,10 +81,14 @@ class Process:
             except SystemExit as stop:
                 self.status = stop.code if isinstance(stop.code, int) else 1
                 out.write("" if isinstance(stop.code, int) else f"{stop.code}\n")
-        self.stdout = io.StringIO(out.getvalue())
+        if "stdout" in settings:
+            settings["stdout"].write(out.getvalue().encode())
+        self.threads = settings.get("env", {}).get("OMP_NUM_THREADS")
 
     def wait(self):
         return self.status
+
+    poll = wait
 
     def send_signal(self, number):
         pass
@@ -179,11 +184,18 @@ def test_a_nat_costs_what_it_costs():
 def test_the_time_that_is_left():
     """Two runs of a kind of which one took 10 seconds, and one of a kind of which none has run: 30, less the 4 that the
     run in progress has taken. Before any has run nobody knows."""
-    runner = Runner(options())
+    runner = Runner(options(jobs=1))
     runner.left = [("ppo", 2), ("dpo", 1)]
     assert runner.clock() == "0:00<?"
     runner.pace.add("ppo", 10)
-    assert runner.clock("ppo", 4) == "0:00<0:26"
+    assert runner.clock() == "0:00<0:30"
+    job = frontier.job_of("ppo", 0.03, 1e-4, 1337, runner.o)
+    runner.running["x"] = frontier.Running(job, None, time.monotonic() - 4, False)
+    assert runner.clock() == "0:00<0:26"
+    runner.o.jobs = 2
+    assert runner.clock() == "0:00<0:13"
+    runner.running["x"] = frontier.Running(frontier.base_jobs(runner.o)[0][0], None, time.monotonic() - 4, False)
+    assert runner.clock() == "0:00<0:15"  # whose runs are not among those that are left
 
 
 def test_how_many_runs_there_are():
@@ -382,9 +394,13 @@ def test_a_signal_ends_the_run_in_progress_and_then_all(folder, capsys, number):
     Process.send_signal, own = lambda self, number: sent.append(number), Process.send_signal
     try:
         runner = Runner(options())
-        runner.child = Process(["python", "-m", "minirlhf.sample", "--help"])
+        job = frontier.job_of("ppo", 0.03, 1e-4, 1337, runner.o)
+        for name in "ab":
+            runner.running[name] = frontier.Running(job, Process(["python", "-m", "minirlhf.sample", "--help"]), 0, False)
         runner.on_signal(number, None)
-        assert sent == [signal.SIGTERM] and runner.stop == number
+        assert sent == [signal.SIGTERM] * 2 and runner.stop == number
+        runner.end()  # which have been asked
+        assert sent == [signal.SIGTERM] * 2 and not runner.running
     finally:
         Process.send_signal = own
     Process.calls.clear()
@@ -394,11 +410,76 @@ def test_a_signal_ends_the_run_in_progress_and_then_all(folder, capsys, number):
         frontier.main([*START, "--methods", "dpo"])
     assert stop.value.code == 128 + number and signal.getsignal(number) == handler
     assert capsys.readouterr().out.splitlines()[-1].endswith(
-        "python -m minirlhf.frontier --methods dpo --num_prompts 6 --data_dir data")
+        "python -m minirlhf.frontier --methods dpo --num_prompts 6 --jobs 1 --data_dir data")
     assert len(state(folder)["rows"]) == 2 and len(Process.calls) == 3
     Process.before = None
     frontier.main([*START, "--methods", "dpo"])
     assert len(Process.calls) == len(state(folder)["rows"]) + 1 and Process.calls[3][1][-1] == "--resume"
+
+
+class Slow(Process):
+    """One that ends when it has been asked three times whether it has, or is waited for."""
+    going, together, signals = [], [], []  # by name; those that went on at each start; what was sent to whom
+
+    def __init__(self, argv, **settings):
+        self.name, self.left = os.path.basename(argv[-1] if argv[-2] == "--out_dir" else argv[1]), 3
+        Slow.going.append(self.name)
+        Slow.together.append([*Slow.going])
+        super().__init__(argv, **settings)
+
+    def poll(self):
+        self.left -= 1
+        return self.wait() if self.left <= 0 else None
+
+    def wait(self):
+        with contextlib.suppress(ValueError):
+            Slow.going.remove(self.name)
+        return self.status
+
+    def send_signal(self, number):
+        Slow.signals.append((self.name, number))
+
+
+def test_two_runs_at_a_time(finished, tmp_path, monkeypatch, refused):
+    """Two where there are two to do, never more; reward model and judge, but neither beside the SFT model; each with half
+    the cores, unless the user has said how many, which its command tells; the rows are those of one at a time. Where
+    one cannot go on, the other is asked to save, and waited for."""
+    for name in ("data", "tiny.toml"):
+        (shutil.copytree if name == "data" else shutil.copy)(finished[0] / name, tmp_path / name)
+    command = [*START[:-2], "--methods", "dpo,rloo"]
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(frontier.kernels, "cores_allowed", lambda: 6)
+    monkeypatch.setattr(frontier.time, "sleep", lambda seconds: None)
+    for name in ("going", "together", "signals"):
+        monkeypatch.setattr(Slow, name, [])
+    with here(tmp_path) as patch:
+        patch.setattr(frontier.subprocess, "Popen", Slow)
+        frontier.main(command)
+        rows = state(tmp_path)["rows"]
+        both = [names for names in Slow.together if len(names) == 2]
+        assert max(map(len, Slow.together)) == 2 and len(both) > 4 and not Slow.going and not Slow.signals
+        assert ["rm", "judge"] in both and not any("sft" in names for names in both)
+        assert all(r["command"].startswith("OMP_NUM_THREADS=3 ") for r in rows.values())
+        def plain(rows):
+            return {name: {k: v for k, v in r.items() if k not in ("seconds", "command")} for name, r in rows.items()}
+        alone = state(finished[0])["rows"]
+        assert plain(rows) == plain({name: alone[name] for name in rows}) and len(rows) == len(Slow.together) - 3
+        monkeypatch.setenv("OMP_NUM_THREADS", "5")
+        job = frontier.job_of("ppo", 0.03, 1e-4, 1337, options())
+        assert job.command().startswith("OMP_NUM_THREADS=5 ") and frontier.threads(options(jobs=1)) == "5"
+        monkeypatch.delenv("OMP_NUM_THREADS")
+        assert [frontier.threads(options(jobs=n)) for n in (1, 2, 6, 7)] == ["", "3", "1", "1"]
+
+        def crash(call):
+            if call == 2:
+                print("Traceback")
+                raise SystemExit(2)
+        Slow.together.clear()
+        Process.calls.clear()
+        patch.setattr(Process, "before", staticmethod(crash))
+        assert "(exit status 2 of OMP_NUM_THREADS=3 " in refused(frontier.main, [*command, "--out", "out/other"])
+        assert len(Slow.together) == 3 and not Slow.going  # the first was measured, and the third begun
+        assert Slow.signals == [(Slow.together[2][-1], signal.SIGTERM)]
 
 
 def test_a_run_that_diverges_is_a_row_and_any_other_end_is_not(folder, capsys, refused):
@@ -497,7 +578,7 @@ def test_draws_are_taken_up_again(folder):
     (["--methods", "ppo,ppo"], "'ppo': name each"), (["--methods", ""], "'': name each"),
     (["--out", "tiny.toml"], "--out tiny.toml: cannot be written"), (["--seeds", "0"], "--seeds 0"),
     (["--out", "odd"], "odd/frontier.json: cannot be read as a frontier"),
-    (["--data_dir", "none"], "none/sft.train.jsonl: no such file (exit status 2 of python "),
+    (["--data_dir", "none"], "none/sft.train.jsonl: no such file (exit status 2 of OMP_NUM_THREADS="),
 ])
 def test_bad_options(folder, refused, given, says):
     """One line; no folder is left but the logs of what was tried."""
