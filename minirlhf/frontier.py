@@ -211,7 +211,8 @@ class Runner:
     def __init__(self, o, lock=None):
         self.o, self.lock, self.running, self.stop = o, lock, {}, 0  # running: {a job's name: Running}
         self.left = []  # [(kind, how many)] of the runs to come, those in progress among them
-        self.began, self.pace = time.monotonic(), runtime.Pace()
+        self.began = self.told = time.monotonic()
+        self.pace = runtime.Pace()
 
     def log_of(self, job):
         return os.path.join(self.o.out, "logs", f"{job.name}.log")
@@ -274,19 +275,22 @@ class Runner:
         if self.stop:  # a signal that came before it was there
             process.send_signal(signal.SIGTERM)
 
+    def any_ended(self):
+        """One of the runs in progress, where there is one, that has come to its end; says how far they are."""
+        if time.monotonic() > self.told + TOLD:
+            self.told = time.monotonic()
+            for run in self.running.values():
+                found = [re.match(r" *\d+/\d+ +\d+% \S+", line) for line in self.lines_of(run.job)]
+                if any(found):
+                    say(f"    {self.clock()}  {run.job.name} {[*filter(None, found)][-1][0].strip()}")
+        return next((run for run in self.running.values() if run.process.poll() is not None), None)
+
     def wait(self):
         """Until one ends -> its job, its exit status, and the last line that it wrote."""
-        told = time.monotonic()
-        while not (ended := [run for run in self.running.values() if run.process.poll() is not None]):
-            if time.monotonic() > told + TOLD:
-                told = time.monotonic()
-                for run in self.running.values():
-                    found = [re.match(r" *\d+/\d+ +\d+% \S+", line) for line in self.lines_of(run.job)]
-                    if any(found):
-                        say(f"    {self.clock()}  {run.job.name} {[*filter(None, found)][-1][0].strip()}")
+        while not (ended := self.any_ended()):
             time.sleep(0.05)
         self.check_stop()
-        job, process, began, goes_on = ended[0]
+        job, process, began, goes_on = ended
         status = process.wait()
         del self.running[job.name]
         last = next((line.strip() for line in reversed(self.lines_of(job)) if line.strip()), "")
@@ -370,7 +374,8 @@ class Ground:
         return self.summary(self.answers(policy), path)
 
     def best_of(self, runner):
-        """Yields (n, figures) of the SFT model's best answer of n. Draws are kept in OUT/draws.jsonl, one a line."""
+        """Yields (n, figures) of the SFT model's best answer of n, and after each draw of an answer to all prompts how
+        many there are, without figures. Draws are kept in OUT/draws.jsonl, one a line."""
         path, draws = os.path.join(self.o.out, "draws.jsonl"), [self.base]
         if os.path.exists(path):
             with open(path, "rb+") as f:
@@ -383,6 +388,7 @@ class Ground:
                 with open(path, "a", encoding="utf-8") as f:
                     f.write(json.dumps(draws[-1], ensure_ascii=False) + "\n")
                 runner.check_stop()
+                yield len(draws), {}
             figures = self.summary(evaluate.best_of(draws[:n]), self.o.sft) | {"kl_bound": best_of_n_kl(n)}
             yield n, {name: value for name, value in figures.items() if name not in ("kl", "kl_k3")}
 
@@ -640,11 +646,10 @@ def run_all(o, runner, results):
                 give_up(job, status, last, runner)
     ground = Ground(o)
     results.stand_on(ground)
+    best = iter(())
     if "best-of-n" in o.methods.split(",") and not all(best_of_job(n, o).name in results.rows for n in BEST_OF):
-        say(f"{runner.clock()}  {max(BEST_OF)} answers of {o.sft} to each of {len(ground.prompts)} prompts")
-        for n, figures in ground.best_of(runner):
-            results.add(best_of_job(n, o), figures)
-            say(described(f"best of {n}", figures))
+        say(f"{runner.clock()}  {max(BEST_OF)} answers of {o.sft} to each of {len(ground.prompts)} prompts, beside runs")
+        best = ground.best_of(runner)
     while True:
         jobs = to_come(o, runner, results)
         for job in jobs:
@@ -654,6 +659,11 @@ def run_all(o, runner, results):
             results.add(ended, outcome(ended, 0, "", ground, runner))
         elif to_do and len(runner.running) < o.jobs:
             runner.start(to_do[0])
+        elif not runner.any_ended() and (drawn := next(best, None)):
+            n, figures = drawn
+            if figures:
+                results.add(best_of_job(n, o), figures)
+                say(described(f"best of {n}", figures))
         elif runner.running:
             job, status, last = runner.wait()
             results.add(job, outcome(job, status, last, ground, runner))

@@ -446,24 +446,31 @@ def test_two_runs_at_a_time(finished, tmp_path, monkeypatch, refused):
     one cannot go on, the other is asked to save, and waited for."""
     for name in ("data", "tiny.toml"):
         (shutil.copytree if name == "data" else shutil.copy)(finished[0] / name, tmp_path / name)
-    command = [*START[:-2], "--methods", "dpo,rloo"]
+    command, beside, own = [*START[:-2], "--methods", "dpo,rloo,best-of-n"], [], frontier.Ground.answers
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(frontier.kernels, "cores_allowed", lambda: 6)
     monkeypatch.setattr(frontier.time, "sleep", lambda seconds: None)
     for name in ("going", "together", "signals"):
         monkeypatch.setattr(Slow, name, [])
+
+    def answers(self, policy, draw=0):
+        beside.extend([len(Slow.going)] * (draw > 0))
+        return own(self, policy, draw)
     with here(tmp_path) as patch:
         patch.setattr(frontier.subprocess, "Popen", Slow)
+        patch.setattr(frontier.Ground, "answers", answers)
         frontier.main(command)
+        assert len(beside) == 3 and beside[0] == 2  # the SFT model's further answers
         rows = state(tmp_path)["rows"]
         both = [names for names in Slow.together if len(names) == 2]
         assert max(map(len, Slow.together)) == 2 and len(both) > 4 and not Slow.going and not Slow.signals
         assert ["rm", "judge"] in both and not any("sft" in names for names in both)
-        assert all(r["command"].startswith("OMP_NUM_THREADS=3 ") for r in rows.values())
+        assert all(r["command"].startswith("OMP_NUM_THREADS=3 ") for r in rows.values() if "seed" in r)
+
         def plain(rows):
             return {name: {k: v for k, v in r.items() if k not in ("seconds", "command")} for name, r in rows.items()}
         alone = state(finished[0])["rows"]
-        assert plain(rows) == plain({name: alone[name] for name in rows}) and len(rows) == len(Slow.together) - 3
+        assert plain(rows) == plain({name: alone[name] for name in rows}) and len(rows) == len(Slow.together)
         monkeypatch.setenv("OMP_NUM_THREADS", "5")
         job = frontier.job_of("ppo", 0.03, 1e-4, 1337, options())
         assert job.command().startswith("OMP_NUM_THREADS=5 ") and frontier.threads(options(jobs=1)) == "5"
@@ -637,8 +644,8 @@ def test_the_table_shows_every_row(finished):
 
 @pytest.mark.slow
 def test_real_processes_killed_and_resumed(finished, tmp_path):
-    """Ctrl-C, SIGTERM and kill -9 of the command while its runs are in progress, again and again: the run in progress
-    ends or outlives it, and is waited for; the last start comes to the rows of the command that was never stopped."""
+    """Ctrl-C, SIGTERM and kill -9 of the command while its runs are in progress, again and again: the runs in progress
+    end or outlive it, and are waited for; the last start comes to the rows of the command that was never stopped."""
     for name in ("stopped", "whole"):
         shutil.copytree(finished[0] / "data", tmp_path / name / "data")
         (tmp_path / name / "tiny.toml").write_text(TINY)
@@ -646,7 +653,7 @@ def test_real_processes_killed_and_resumed(finished, tmp_path):
             f"import sys\nsys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\nimport test_frontier\n"
             "from minirlhf import frontier\nfrontier.PRESET, frontier.METHODS = '@tiny.toml', test_frontier.FEW\n"
             "frontier.launch(frontier.main)\n")
-    command = [sys.executable, "tiny.py", *START, "--methods", "ppo,dpo"]
+    command = [sys.executable, "tiny.py", *START[:-2], "--methods", "ppo,dpo"]  # two at a time
     for seconds, number in ((9, signal.SIGINT), (14, signal.SIGKILL), (12, signal.SIGTERM), (17, signal.SIGKILL)):
         process = subprocess.Popen(command, cwd=tmp_path / "stopped", stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                    text=True)
