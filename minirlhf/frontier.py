@@ -300,6 +300,11 @@ class Runner:
             self.pace.add(job.row.get("method", job.name), time.monotonic() - began)
         return job, status, "" if last.startswith("$ ") else last
 
+    def took(self, row):
+        """What a run of an earlier command took: the seconds of its steps, at least."""
+        if "seconds" in row:
+            self.pace.add(row["method"], row["seconds"])
+
     def clock(self):
         """"1:02<48:10": time used, and time left for all runs, as long as they take what others of their kind took."""
         now, taken = time.monotonic(), [seconds for found in self.pace.seconds.values() for seconds in found]
@@ -636,6 +641,8 @@ def run_all(o, runner, results):
     if os.path.normpath(o.data_dir) == Options.data_dir:
         prepare.ensure(o.data_dir)
     to_come(o, runner, results)
+    for row in results.rows.values():
+        runner.took(row)
     for group in base_jobs(o):
         to_do = [job for job in group if not runner.there(job)]
         while to_do or runner.running:
@@ -657,6 +664,7 @@ def run_all(o, runner, results):
         to_do = [job for job in jobs if job.name not in results.rows and job.name not in runner.running]
         if ended := next(filter(runner.ended, to_do), None):  # which was not measured
             results.add(ended, outcome(ended, 0, "", ground, runner))
+            runner.took(results.rows[ended.name])
         elif to_do and len(runner.running) < o.jobs:
             runner.start(to_do[0])
         elif not runner.any_ended() and (drawn := next(best, None)):

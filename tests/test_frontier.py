@@ -187,7 +187,8 @@ def test_the_time_that_is_left():
     runner = Runner(options(jobs=1))
     runner.left = [("ppo", 2), ("dpo", 1)]
     assert runner.clock() == "0:00<?"
-    runner.pace.add("ppo", 10)
+    for row in ({"method": "ppo", "seconds": 10.0}, {"method": "dpo", "failed": "error"}, {"method": "best-of-n"}):
+        runner.took(row)
     assert runner.clock() == "0:00<0:30"
     job = frontier.job_of("ppo", 0.03, 1e-4, 1337, runner.o)
     runner.running["x"] = frontier.Running(job, None, time.monotonic() - 4, False)
