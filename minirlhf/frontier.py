@@ -57,8 +57,8 @@ RL = tuple("--total_episodes 5760 --batch_size 96 --eval_interval 1000 --num_eva
 DPO = tuple("--eval_interval 100000 --num_eval_texts 512 --num_eval_prompts 64".split())
 METHODS = {
     "ppo": Method("train_ppo.py", "kl_coef", (0.01, 0.03, 0.1, 0.3), 0.03, (1e-4, 3e-4, 1e-3), RL),
-    "rloo": Method("train_ppo.py", "kl_coef", (0.01, 0.03, 0.1), 0.03, (1e-4, 3e-4, 1e-3),
-                   (*RL, "--advantages", "rloo", "--group_size", "4")),
+    "rloo": Method("train_ppo.py", "kl_coef", (0.03, 0.1, 0.3), 0.03, (1e-4, 3e-4, 1e-3),
+                   (*RL, "--advantages", "rloo", "--group_size", "4", "--ent_coef", "0")),  # whose bonus outweighs it
     "dpo": Method("minirlhf.dpo", "beta", (0.03, 0.1, 0.3, 1.0), 0.1, (3e-5, 1e-4, 3e-4),
                   (*DPO, "--max_steps", "250")),
     "dpo-on-policy": Method("minirlhf.dpo", "beta", (0.03, 0.1, 0.3, 1.0), 0.1, (3e-5, 1e-4, 3e-4), DPO),
@@ -428,11 +428,13 @@ class Results:
                "sft": fingerprint(*checkpoint.files_of(o.sft)),
                "reward_model": fingerprint(*rewards.files(o.reward_model)),
                "judge": fingerprint(*rewards.files(o.judge))}
+        if os.path.exists(ranked(o)):
+            now["set_of_ranked_samples"] = fingerprint(ranked(o))
         for name, value in now.items():
-            if self.rows and self.state["ground"].get(name) != value:
+            if self.rows and self.state["ground"].get(name, value) != value:
                 fail(f"--out {o.out}: its rows were measured with another {name.replace('_', ' ')}; choose another "
                      "--out, or remove this one")
-        self.state |= {"ground": now, "num_prompts": len(ground.prompts),
+        self.state |= {"ground": self.state.get("ground", {}) | now, "num_prompts": len(ground.prompts),
                        "baseline": ground.start}
 
     def check(self, job):

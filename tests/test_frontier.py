@@ -531,6 +531,11 @@ def test_another_ground_or_command_is_refused(folder, refused):
         other = "out/scratch/judge" if option == "reward_model" else "out/scratch/rm" if option == "judge" else next(
             f"out/frontier/{n}" for n in before["rows"] if n.startswith("ppo"))
         assert f"another {name}" in refused(frontier.main, [*START, f"--{option}", other])
+    ranked = folder / "out/frontier/ranked.jsonl"
+    whole = ranked.read_bytes()
+    ranked.write_bytes(whole + whole.splitlines(True)[-1])
+    assert "another set of ranked samples" in refused(frontier.main, START)
+    ranked.write_bytes(whole)
     name = next(iter(before["points"]["PPO"]))
     before["rows"][name]["words"][-3] = "1"
     (folder / "out/frontier/frontier.json").write_text(json.dumps(before))
