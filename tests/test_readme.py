@@ -166,7 +166,7 @@ def test_the_map_names_every_file_and_about_how_long_it_is():
 def test_files_that_are_named_exist(name):
     assert [path for path in re.findall(r"`((?:minirlhf/|tests/|train_)[\w/]*\.(?:py|md))`", BOTH[name])
             if not (ROOT / path).is_file()] == []
-    assert [path for path in re.findall(r"\]\(([^)#]+)\)", BOTH[name]) if not (ROOT / path).exists()] == []
+    assert [path for path in re.findall(r"\]\(([^)#]+)\)", BOTH[name]) if not (ROOT / name).parent.joinpath(path).exists()] == []
     for anchor in re.findall(r"\]\(#([^)]+)\)", BOTH[name]):
         assert anchor in [re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-")
                           for h in re.findall(r"^#+ (.*)$", BOTH[name], re.M)]
