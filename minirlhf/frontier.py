@@ -123,7 +123,9 @@ def base_jobs(o):
     if "dpo-on-policy" in o.methods.split(","):
         jobs.append(("ranked", "minirlhf.sample", [o.sft, o.reward_model, "--rank", "--n", str(RANKED), "--prompts",
                                                    prompts, "--output", ranked(o)], ranked(o)))
-    jobs = [Job(name, script, tuple(words), path, {}, threads(o)) for name, script, words, path in jobs]
+    alone = os.environ.get("OMP_NUM_THREADS", "")
+    jobs = [Job(name, script, tuple(words), path, {}, threads(o) if name in ("rm", "judge") else alone)
+            for name, script, words, path in jobs]
     return [[job for job in jobs if job.name in names] for names in (("sft",), ("rm", "judge"), ("ranked",))]
 
 

@@ -96,9 +96,9 @@ def leaking(of, over=torch.mean):
     return "minirlhf.model.GPT.hidden", broken
 
 
-def unmerged(module):
+def unmerged():
     """Rows of bytes, where texts are encoded with merges."""
-    return f"{module}.encode_row", lambda f: lambda tokenizer, p, c, *more: Row(
+    return "minirlhf.data.encode_row", lambda f: lambda tokenizer, p, c, *more: Row(
         [tokenizer.eos, *p.encode(), *c.encode(), tokenizer.eos], 1 + len(p.encode()))
 
 
@@ -180,7 +180,7 @@ SABOTAGE = {
         (CLAIMS["sft"][2], *per_microbatch("train_sft.sft_loss")),
         (CLAIMS["sft"][3], "minirlhf.model.GPT.logits", lambda f: lambda self, hidden: 400 * f(self, hidden)),
         (CLAIMS["sft"][4], *drifting("minirlhf.kernels.AdamW")), (CLAIMS["sft"][4], *drifting("minirlhf.kernels.Muon")),
-        (CLAIMS["sft"][5], *unmerged("train_sft")),
+        (CLAIMS["sft"][5], *unmerged()),
         (CLAIMS["sft"][6], "minirlhf.data.response_mask", lambda f: lambda p, n, T: f(p, n - 1, T)),
         (CLAIMS["sft"][6], *NO_EOS), (CLAIMS["sft"][7], *HALF), (CLAIMS["sft"][7], *LAST_BIT),
         (CLAIMS["sft"][7], *RANKS)],
@@ -189,7 +189,7 @@ SABOTAGE = {
         (CLAIMS["rm"][1], "minirlhf.model.GPT.score", lambda f: lambda self, t, n: f(self, t, 0 * n + t.shape[1])),
         (CLAIMS["rm"][2], *per_microbatch("train_rm.bradley_terry_loss")),
         (CLAIMS["rm"][3], *drifting("minirlhf.kernels.AdamW")), (CLAIMS["rm"][3], *drifting("minirlhf.kernels.Muon")),
-        (CLAIMS["rm"][4], *unmerged("minirlhf.data")), (CLAIMS["rm"][5], *NO_EOS), (CLAIMS["rm"][6], *HALF),
+        (CLAIMS["rm"][4], *unmerged()), (CLAIMS["rm"][5], *NO_EOS), (CLAIMS["rm"][6], *HALF),
         (CLAIMS["rm"][6], *RANKS)],
     "ppo": [
         (CLAIMS["ppo"][0], *leaking(lambda model: model.head == "lm")),
@@ -214,7 +214,7 @@ SABOTAGE = {
         (CLAIMS["dpo"][5], "minirlhf.dpo.dpo_loss", lambda f: lambda chosen, rejected, *more: f(
             chosen, rejected.detach(), *more)),
         (CLAIMS["dpo"][6], "minirlhf.model.GPT.with_head", lambda f: lambda self, head, *more: self),
-        (CLAIMS["dpo"][7], *drifting("minirlhf.kernels.AdamW")), (CLAIMS["dpo"][8], *unmerged("minirlhf.data")),
+        (CLAIMS["dpo"][7], *drifting("minirlhf.kernels.AdamW")), (CLAIMS["dpo"][8], *unmerged()),
         (CLAIMS["dpo"][9], "minirlhf.dpo.response_mask", lambda f: lambda p, n, T: f(p, n - 1, T)),
         (CLAIMS["dpo"][9], *NO_EOS), (CLAIMS["dpo"][10], *HALF), (CLAIMS["dpo"][10], *RANKS)]}
 

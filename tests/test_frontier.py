@@ -473,9 +473,11 @@ def test_two_runs_at_a_time(finished, tmp_path, monkeypatch, refused):
         alone = state(finished[0])["rows"]
         assert plain(rows) == plain({name: alone[name] for name in rows}) and len(rows) == len(Slow.together)
         monkeypatch.setenv("OMP_NUM_THREADS", "5")
+        assert [job.threads for job in sum(frontier.base_jobs(options()), [])] == ["5"] * 4
         job = frontier.job_of("ppo", 0.03, 1e-4, 1337, options())
         assert job.command().startswith("OMP_NUM_THREADS=5 ") and frontier.threads(options(jobs=1)) == "5"
         monkeypatch.delenv("OMP_NUM_THREADS")
+        assert [job.threads for job in sum(frontier.base_jobs(options()), [])] == ["", "3", "3", ""]  # where it is alone
         assert [frontier.threads(options(jobs=n)) for n in (1, 2, 6, 7)] == ["", "3", "1", "1"]
 
         def crash(call):
@@ -591,7 +593,7 @@ def test_draws_are_taken_up_again(folder):
     (["--methods", "ppo,ppo"], "'ppo': name each"), (["--methods", ""], "'': name each"),
     (["--out", "tiny.toml"], "--out tiny.toml: cannot be written"), (["--seeds", "0"], "--seeds 0"),
     (["--out", "odd"], "odd/frontier.json: cannot be read as a frontier"),
-    (["--data_dir", "none"], "none/sft.train.jsonl: no such file (exit status 2 of OMP_NUM_THREADS="),
+    (["--data_dir", "none"], "none/sft.train.jsonl: no such file (exit status 2 of "),
 ])
 def test_bad_options(folder, refused, given, says):
     """One line; no folder is left but the logs of what was tried."""
