@@ -41,6 +41,7 @@ SEEDS = (1337, 1, 2, 3, 4)
 BEST_OF = (1, 2, 4, 16, 64)
 RANKED = 4  # answers to each prompt that are ordered into a ranking
 TOLD = 10  # seconds between lines on the runs in progress
+DIVERGED = "the policy is leaving|not finite"  # what a run that fails by its own options says
 ENDED = "exit status 0"  # the last line of a log of a run that has come to its end
 
 
@@ -53,8 +54,8 @@ class Method(NamedTuple):
     words: tuple  # options of all of its runs
 
 
-RL = tuple("--total_episodes 5760 --batch_size 96 --eval_interval 1000 --num_eval_prompts 64".split())
-DPO = tuple("--eval_interval 100000 --num_eval_texts 512 --num_eval_prompts 64".split())
+RL = tuple("--total_episodes 5760 --batch_size 96 --eval_interval 20 --num_eval_prompts 64".split())
+DPO = tuple("--eval_interval 50 --num_eval_texts 512 --num_eval_prompts 64".split())
 METHODS = {
     "ppo": Method("train_ppo.py", "kl_coef", (0.01, 0.03, 0.1, 0.3), 0.03, (1e-4, 3e-4, 1e-3), RL),
     "rloo": Method("train_ppo.py", "kl_coef", (0.03, 0.1, 0.3), 0.03, (1e-4, 3e-4, 1e-3),
@@ -220,22 +221,29 @@ class Runner:
         return os.path.join(self.o.out, "logs", f"{job.name}.log")
 
     def lines_of(self, job):
-        """The last lines of a job's log."""
-        with open(self.log_of(job), "rb") as f:
+        """The last lines of a job's log, if there is one."""
+        with contextlib.suppress(FileNotFoundError), open(self.log_of(job), "rb") as f:
             f.seek(max(0, f.seek(0, os.SEEK_END) - 10_000))
             return f.read().decode("utf-8", "replace").splitlines()
+        return []
 
     def ended(self, job):
         """Whether a job has run to its end; None where it was never begun here."""
-        try:
-            return self.lines_of(job)[-1:] == [ENDED]
-        except FileNotFoundError:
-            return None
+        lines = self.lines_of(job)
+        return lines[-1] == ENDED if lines else None
 
     def there(self, job):
-        """Whether what a job makes is there, made to its end, or by somebody else."""
-        return self.ended(job) is not False and (
+        """Whether what a job makes is there, made to its end, by this command or by somebody."""
+        ended = self.ended(job)
+        return ended is not False and not (ended is None and half_done(job.path)) and (
             os.path.exists(checkpoint.file_of(job.path)) or checkpoint.is_foreign(job.path))
+
+    def as_begun(self, job):
+        """A job with the threads with which it was begun, as its log tells: others would round otherwise."""
+        with contextlib.suppress(FileNotFoundError), open(self.log_of(job), encoding="utf-8", errors="replace") as f:
+            if begun := re.match(r"\$ (?:OMP_NUM_THREADS=(\S+) )?", f.readline()):
+                return job._replace(threads=begun[1] or "")
+        return job
 
     def on_signal(self, number, frame):
         """The runs in progress end their steps and save, as if they had been asked themselves."""
@@ -251,19 +259,21 @@ class Runner:
 
     def end(self):
         """Waits for the runs in progress, which end as on a signal."""
+        for run in self.running.values() if not self.stop else ():
+            run.process.send_signal(signal.SIGTERM)
         for run in self.running.values():
-            if not self.stop:
-                run.process.send_signal(signal.SIGTERM)
             run.process.wait()
         self.running.clear()
 
     def start(self, job):
         """A run that was begun before goes on."""
+        job = self.as_begun(job)
         begun = job.script != "minirlhf.sample" and any(
             os.path.exists(os.path.join(job.path, name)) for name in ("config.json", "ckpt.pt"))
         root, resume = os.path.dirname(os.path.dirname(os.path.abspath(__file__))), ["--resume"] * begun
         program = [os.path.join(root, job.script)] if job.script.endswith(".py") else ["-m", job.script]
-        paths = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+        own = {"PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
+               "OMP_NUM_THREADS": job.threads}
         left = f"{sum(n for _, n in self.left)} to go: " if "method" in job.row else ""
         say(f"{self.clock()}  {left}{job.command()}")
         with open(self.log_of(job), "ab") as log:
@@ -272,7 +282,7 @@ class Runner:
             process = subprocess.Popen(  # in a session of its own: Ctrl-C comes to it once, from `on_signal`
                 [sys.executable, *program, *job.words, *resume], stdin=subprocess.DEVNULL, stdout=log,
                 stderr=subprocess.STDOUT, start_new_session=True, pass_fds=[self.lock.fileno()],
-                env=os.environ | {"PYTHONPATH": paths} | ({"OMP_NUM_THREADS": job.threads} if job.threads else {}))
+                env={name: value for name, value in (os.environ | own).items() if value or name not in own})
         self.running[job.name] = Running(job, process, time.monotonic(), begun)
         if self.stop:  # a signal that came before it was there
             process.send_signal(signal.SIGTERM)
@@ -282,9 +292,9 @@ class Runner:
         if time.monotonic() > self.told + TOLD:
             self.told = time.monotonic()
             for run in self.running.values():
-                found = [re.match(r" *\d+/\d+ +\d+% \S+", line) for line in self.lines_of(run.job)]
-                if any(found):
-                    say(f"    {self.clock()}  {run.job.name} {[*filter(None, found)][-1][0].strip()}")
+                said = "\n".join(self.lines_of(run.job)).rpartition("\n$ ")[2]  # since it began, or began again
+                if found := re.findall(r"^ *(\d+/\d+ +\d+% \S+)(?!.*under the reference$)", said, re.MULTILINE):
+                    say(f"    {self.clock()}  {run.job.name} {found[-1]}")
         return next((run for run in self.running.values() if run.process.poll() is not None), None)
 
     def wait(self):
@@ -312,9 +322,28 @@ class Runner:
         now, taken = time.monotonic(), [seconds for found in self.pace.seconds.values() for seconds in found]
         usual = sum(taken) / max(1, len(taken))
         left = sum(self.pace.left(name, n) or n * usual for name, n in self.left)
-        left -= sum(now - run.began for run in self.running.values() if "method" in run.job.row)
-        shown = runtime.clock(max(0.0, left) / self.o.jobs) if taken and self.left else "?"
+        for run in self.running.values():
+            if method := run.job.row.get("method"):
+                left -= min(now - run.began, self.pace.left(method, 1) or usual)
+        at_a_time = max(1, min(self.o.jobs, sum(n for _, n in self.left)))
+        shown = runtime.clock(max(0.0, left) / at_a_time) if taken and self.left else "?"
         return f"{runtime.clock(now - self.began)}<{shown}"
+
+
+def half_done(folder):
+    """Whether a folder holds a run of stage 1 or 2 that has not come to its end, by what its files tell."""
+    try:
+        with open(os.path.join(folder, "config.json"), encoding="utf-8") as f:
+            o = json.load(f)
+        with open(os.path.join(folder, "metrics.jsonl"), encoding="utf-8") as f:
+            last = json.loads(f.read().rpartition("\n")[0].rpartition("\n")[2] or "{}")
+        if o["stage"] != "sft":
+            return "final" not in last
+        if not last or last["step"] == o["max_steps"]:
+            return not last
+        return last["epoch"] * (1 + 0.5001 / last["step"]) < o["num_train_epochs"]  # whose steps are rounded
+    except (OSError, ValueError, LookupError, TypeError):
+        return False  # a model without the files of its run
 
 
 def take(lock, o):
@@ -608,7 +637,8 @@ def report(points, state, o):
     yield from table([state["baseline"], *(row for found in points.values() for row in found.values())])
     yield from ("", "## Learning rates that were not taken", "",
                 f"Compared by the score, less {PRICE:g} a nat of KL.", "", *table(others), "", "## Commands", "",
-                f"Measured by `{runtime.start_of('minirlhf.evaluate')} RUN {shlex.join(measuring(o))}`.", "")
+                f"Measured by `{best_of_job(1, o).command().partition(' ' + o.sft)[0]} RUN {shlex.join(measuring(o))}`.",
+                "")
     yield from (f"- {name}: `{row['command']}`" for name, row in state["rows"].items())
 
 
@@ -662,12 +692,13 @@ def run_all(o, runner, results):
         say(f"{runner.clock()}  {max(BEST_OF)} answers of {o.sft} to each of {len(ground.prompts)} prompts, beside runs")
         best = ground.best_of(runner)
     while True:
+        runner.check_stop()
         jobs = to_come(o, runner, results)
         for job in jobs:
             results.check(job)
         to_do = [job for job in jobs if job.name not in results.rows and job.name not in runner.running]
         if ended := next(filter(runner.ended, to_do), None):  # which was not measured
-            results.add(ended, outcome(ended, 0, "", ground, runner))
+            results.add(runner.as_begun(ended), outcome(ended, 0, "", ground, runner))
             runner.took(results.rows[ended.name])
         elif to_do and len(runner.running) < o.jobs:
             runner.start(to_do[0])
@@ -696,7 +727,7 @@ def to_come(o, runner, results):
 def outcome(job, status, last, ground, runner):
     """-> the figures of an ended run's policy, or that it failed."""
     began = os.path.exists(os.path.join(job.path, "metrics.jsonl"))
-    if status and not (began and last.startswith("error: ")):
+    if status and not (began and last.startswith("error: ") and re.search(DIVERGED, last)):
         give_up(job, status, last, runner)
     if status:  # it left the language that it knew, or diverged, which is a result
         say(f"  {job.name}: failed: {last}")
@@ -737,6 +768,10 @@ def main(argv=None):
         before = {number: signal.signal(number, runner.on_signal) for number in runtime.STOPS}
         try:
             run_all(o, runner, results)
+        except OSError as error:
+            runner.end()
+            raise SystemExit(one_line(f"error: {error.filename or o.out}: {error.strerror or error}; go on with: "
+                                      f"{again(o)}"))
         finally:
             runner.end()
             for number, handler in before.items():

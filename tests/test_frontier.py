@@ -197,6 +197,11 @@ def test_the_time_that_is_left():
     assert runner.clock() == "0:00<0:13"
     runner.running["x"] = frontier.Running(frontier.base_jobs(runner.o)[0][0], None, time.monotonic() - 4, False)
     assert runner.clock() == "0:00<0:15"  # whose runs are not among those that are left
+    runner.running["x"] = frontier.Running(job, None, time.monotonic() - 400, False)
+    assert runner.clock() == "0:00<0:10"  # it is late by now; the two others take as long as they take
+    runner.left = [("ppo", 1)]
+    runner.running.clear()
+    assert runner.clock() == "0:00<0:10"  # which nothing goes on beside
 
 
 def test_how_many_runs_there_are():
@@ -492,6 +497,62 @@ def test_two_runs_at_a_time(finished, tmp_path, monkeypatch, refused):
         assert Slow.signals == [(Slow.together[2][-1], signal.SIGTERM)]
 
 
+def test_a_model_that_is_half_trained_is_not_there(finished, tmp_path):
+    """A run of stage 1 without its last step, one of stage 2 without its closing figures, is trained on where this
+    command has no log of it; a whole one, a model by itself and one of another program's are there."""
+    runner, o = Runner(options(out=str(tmp_path))), options()
+    for name in ("sft", "rm"):
+        whole = shutil.copytree(finished[0] / "out/scratch" / name, tmp_path / name)
+        job = next(job for job in sum(frontier.base_jobs(o), []) if job.name == name)._replace(path=str(whole))
+        assert runner.ended(job) is None and runner.there(job) and not frontier.half_done(str(whole))
+        rows = (whole / "metrics.jsonl").read_text().splitlines(True)
+        for some in (rows[:-1], rows[:-1] + [rows[-1][:-3]], []):
+            (whole / "metrics.jsonl").write_text("".join(some))
+            assert frontier.half_done(str(whole)) and not runner.there(job), some
+        (whole / "metrics.jsonl").unlink()
+        assert runner.there(job)
+        (whole / "ckpt.pt").unlink()
+        assert not runner.there(job)
+    assert not frontier.half_done(str(tmp_path / "nowhere")) and not frontier.half_done(str(tmp_path / "rm/config.json"))
+
+
+@pytest.mark.parametrize("line, threads", [
+    ("$ OMP_NUM_THREADS=3 python x", "3"), ("$ python x", ""), ("$ python OMP_NUM_THREADS=3", ""), (None, "1")])
+def test_a_run_goes_on_with_the_threads_it_began_with(tmp_path, monkeypatch, line, threads):
+    """Whatever --jobs and the user's own OMP_NUM_THREADS are now; its command tells them."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.chdir(tmp_path)
+    runner, seen = Runner(options(), lock=open(os.devnull)), []
+    monkeypatch.setattr(frontier.subprocess, "Popen", lambda argv, **settings: seen.append(settings["env"]))
+    os.makedirs("out/frontier/logs")
+    job = frontier.job_of("ppo", 0.03, 1e-4, 1337, runner.o)
+    if line:
+        (tmp_path / runner.log_of(job)).write_text(f"{line}\n 3/60\nexit status 1\n")
+    runner.start(job)
+    assert seen[0].get("OMP_NUM_THREADS", "") == threads and seen[0]["PYTHONPATH"] and seen[0]["PATH"]
+    assert runner.running[job.name].job.command().startswith(f"OMP_NUM_THREADS={threads} " if threads else "python")
+    runner.lock.close()
+
+
+def test_what_is_told_of_a_run(tmp_path, monkeypatch, capsys):
+    """Its last line of steps since it began again, none of the reference's pass, and nothing where its log is gone."""
+    monkeypatch.chdir(tmp_path)
+    os.makedirs("out/frontier/logs")
+    runner, job = Runner(options()), frontier.job_of("dpo", 0.1, 1e-4, 1337, options())
+    runner.running["x"] = frontier.Running(job, types.SimpleNamespace(poll=lambda: None), time.monotonic(), False)
+    for text, told in (("$ a\n 9/60  15% 0:10<1:00  loss\n$ a --resume\n", ""),
+                       ("$ a\n 9/60  15% 0:10<1:00  loss\n 10/60  16% 0:11<0:59  loss\n", "10/60  16% 0:11<0:59"),
+                       ("$ a\n  9/60  15% 0:10<1:00  log-probabilities under the reference\n", ""), (None, "")):
+        runner.told = -frontier.TOLD
+        if text:
+            (tmp_path / runner.log_of(job)).write_text(text)
+        else:
+            os.remove(runner.log_of(job))
+        assert runner.any_ended() is None
+        assert capsys.readouterr().out.strip() == (f"0:00<?  {job.name} {told}" if told else "")
+    assert runner.ended(job) is None
+
+
 def test_a_run_that_diverges_is_a_row_and_any_other_end_is_not(folder, capsys, refused):
     """"error: ..." of a run that had begun is kept as its outcome, worth less than any other; a refusal before it began
     ends the command with exit status 2 and its line, a crash with 1."""
@@ -510,6 +571,14 @@ def test_a_run_that_diverges_is_a_row_and_any_other_end_is_not(folder, capsys, r
     assert frontier.worth(rows[failed]) == -math.inf
     assert failed not in state(folder)["points"]["DPO, people's pairs"]
     assert "| error: step 2: the policy is leaving |" in (folder / "out/frontier/frontier.md").read_text("utf-8")
+
+    def full(call):
+        os.makedirs(Process.calls[-1][1][-1], exist_ok=True)
+        open(os.path.join(Process.calls[-1][1][-1], "metrics.jsonl"), "w").close()
+        raise SystemExit("error: out/x/ckpt.pt: could not be written (No space left on device)")
+    Process.before = staticmethod(full)
+    with pytest.raises(SystemExit, match="error: rloo-.*: out/x/ckpt.pt: could not be written .No space left"):
+        frontier.main([*START, "--methods", "rloo", "--out", "out/full"])
     for message, code in (("ValueError: no", 1), (2, 2)):
         def crash(call):
             print("error: --beta 0: no" if code == 2 else "Traceback")
