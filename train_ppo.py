@@ -48,7 +48,7 @@ class Options(RunOptions):
     group_size: int = 1  # answers to each prompt: batch_size / group_size prompts a step [1..]
     # ---- rewards and advantages
     advantages: Literal["gae", "rloo", "grpo"] = "gae"  # by a value network, or the other answers to a prompt
-    kl_coef: float = 0.055  # beta, the reward lost for a nat of KL from the reference [0..]
+    kl_coef: float = 0.04  # beta, the reward lost for a nat of KL from the reference [0..]
     kl_baseline: float = 0.3  # share of the mean KL per token taken off each token's: length costs less [0..1]
     adaptive_kl_target: float = 0.0  # nats a response that kl_coef is adapted to reach; 0 = kl_coef stays [0..]
     reward_clip: float = 2.0  # the reward model's scores are clipped to +- this; 0 = never [0..]
