@@ -59,7 +59,7 @@ DPO = tuple("--eval_interval 50 --num_eval_texts 512 --num_eval_prompts 64".spli
 METHODS = {
     "ppo": Method("train_ppo.py", "kl_coef", (0.01, 0.03, 0.1, 0.3), 0.03, (1e-4, 3e-4, 1e-3), RL),
     "rloo": Method("train_ppo.py", "kl_coef", (0.03, 0.1, 0.3), 0.03, (1e-4, 3e-4, 1e-3),
-                   (*RL, "--advantages", "rloo", "--group_size", "4", "--ent_coef", "0")),  # whose bonus outweighs it
+                   (*RL, "--advantages", "rloo", "--group_size", "4", "--ent_coef", "0")),  # a bonus outweighs its rewards
     "dpo": Method("minirlhf.dpo", "beta", (0.03, 0.1, 0.3, 1.0), 0.1, (3e-5, 1e-4, 3e-4),
                   (*DPO, "--max_steps", "250")),
     "dpo-on-policy": Method("minirlhf.dpo", "beta", (0.03, 0.1, 0.3, 1.0), 0.1, (3e-5, 1e-4, 3e-4), DPO),
@@ -107,9 +107,9 @@ def common(o):
     return ["--data_dir", o.data_dir] if o.data_dir != Options.data_dir else []
 
 
-def threads(o):
-    """Of each of the runs at a time: what the user said, or its share of the cores; "" for all."""
-    share = str(max(1, kernels.cores_allowed() // o.jobs)) if o.jobs > 1 else ""
+def threads(jobs):
+    """Of each of so many processes at a time: what the user said, or its share of the cores; "" for all."""
+    share = str(max(1, kernels.cores_allowed() // jobs)) if jobs > 1 else ""
     return os.environ.get("OMP_NUM_THREADS", share)
 
 
@@ -124,8 +124,7 @@ def base_jobs(o):
     if "dpo-on-policy" in o.methods.split(","):
         jobs.append(("ranked", "minirlhf.sample", [o.sft, o.reward_model, "--rank", "--n", str(RANKED), "--prompts",
                                                    prompts, "--output", ranked(o)], ranked(o)))
-    alone = os.environ.get("OMP_NUM_THREADS", "")
-    jobs = [Job(name, script, tuple(words), path, {}, threads(o) if name in ("rm", "judge") else alone)
+    jobs = [Job(name, script, tuple(words), path, {}, threads(o.jobs if name in ("rm", "judge") else 1))
             for name, script, words, path in jobs]
     return [[job for job in jobs if job.name in names] for names in (("sft",), ("rm", "judge"), ("ranked",))]
 
@@ -144,12 +143,12 @@ def job_of(method, value, rate, seed, o):
     words += [*m.words, f"--{m.option}", f"{value:g}", "--learning_rate", f"{rate:g}", "--seed", str(seed), "--out_dir",
               path]
     return Job(name, m.script, tuple(words), path, {"method": method, m.option: value, "learning_rate": rate,
-                                                    "seed": seed}, threads(o))
+                                                    "seed": seed}, threads(o.jobs))
 
 
 def best_of_job(n, o):
     return Job(f"best-of-{n}", "minirlhf.evaluate", (o.sft, *measuring(o), "--best_of", str(n)), "",
-               {"method": "best-of-n", "n": n}, os.environ.get("OMP_NUM_THREADS", ""))
+               {"method": "best-of-n", "n": n}, threads(1))
 
 
 def measuring(o):
@@ -337,7 +336,9 @@ def half_done(folder):
             o = json.load(f)
         with open(os.path.join(folder, "metrics.jsonl"), encoding="utf-8") as f:
             last = json.loads(f.read().rpartition("\n")[0].rpartition("\n")[2] or "{}")
-        if o["stage"] != "sft":
+        if o["stage"] not in ("sft", "rm"):
+            return False  # a policy, with which nothing here goes on
+        if o["stage"] == "rm":
             return "final" not in last
         if not last or last["step"] == o["max_steps"]:
             return not last
@@ -769,7 +770,6 @@ def main(argv=None):
         try:
             run_all(o, runner, results)
         except OSError as error:
-            runner.end()
             raise SystemExit(one_line(f"error: {error.filename or o.out}: {error.strerror or error}; go on with: "
                                       f"{again(o)}"))
         finally:

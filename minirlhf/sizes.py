@@ -1,4 +1,5 @@
-"""Whether what is asked for fits the memory there is: told by the option's name, before any memory is spent.
+"""Whether sizes can be, and what is asked for fits the memory there is: told by the option's name, before any memory is
+spent.
 
 Bounds are low ones: what they refuse cannot run; what they let pass may still need more than there is.
 """

@@ -480,10 +480,10 @@ def test_two_runs_at_a_time(finished, tmp_path, monkeypatch, refused):
         monkeypatch.setenv("OMP_NUM_THREADS", "5")
         assert [job.threads for job in sum(frontier.base_jobs(options()), [])] == ["5"] * 4
         job = frontier.job_of("ppo", 0.03, 1e-4, 1337, options())
-        assert job.command().startswith("OMP_NUM_THREADS=5 ") and frontier.threads(options(jobs=1)) == "5"
+        assert job.command().startswith("OMP_NUM_THREADS=5 ") and frontier.threads(1) == "5"
         monkeypatch.delenv("OMP_NUM_THREADS")
         assert [job.threads for job in sum(frontier.base_jobs(options()), [])] == ["", "3", "3", ""]  # where it is alone
-        assert [frontier.threads(options(jobs=n)) for n in (1, 2, 6, 7)] == ["", "3", "1", "1"]
+        assert [frontier.threads(n) for n in (1, 2, 6, 7)] == ["", "3", "1", "1"]
 
         def crash(call):
             if call == 2:
@@ -513,6 +513,12 @@ def test_a_model_that_is_half_trained_is_not_there(finished, tmp_path):
         assert runner.there(job)
         (whole / "ckpt.pt").unlink()
         assert not runner.there(job)
+    (policy,) = [path for path in (finished[0] / "out/frontier").glob("dpo-beta-1-*") if path.is_dir()]
+    policy = shutil.copytree(policy, tmp_path / "policy")
+    rows = (policy / "metrics.jsonl").read_text().splitlines(True)
+    for some in (rows, rows[:-1]):  # no job of the first two stages goes on with a policy
+        (policy / "metrics.jsonl").write_text("".join(some))
+        assert not frontier.half_done(str(policy))
     assert not frontier.half_done(str(tmp_path / "nowhere")) and not frontier.half_done(str(tmp_path / "rm/config.json"))
 
 
