@@ -19,6 +19,7 @@ from minirlhf.kernels import matmul_dtype, packed
 from minirlhf.model import flat_indices
 
 ROW_MULTIPLE = 16  # rows are dropped down to a multiple of it: libraries make kernels for each shape, so few is better
+SHAPES = 4  # of caches that a Decoder keeps
 POLL_INTERVAL = {"cpu": 1}  # tokens between checks which rows have ended; elsewhere 16: each waits for the device
 
 
@@ -44,38 +45,67 @@ class KVCache:
 
 
 class Decoder:
-    """A model's pass over one token a row through torch.compile, with static shapes: on a GPU that is a CUDA graph.
+    """A model's pass over one token a row, as one CUDA graph: a launch a token, not one for each of its many kernels.
 
     Every step sees all slots, those of later tokens masked, and no row leaves the batch. The caches are kept, one for
     each shape, for a graph reads and writes at fixed addresses; their slots are a power of two, that shapes be few.
+    compiled: the pass goes through torch.compile, with static shapes; on a CPU, where there are no graphs, that is all.
     """
 
-    def __init__(self, model, mode="reduce-overhead", **options):
+    def __init__(self, model, compiled=False, **options):
         def logits(tokens, cache, positions):  # a function of its own: torch.compile counts the shapes of each
             return model.logits(model.hidden(tokens, cache, positions)[:, 0])
 
-        self.model, self.caches = model, {}
-        self.logits = torch.compile(logits, dynamic=False, mode=mode, **options)
+        self.model, self.caches, self.graphs, self.copies, self.addresses = model, {}, {}, {}, None
+        self.logits = torch.compile(logits, dynamic=False, **options) if compiled else logits
 
     def cache(self, rows, slots):
+        """A KVCache for `rows` of at least `slots` tokens, with what earlier answers have left in it."""
+        addresses = [p.data_ptr() for p in self.model.parameters()]
+        if addresses != self.addresses:  # other weights than the graphs read
+            self.graphs.clear()
+            self.addresses = addresses
         slots = min(2 ** math.ceil(math.log2(slots)), self.model.config.block_size)
-        if (rows, slots) not in self.caches:
-            cache = self.caches[rows, slots] = KVCache(self.model, rows, slots)
-            for tensor in (cache.k, cache.v):
-                torch._dynamo.mark_static_address(tensor)
-        return self.caches[rows, slots]
+        shape = rows, slots, matmul_dtype(self.model)
+        if shape not in self.caches:
+            if len(self.caches) == SHAPES:
+                self.graphs.pop(self.caches.pop(next(iter(self.caches))), None)
+            self.caches[shape] = KVCache(self.model, rows, slots)
+        return self.caches[shape]
 
     def step(self, tokens, cache, positions):
         """tokens, positions (B, 1) -> logits (B, V), which the next step overwrites."""
-        torch.compiler.cudagraph_mark_step_begin()
         cache.filled = cache.k.shape[2]
-        return self.logits(tokens, cache, positions)
+        if tokens.device.type != "cuda":
+            return self.logits(tokens, cache, positions)
+        if cache not in self.graphs:
+            self.graphs[cache] = self.capture(tokens.clone(), cache, positions.clone())
+        graph, inputs, logits = self.graphs[cache]
+        for own, given in zip(inputs, (tokens, positions)):
+            own.copy_(given)
+        graph.replay()
+        return logits
+
+    def capture(self, tokens, cache, positions):
+        """-> the graph, the tensors that it reads (tokens, positions) and the logits that it writes."""
+        dtype, before, stream = matmul_dtype(self.model), torch.cuda.current_stream(), torch.cuda.Stream()
+        # without autocast's own copies of weights: they are freed with the rollout, and the graph would read on
+        with torch.autocast("cuda", dtype, enabled=dtype != torch.float32, cache_enabled=False):
+            stream.wait_stream(before)
+            with torch.cuda.stream(stream):
+                for _ in range(2):  # libraries choose their kernels, torch.compile makes its own
+                    self.logits(tokens, cache, positions)
+            before.wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                logits = self.logits(tokens, cache, positions)
+        return graph, (tokens, positions), logits
 
 
 def compile_model(model, decode=False):
     """--compile: whole rows, and with `decode` the steps of `generate` too, go through torch.compile from now on."""
     model.compiled_hidden = torch.compile(model.hidden, dynamic=True)
-    model.decoder = Decoder(model) if decode else None
+    model.decoder = Decoder(model, compiled=True) if decode else None
 
 
 @dataclass
@@ -146,12 +176,15 @@ def generate(model, prompts: list[list[int]], response_length: int, eos: int, te
 
     The uniform numbers are drawn at the start, one a row and step, so an answer depends on its row's numbers and not on
     when other rows end. Rows that ended leave the batch, down to a multiple of ROW_MULTIPLE; the loop ends with the
-    last of them. Where the model has a Decoder its steps are compiled, else its weights are `packed` meanwhile. Raises
+    last of them. On a GPU, and with --compile, the steps are a Decoder's; the weights are `packed` meanwhile. Raises
     ValueError for an empty prompt or one that does not leave room in the model's context.
     """
     if not all(prompts):
         raise ValueError("a prompt must hold at least one token")
-    device, limit, decoder = model.wte.weight.device, model.config.block_size, model.decoder
+    device, limit = model.wte.weight.device, model.config.block_size
+    if device.type == "cuda" and model.decoder is None:
+        model.decoder = Decoder(model)
+    decoder = model.decoder
     tokens = pad_sequence([torch.tensor(prompt) for prompt in prompts], True, eos).to(device)
     prompt_lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     ends = torch.tensor([getattr(prompt, "end", eos) for prompt in prompts], device=device)
@@ -168,7 +201,7 @@ def generate(model, prompts: list[list[int]], response_length: int, eos: int, te
     rows = torch.arange(B, device=device)  # cache row -> batch row
     last = rows * P + prompt_lengths - 1  # in (B P,)
     live = torch.ones(B, dtype=torch.bool, device=device)
-    with nullcontext() if decoder else packed(model):
+    with nullcontext() if decoder and device.type == "cpu" else packed(model, decoder and decoder.copies):
         logits = model.logits(model.hidden(tokens[:, :P], cache, torch.arange(P, device=device)[None], last))
         for n in range(response_length):
             new, logprob = sample(logits, temperature, u[rows, n])

@@ -38,32 +38,48 @@ CAN_PACK = torch.backends.mkldnn.is_available() and "AVX" in torch.backends.cpu.
 
 def packed_linear(weight, bias, dtype, gelu=False):
     """-> a function x (..., in) -> (..., out): x @ weight.T + bias, through GELU if asked, in one oneDNN kernel."""
-    weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype))
-    bias = None if bias is None else bias.detach().to(dtype)
+    weight = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype))
+    bias = None if bias is None else bias.to(dtype)
     post = ("gelu", [], "tanh") if gelu else ("none", [], "")
     return lambda x: torch.ops.mkldnn._linear_pointwise(x.to(dtype), weight, bias, *post)
 
 
-@contextlib.contextmanager
-def packed(model):
-    """While inside, on an x86 CPU, the model's linear layers multiply with copies of the weights in oneDNN's own order.
+def cast_linear(weight, bias, dtype, gelu=False):
+    """The same for a GPU: autocast would cast the weights, or those that are frozen, anew for each token."""
+    weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    return lambda x: F.gelu(F.linear(x, weight, bias), approximate="tanh") if gelu else F.linear(x, weight, bias)
 
-    Else each matmul would put them in such an order anew, which for few rows costs as much as to multiply. The weights
-    must stay as they are, and there are no gradients. In float32, narrow models are faster without.
+
+@contextlib.contextmanager
+def packed(model, kept=None):
+    """While inside, the model's linear layers multiply with copies of the weights: on an x86 CPU in oneDNN's own order,
+    on a GPU under autocast in bfloat16.
+
+    Else each matmul would order or cast them anew, which for few rows costs as much as to multiply. The weights must
+    stay as they are, and there are no gradients. In float32 a GPU takes them as they are, and so does a CPU for narrow
+    models, where that is faster. kept: a dict in which a GPU's copies have the same memory each time.
     """
-    replaced = []
-    dtype = matmul_dtype(model) if CAN_PACK and model.wte.weight.device.type == "cpu" else None
-    if (dtype == torch.float32 and model.config.n_embd >= 128
-            or dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
-        head = packed_linear(model.unembedding, None, dtype)
+    replaced, on_cpu = [], model.wte.weight.device.type == "cpu"
+    dtype = matmul_dtype(model) if on_cpu and CAN_PACK or model.wte.weight.device.type == "cuda" else None
+
+    def pack(weight, bias=None, **options):
+        weight, bias = weight.detach(), None if bias is None else bias.detach()
+        if kept is not None and not on_cpu:
+            weight, bias = (x if x is None else kept.setdefault((len(replaced), x.dim()), torch.empty_like(
+                x, dtype=dtype)).copy_(x) for x in (weight, bias))
+        return (packed_linear if on_cpu else cast_linear)(weight, bias, dtype, **options)
+
+    if (dtype == torch.float32 and on_cpu and model.config.n_embd >= 128
+            or dtype == torch.bfloat16 and (not on_cpu or torch.ops.mkldnn._is_mkldnn_bf16_supported())):
+        head = pack(model.unembedding)
         model.logits = lambda hidden: at_least_float32(head(hidden))
         replaced.append((model, "logits"))
         for block in model.h:
             for layer in (block.attn.c_attn, block.attn.c_proj, block.mlp.c_proj):
-                layer.forward = packed_linear(layer.weight, layer.bias, dtype)
+                layer.forward = pack(layer.weight, layer.bias)
                 replaced.append((layer, "forward"))
             c_fc, gpt2 = block.mlp.c_fc, model.config.family == "gpt2"
-            widen = packed_linear(c_fc.weight, c_fc.bias, dtype, gelu=gpt2)
+            widen = pack(c_fc.weight, c_fc.bias, gelu=gpt2)
             owner = block.mlp if gpt2 else c_fc
             owner.forward = partial(packed_mlp, block.mlp, widen) if gpt2 else widen
             replaced.append((owner, "forward"))

@@ -114,11 +114,12 @@ def training(c, o, passes, logits, w, cpu):
 
 
 def sampling(c, o, rows, prompt, response, w, cpu):
-    """{part: bytes} of `generate`: the cache, part of which is there twice when rows end; packed weights; the logits'
-    softmax and its sums."""
+    """{part: bytes} of `generate`: the cache, part of which is there twice when rows end, and which on a GPU has a power
+    of two slots; packed weights; the logits' softmax and its sums."""
     a, h, d = kept_by_block(c, o, w, cpu)
-    packs = cpu and kernels.CAN_PACK and (w < FLOAT or c.n_embd >= 128)
-    return {"cache": 1.4 * 2 * c.n_layer * rows * (prompt + response) * c.n_kv_head * c.head_size * w,
+    packs = kernels.CAN_PACK and (w < FLOAT or c.n_embd >= 128) if cpu else w < FLOAT
+    slots = 1.4 * (prompt + response) if cpu else 2 ** math.ceil(math.log2(prompt + response))
+    return {"cache": 2 * c.n_layer * rows * slots * c.n_kv_head * c.head_size * w,
             "copies": w * (c.n_layer * sum(linear_weights(c)) + c.vocab_size * c.n_embd) * packs,
             "logits": 3 * FLOAT * rows * c.vocab_size, "activations": rows * prompt * (a + h * prompt + d)}
 

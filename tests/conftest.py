@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT))
 from minirlhf import checkpoint, config, evaluate, rewards  # noqa: E402
 from minirlhf.model import GPT, GPTConfig  # noqa: E402
 
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # to look for a GPU starts no CUDA, which no fork survives
 torch.set_num_threads(1)  # the models are small, and a machine that does other things slows two threads down most
 
 

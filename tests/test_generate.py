@@ -16,6 +16,7 @@ from minirlhf.objectives import token_logprobs
 PROMPTS = [[1], [2, 3, 4, 5, 6, 7], [8, 0, 9], [1, 1], [0], [5, 4, 3, 2, 1], [12, 12, 12], [0, 0], [6, 2], [3]]
 EOS = 0  # some prompts hold it, and begin or end with it
 STEPS = 12
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 
 
 def uniform(seed=0, rows=len(PROMPTS), steps=STEPS):
@@ -296,8 +297,8 @@ def test_packed_weights_give_the_same_answers(make_model, monkeypatch, shape):
     model, used = make_model(n_embd=128, **shape), []
     model.unembedding.data *= 0.15  # less sharp, so that answers end at many lengths
     rollouts = []
-    for context in (packed, lambda model: contextlib.nullcontext()):
-        monkeypatch.setattr(generation, "packed", lambda model: used.append(len(used)) or context(model))
+    for context in (packed, lambda *model: contextlib.nullcontext()):
+        monkeypatch.setattr(generation, "packed", lambda *model: used.append(len(used)) or context(*model))
         rollouts.append(generate(model, 4 * PROMPTS, STEPS, EOS, generator=torch.Generator().manual_seed(3)))
     a, b = rollouts
     assert len(set(a.lengths.tolist())) > 4 and used == [0, 1]
@@ -323,25 +324,68 @@ def test_how_often_one_looks_changes_nothing(make_model, monkeypatch, every):
 
 @pytest.mark.parametrize("shape", [{}, pytest.param(LLAMA, marks=pytest.mark.slow)], ids=["gpt2", "llama"])
 @pytest.mark.parametrize("options", [
-    {"mode": None, "backend": "aot_eager"}, pytest.param({"mode": None}, marks=pytest.mark.slow),
-    pytest.param({}, marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU"))])
-def test_compiled_steps_equal_the_plain_ones(make_model, options, shape):
+    {"compiled": True, "backend": "aot_eager"}, pytest.param({"compiled": True}, marks=pytest.mark.slow), {},
+    pytest.param({"device": "cuda"}, marks=needs_gpu), pytest.param({"device": "cuda", "compiled": True},
+                                                                    marks=[needs_gpu, pytest.mark.slow])])
+def test_a_decoder_s_steps_equal_the_plain_ones(make_model, monkeypatch, options, shape):
     """Static shapes, a cache of a power of two slots that earlier answers have filled, and rows that stay after their
     end: the same answers of ragged prompts, three times in the same cache, then of a longer batch in another, which
     ends with the context."""
-    model = make_model(n_layer=1, block_size=24, **shape).to("cpu" if options else "cuda")
+    device, options = options.get("device", "cpu"), {k: v for k, v in options.items() if k != "device"}
+    model = make_model(n_layer=1, block_size=24, **shape).to(device)
     model.unembedding.data *= 0.5  # less sharp, so that answers end at many lengths
     decoder = Decoder(model, **options)
     for seed, rows, steps in ((0, 40, 8), (1, 40, 9), (2, 40, 8), (3, 6, 16)):
         prompts = (4 * PROMPTS)[:rows]
         rollouts = []
         for model.decoder in (None, decoder):
+            monkeypatch.setattr(generation, "Decoder", lambda model: None)  # which a GPU's model would get
             rollouts.append(generate(model, prompts, steps, EOS, generator=torch.Generator().manual_seed(seed)))
         a, b = rollouts
         assert len(set(a.lengths.tolist())) > 2
         assert torch.equal(a.tokens, b.tokens) and torch.equal(a.lengths, b.lengths)
         torch.testing.assert_close(a.sampler_logprobs, b.sampler_logprobs)
-    assert list(decoder.caches) == [(40, 16), (6, 24)]
+    assert list(decoder.caches) == [(40, 16, torch.float32), (6, 24, torch.float32)]
+    assert len(decoder.graphs) == (2 if device == "cuda" else 0)
+
+
+def test_a_decoder_keeps_few_caches(make_model, monkeypatch):
+    """One for each number of rows, slots rounded up to a power of two, and precision; the oldest goes."""
+    monkeypatch.setattr(generation, "SHAPES", 2)
+    decoder = Decoder(make_model())
+    first = decoder.cache(3, 9)
+    assert first.k.shape[1:3] == (3, 16) and decoder.cache(3, 16) is first and decoder.cache(3, 17) is not first
+    with torch.autocast("cpu", torch.bfloat16):
+        assert decoder.cache(3, 9).k.dtype == torch.bfloat16
+    assert [*decoder.caches] == [(3, 32, torch.float32), (3, 16, torch.bfloat16)]
+    assert decoder.cache(3, 9) is not first
+
+
+@needs_gpu
+@both_families
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_graphs_see_what_was_learned(make_model, dtype, shape):
+    """A step after the weights have changed in their places, and one after they were replaced, is that of a model
+    without graphs: in bfloat16 too, of which the graph has copies."""
+    model, tokens = make_model(**shape).cuda(), torch.tensor([[3], [5]], device="cuda")
+    positions, graphs = torch.zeros_like(tokens), []
+    model.decoder = decoder = Decoder(model)
+
+    def replace():
+        model.wte.weight = torch.nn.Parameter(model.wte.weight.detach() * 2)
+
+    for change in (lambda: None, lambda: model.h[0].mlp.c_fc.weight.data.mul_(-1), replace):
+        change()
+        with torch.no_grad(), torch.autocast("cuda", dtype, enabled=dtype == torch.bfloat16):
+            with packed(model, decoder.copies):
+                found = decoder.step(tokens, decoder.cache(2, 8), positions).clone()
+            plain = KVCache(model, 2, 8)
+            plain.filled = 8
+            exact = model.logits(model.hidden(tokens, plain, positions)[:, 0])
+        torch.testing.assert_close(found, exact, rtol=1e-4 if dtype == torch.float32 else 0.05, atol=1e-4
+                                   if dtype == torch.float32 else 0.1)
+        graphs += [*decoder.graphs.values()]
+    assert graphs[0] is graphs[1] is not graphs[2]
 
 
 # Rollout

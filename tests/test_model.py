@@ -181,6 +181,15 @@ def test_packed_weights_of_bfloat16(make_model, shape):
                 assert 0 < (model(tokens) - exact).norm() < 1.5 * error
 
 
+@pytest.mark.parametrize("with_bias, gelu", [(True, True), (True, False), (False, False)])
+def test_copies_for_a_gpu(with_bias, gelu):
+    """A linear layer, and GELU, of weights and biases that were cast once."""
+    x, weight, bias = torch.randn(5, 7).bfloat16(), torch.randn(3, 7), torch.randn(3) if with_bias else None
+    found = kernels.cast_linear(weight, bias, torch.bfloat16, gelu=gelu)(x)
+    exact = F.linear(x, weight.bfloat16(), bias.bfloat16() if with_bias else None)
+    assert torch.equal(found, F.gelu(exact, approximate="tanh") if gelu else exact)
+
+
 @pytest.mark.parametrize("device, dtype, width", [
     ("cpu", torch.float32, 126), ("cpu", torch.float64, 128), ("meta", torch.float32, 128)])
 def test_other_matmuls_take_the_weights_as_they_are(make_model, device, dtype, width):

@@ -634,7 +634,8 @@ def test_rollouts_and_looks_take_the_compiled_steps(world, monkeypatch):
     class Counting:
         steps = 0
 
-        def __init__(self, model):
+        def __init__(self, model, compiled):
+            assert compiled
             self.model, self.cache = model, lambda rows, slots: KVCache(model, rows, slots)
 
         def step(self, tokens, cache, positions):
