@@ -239,23 +239,28 @@ def answer(policy, ref, scorers, prompts, tokenizer, o, run, draw=0, batch_size=
         with run.autocast():
             rollout = generate(policy, prompts[at:at + batch_size], o.response_length, tokenizer.eos, o.temperature,
                                runtime.generator(o.seed, at, 0, f"held-out {draw}"))
+            order = rollout.lengths.argsort(stable=True)  # microbatches of like length
+            rollout = rollout.take(order)
             adapters.add_states_below(rollout, policy, getattr(scorers.get("score"), "model", None), run,
                                       micro_batch_size)
             parts = map(rollout.take, torch.arange(len(rollout.lengths), device=run.device).split(micro_batch_size))
-            both = [[m.logprobs(part.tokens, part.decisions, o.temperature, part.below)[0] for m in (policy, ref)]
+            models = [policy] if policy is ref else [policy, ref]
+            both = [[m.logprobs(part.tokens, part.decisions, o.temperature, part.below)[0] for m in models]
                     for part in parts]
-            logprobs, ref_logprobs = (rollout.grid(torch.cat(column)) for column in zip(*both))
+            grids = [rollout.grid(torch.cat(column)) for column in zip(*both)]
+            logprobs, ref_logprobs = grids[0], grids[-1]
         columns = {"k1": k1(logprobs, ref_logprobs).sum(1), "k3": k3(logprobs, ref_logprobs).sum(1),
                    "ref_logprob": ref_logprobs.sum(1), "length": rollout.response_mask.sum(1),
                    "finished": rollout.finished,
                    **{name: scorer(rollout, micro_batch_size) for name, scorer in scorers.items()}}
-        for i, (prompt, response) in enumerate(zip(prompts[at:at + batch_size], rollout.responses())):
+        for i, (at_prompt, response) in enumerate(zip((at + order).tolist(), rollout.responses())):
             row = {name: column[i].item() for name, column in columns.items()}
             row |= {name: None for name in scorers if math.isnan(row[name])}
             row |= {f"part {name}": score for name, score in (rollout.parts[i] if rollout.parts else {}).items()}
-            rows.append({"prompt": tokenizer.decode(prompt), "completion": tokenizer.decode(response),
-                         "ids": response[:-1] if row["finished"] else response, **row})
-    return rows
+            rows.append((at_prompt, {
+                "prompt": tokenizer.decode(prompts[at_prompt]), "completion": tokenizer.decode(response),
+                "ids": response[:-1] if row["finished"] else response, **row}))
+    return [row for _, row in sorted(rows, key=lambda row: row[0])]
 
 
 def column(rows, name):

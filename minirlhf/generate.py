@@ -88,9 +88,11 @@ class Decoder:
 
     def capture(self, tokens, cache, positions):
         """-> the graph, the tensors that it reads (tokens, positions) and the logits that it writes."""
-        dtype, before, stream = matmul_dtype(self.model), torch.cuda.current_stream(), torch.cuda.Stream()
+        dtype = matmul_dtype(self.model)
         # without autocast's own copies of weights: they are freed with the rollout, and the graph would read on
-        with torch.autocast("cuda", dtype, enabled=dtype != torch.float32, cache_enabled=False):
+        with (torch.cuda.device(tokens.device),
+              torch.autocast("cuda", dtype, enabled=dtype == torch.bfloat16, cache_enabled=False)):
+            before, stream = torch.cuda.current_stream(), torch.cuda.Stream()
             stream.wait_stream(before)
             with torch.cuda.stream(stream):
                 for _ in range(2):  # libraries choose their kernels, torch.compile makes its own

@@ -316,6 +316,11 @@ PPO = [
      "update(batch, policy, value, optimizers, step, o.num_ppo_epochs, o, run)\n\n            # ----"),
 ]
 EVALUATE = [
+    ("return [row for _, row in sorted(rows, key=lambda row: row[0])]", "return [row for _, row in rows]"),
+    ("tokenizer.decode(prompts[at_prompt])", "tokenizer.decode(prompts[at + i])"),
+    ("(at + order).tolist()", "order.tolist()"),
+    ("logprobs, ref_logprobs = grids[0], grids[-1]", "logprobs, ref_logprobs = grids[-1], grids[0]"),
+    ("models = [policy] if policy is ref else [policy, ref]", "models = [policy]"),
     ("len(set(bigrams)) / max(1, len(bigrams))", "len(bigrams) / max(1, len(set(bigrams)))"),
     ("1 - len(set(texts)) / max(1, len(texts))", "len(set(texts)) / max(1, len(texts))"),
     ("win_rate(column(rows, name), column(base, name))", "win_rate(column(base, name), column(rows, name))"),
@@ -811,7 +816,7 @@ EVALUATE_FIGURES = [
     ("rollout = generate(policy, prompts[at:at + batch_size], o.response_length, tokenizer.eos, o.temperature,",
      "rollout = generate(policy, prompts[at:at + batch_size], o.response_length, tokenizer.eos, 1.0,"),
     ("m.logprobs(part.tokens, part.decisions, o.temperature,", "m.logprobs(part.tokens, part.decisions, 1.0,"),
-    ("for m in (policy, ref)]", "for m in (ref, policy)]"),
+    ("for m in models]", "for m in (ref, policy)]"),
     ("began = time.perf_counter()\n        rows", "began = 0.0\n        rows"),
     ("self.work(len(prompts)))", "self.work(1))"),
     ("self.pace.steps(prompts, math.ceil(prompts / BATCH))", "self.pace.steps(prompts, 1 + math.ceil(prompts / BATCH))"),
