@@ -199,7 +199,7 @@ def add_states_below(batch, policy, value, run, rows=128):
             continue
         column = model.wte.weight.new_zeros(*batch.tokens.shape, model.config.n_embd)
         for part in torch.arange(len(column), device=column.device).split(rows):
-            tokens = batch.take(part).tokens
+            some = batch.take(part)
             with run.autocast():
-                column[part, :tokens.shape[1]] = model.below(tokens).to(column.dtype)
+                column[part, :some.tokens.shape[1]] = model.below(some.tokens, some.lengths).to(column.dtype)
         setattr(batch, name, column)

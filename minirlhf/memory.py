@@ -84,7 +84,8 @@ def gradients(o, *learners):
 # ---- what comes and goes
 
 def kept_by_block(c, o, w, cpu):
-    """(a, h, d): a block keeps tokens (a + h length of their rows) + selected tokens d bytes for the backward pass.
+    """(a, g, h, d): a block keeps tokens a + places (g + h length of their rows) + selected tokens d bytes for the
+    backward pass; places: tokens and padding.
 
     w: bytes of a number in matmuls. What enters a norm is float32, so is the quotient, kept where a weight learns; the
     rest are what linear layers read, queries, keys, values, attention's weights, and the factors of SwiGLU.
@@ -93,35 +94,40 @@ def kept_by_block(c, o, w, cpu):
     dropped, rank = getattr(o, "dropout", 0) > 0, o.lora_rank
     norm = FLOAT * C * (1 if c.family == "gpt2" or rank else 2)
     heads = (FLOAT + w * (not rank)) * (own + shared) + FLOAT * shared * (w == FLOAT)  # the same of queries and keys
-    a = norm + w * (C + own + 2 * shared + rank) + c.qk_norm * heads
+    a, g = norm + w * (C + rank), w * (own + 2 * shared) + c.qk_norm * heads
     h = w * c.n_head * (3 if dropped else 1) * cpu  # elsewhere attention's kernels keep no weights
     d = norm + w * (own + C + (2 if c.family == "gpt2" else 4) * inner + 2 * C * dropped + 3 * rank)
-    return a, h, d
+    return a, g, h, d
 
 
 def training(c, o, passes, logits, w, cpu):
-    """{part: bytes} of a microbatch, forward and backward. passes: (rows, length, selected tokens) each; logits: bytes
-    of them and their copies, which have gone when the backward pass takes a block's activations once more."""
-    a, h, d = kept_by_block(c, o, w, cpu)
-    block = sum(rows * length * (a + h * length + d) for rows, length, _ in passes)
-    last = sum(rows * length * (a + h * length) + selected * d for rows, length, selected in passes)
+    """{part: bytes} of a microbatch, forward and backward. passes: what `a_pass` says of each; logits: bytes of them
+    and their copies, which have gone when the backward pass takes a block's activations once more."""
+    a, g, h, d = kept_by_block(c, o, w, cpu)
+    block = sum(tokens * (a + d) + rows * length * (g + h * length) for tokens, rows, length, _ in passes)
+    last = sum(tokens * a + rows * length * (g + h * length) + select * d for tokens, rows, length, select in passes)
     blocks, again = blocks_of(c, o), block
     kept = (blocks - 1) * block + last
     if o.checkpoint_activations:  # what enters each block, and one that is computed again
-        kept, again = blocks * FLOAT * c.n_embd * sum(rows * length for rows, length, _ in passes), 2 * block
+        kept, again = blocks * FLOAT * c.n_embd * sum(tokens for tokens, *_ in passes), 2 * block
     casts = w * (blocks * sum(linear_weights(c)) + c.vocab_size * c.n_embd * (logits > 0)) * (w < FLOAT)
     return {"activations": kept + max(0, again - logits), "logits": logits, "copies": casts}
 
 
+def a_pass(c, lengths, selected):
+    """(tokens that are computed, rows, longest row, selected tokens) of a pass over rows of some lengths."""
+    return (sum(lengths) if c.leaves_padding_out else len(lengths) * max(lengths)), len(lengths), max(lengths), selected
+
+
 def sampling(c, o, rows, prompt, response, w, cpu):
-    """{part: bytes} of `generate`: the cache, part of which is there twice when rows end, and which on a GPU has a power
-    of two slots; packed weights; the logits' softmax and its sums."""
-    a, h, d = kept_by_block(c, o, w, cpu)
+    """{part: bytes} of `generate`: the cache, part of which is there twice when rows end, and which has a power of two
+    slots on a GPU; packed weights; the logits' softmax and its sums."""
+    a, g, h, d = kept_by_block(c, o, w, cpu)
     packs = kernels.CAN_PACK and (w < FLOAT or c.n_embd >= 128) if cpu else w < FLOAT
     slots = 1.4 * (prompt + response) if cpu else 2 ** math.ceil(math.log2(prompt + response))
     return {"cache": 2 * c.n_layer * rows * slots * c.n_kv_head * c.head_size * w,
             "copies": w * (c.n_layer * sum(linear_weights(c)) + c.vocab_size * c.n_embd) * packs,
-            "logits": 3 * FLOAT * rows * c.vocab_size, "activations": rows * prompt * (a + h * prompt + d)}
+            "logits": 3 * FLOAT * rows * c.vocab_size, "activations": rows * prompt * (a + g + h * prompt + d)}
 
 
 # ---- the stages: {part: bytes} that stay, and of each phase those that come and go
@@ -133,10 +139,10 @@ def of_sft(o, run, model, batches, held_out):
     if o.lora_rank and not run.options.lora_rank:  # the model would be what adapters are added to
         stays["weights"] += held([model])
     stays["best"] = FLOAT * sum(learned(model, o))  # the weights of the lowest held-out loss so far
-    steps = {(len(part), max(len(row.ids) for row in part) - 1, sum(len(row.ids) - row.prompt_length for row in part))
+    steps = {a_pass(c, [len(row.ids) - 1 for row in part], answered(part))
              for batch in batches for part in parts(run.share(batch) or batch, o)}
     longest = sorted(len(row.ids) - row.prompt_length for row in held_out)[-o.micro_batch_size:]
-    passes = most(training(c, o, [step], 4 * logit * step[2], w, cpu) for step in steps)
+    passes = most(training(c, o, [step], 4 * logit * step[-1], w, cpu) for step in steps)
     return stays, [*in_turn(passes, gradients(o, model), o.batch_size > o.micro_batch_size * run.world),
                    {"logits": 3 * logit * sum(longest)}, sampling(c, o, SHOWN, PROMPT, o.response_length, w, cpu)]
 
@@ -149,10 +155,10 @@ def of_rm(o, run, model, sft, batches, text, prompt):
     for part in (part for batch in batches for part in parts(run.share(batch) or batch, o)):
         lengths = sorted(len(row.ids) for record in part for row in record[0])
         together = [lengths[at:at + ROWS] for at in range(0, len(lengths), ROWS)]
-        steps.add(tuple((len(group), group[-1], len(group)) for group in together))
-    passes, (a, h, d) = most(training(c, o, step, 0, w, cpu) for step in steps), kept_by_block(c, o, w, cpu)
+        steps.add(tuple(a_pass(c, group, len(group)) for group in together))
+    passes, (a, g, h, d) = most(training(c, o, step, 0, w, cpu) for step in steps), kept_by_block(c, o, w, cpu)
     return lasting(o, run, [model], [sft]), [
-        {"activations": ROWS * text * (a + h * text + d)},
+        {"activations": ROWS * text * (a + g + h * text + d)},
         *in_turn(passes, gradients(o, model), o.batch_size > o.micro_batch_size * run.world),
         sampling(c, o, min(BATCH, o.num_scale_samples), prompt, o.response_length, w, cpu)]
 
@@ -164,11 +170,11 @@ def of_dpo(o, run, policy, ref, batches, held_out, prompt):
     logit, steps = FLOAT * c.vocab_size, set()
     for part in (part for batch in batches for part in parts(run.share(batch) or batch, o)):
         rows = [row for record in part for row in record[0]]
-        steps.add((len(rows), max(len(row.ids) for row in rows) - 1, answered(rows)))
-    passes = most(training(c, o, [step], 4 * logit * step[2], w, cpu) for step in steps)
+        steps.add(a_pass(c, [len(row.ids) - 1 for row in rows], answered(rows)))
+    passes = most(training(c, o, [step], 4 * logit * step[-1], w, cpu) for step in steps)
     longest = sorted(held_out, key=lambda row: len(row.ids))[-ROWS:]
     return lasting(o, run, [policy], [ref]), [
-        {"logits": 3 * logit * max(answered(longest), *(selected for _, _, selected in steps))},
+        {"logits": 3 * logit * max(answered(longest), *(step[-1] for step in steps))},
         *in_turn(passes, gradients(o, policy), o.batch_size > o.micro_batch_size * run.world),
         sampling(c, o, min(BATCH, o.num_eval_prompts), prompt, o.response_length, w, cpu)]
 
@@ -187,7 +193,7 @@ def of_ppo(o, run, policy, value, others, prompt):
     learners, scalar = [policy, value] if value else [policy], value or others[1]
     apart = scalar and scalar.first > 0 and not adapters.same_memory(policy, scalar, policy.first)
     below = FLOAT * length * c.n_embd * ((policy.first > 0) + bool(apart))  # of an answer
-    update = training(c, o, [(learning, length - 1, learning * o.response_length)],
+    update = training(c, o, [a_pass(c, learning * [length - 1], learning * o.response_length)],
                       (5 if o.ent_coef else 3) * logits * learning, w, cpu)
     return lasting(o, run, learners, others), [
         *(sampling(c, o, n, prompt, o.response_length, w, cpu) for n in (rows, min(BATCH, o.num_eval_prompts))),
@@ -342,11 +348,11 @@ def recompute(model):
         block.forward = partial(recomputed, block.forward, [p for p in block.parameters() if p.requires_grad])
 
 
-def recomputed(forward, parameters, x, mask, extend=None, select=None, rope=None):
+def recomputed(forward, parameters, x, mask, extend, *more):
     """Block.forward; parameters: those of it that learn."""
     if not torch.is_grad_enabled() or extend is not None:
-        return forward(x, mask, extend, select, rope)
-    return Recomputed.apply(lambda x: forward(x, mask, None, select, rope), x, *parameters)
+        return forward(x, mask, extend, *more)
+    return Recomputed.apply(lambda x: forward(x, mask, None, *more), x, *parameters)
 
 
 class Recomputed(torch.autograd.Function):

@@ -28,6 +28,11 @@ def flat_indices(mask):
     return mask.flatten().nonzero().squeeze(1)
 
 
+def last_places(tokens, lengths):
+    """Where each row's last token is: tokens (B, T), lengths (B,) -> (B,), indices into (B T,)."""
+    return torch.arange(len(tokens), device=tokens.device) * tokens.shape[1] + lengths - 1
+
+
 def at_least_float32(x):
     """In half precision losses, KL and log-softmax lose their digits."""
     return x.float() if x.dtype.itemsize < 4 else x
@@ -72,6 +77,12 @@ class GPTConfig:
                              f"{self.head_size} even")
 
 
+    @property
+    def leaves_padding_out(self):
+        """Whether passes do: a narrower model is no faster by it."""
+        return self.n_embd >= 256
+
+
 class RMSNorm(nn.Module):
     """weight * x / sqrt(mean(x^2) + eps), the quotient in float32 or wider.   Zhang & Sennrich 2019, eq. 4"""
 
@@ -111,15 +122,17 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(H * D, config.n_embd, bias=gpt2)
         self.q_norm, self.k_norm = (RMSNorm(D, config.norm_eps) if config.qk_norm else nn.Identity() for _ in "qk")
 
-    def forward(self, x, mask, extend=None, select=None, rope=None):
+    def forward(self, x, mask, extend=None, select=None, rope=None, among=None):
         """(B, T, C) -> (B, T, C), or of the places in `select` alone (N, C).
 
+        among: (B, T, places), where x (N, C) and what is returned hold some places of the B T alone.
         mask: None for plain causal attention, else additive (B or 1, 1, T, S) with -inf where a slot is unseen.
         extend: takes this layer's new keys and values (B, T, K, D) into a cache, returns all of them (B, S, K, D).
         rope: what `turns` gives, where positions are rotary.
         """
-        (B, T, _), (H, K, D) = x.shape, self.sizes
+        (B, T, places), (H, K, D) = among or (*x.shape[:2], None), self.sizes
         qkv = self.c_attn(x).contiguous()  # attention's kernels want D to be the innermost
+        qkv = qkv if places is None else qkv.new_zeros(B * T, qkv.shape[1]).index_put((places,), qkv)
         q, k, v = qkv.view(B, T, H + 2 * K, D).split([H, K, K], 2)  # (B, T, H or K, D)
         if rope is not None:
             q, k = (rotate(norm(y), *rope).to(v.dtype) for norm, y in ((self.q_norm, q), (self.k_norm, k)))
@@ -137,6 +150,7 @@ class Attention(nn.Module):
             y = F.scaled_dot_product_attention(stacked if T == 1 else q, k, v, attn_mask=mask, dropout_p=dropout,
                                                is_causal=mask is None, enable_gqa=T > 1 and K < H)
         y = y.reshape(B, H, T, D).transpose(1, 2).reshape(B, T, H * D)
+        select = places if select is None else select
         y = y if select is None else y.flatten(0, 1).index_select(0, select)
         return F.dropout(self.c_proj(y), self.dropout, self.training)
 
@@ -164,9 +178,11 @@ class Block(nn.Module):
         self.ln_1, self.attn = make_norm(config), Attention(config)
         self.ln_2, self.mlp = make_norm(config), MLP(config)
 
-    def forward(self, x, mask, extend=None, select=None, rope=None):
-        y = self.attn(self.ln_1(x), mask, extend, select, rope)
-        x = (x if select is None else x.flatten(0, 1).index_select(0, select)) + y
+    def forward(self, x, mask, extend=None, select=None, rope=None, among=None):
+        y = self.attn(self.ln_1(x), mask, extend, select, rope, among)
+        if select is not None:
+            x = x.flatten(0, -2).index_select(0, torch.searchsorted(among[2], select) if among else select)
+        x = x + y
         return x + self.mlp(self.ln_2(x))
 
 
@@ -235,17 +251,19 @@ class GPT(nn.Module):
     base = None  # another program's model that this one is made from: checkpoint sets it
 
     @torch.no_grad()
-    def below(self, tokens):
-        """What enters block `first`: tokens (B, T) -> (B, T, C), or None where that is the first of all."""
-        return self.hidden(tokens, last=self.first) if self.first else None
+    def below(self, tokens, lengths):
+        """What enters block `first`: tokens (B, T), lengths (B,) -> (B, T, C), or None where that is the first of
+        all."""
+        places = self.needed(tokens, last_places(tokens, lengths))
+        return self.hidden(tokens, last=self.first, places=places) if self.first else None
 
-    def hidden(self, tokens, cache=None, positions=None, select=None, below=None, last=None):
+    def hidden(self, tokens, cache=None, positions=None, select=None, below=None, last=None, places=None):
         """Hidden states after the last norm: tokens (B, T) -> (B, T, C), or of some places alone (N, C).
 
         cache: a generate.KVCache, in which the tokens take the slots `positions` (B or 1, T).
         select: `flat_indices` of the states that are wanted; of the others the last block makes only keys and values.
         below: what enters block `first`, where that is not 0, so that nothing below it is computed. last: the block
-        whose input is returned.
+        whose input is returned. places: those that are computed at all, as `needed` gives them.
         """
         T = tokens.shape[1]
         if positions is None:
@@ -262,16 +280,32 @@ class GPT(nn.Module):
             x = F.dropout(x + self.wpe(positions) if rope is None else x, self.config.dropout, self.training)
         else:
             x = below
+        among = None if places is None else (*tokens.shape, places)
+        x = x if among is None else x.flatten(0, 1).index_select(0, places)
         for i in range(self.first if from_below else 0, len(self.h) if last is None else last):
             x = self.h[i](x, mask, partial(cache.extend, i, positions) if cache is not None else None,
-                          select if i + 1 == len(self.h) else None, rope)
-        return self.ln_f(x) if last is None else x
+                          select if i + 1 == len(self.h) else None, rope, among)
+        if last is None:
+            return self.ln_f(x)
+        return x if among is None else x.new_zeros(tokens.numel(), x.shape[1]).index_put(
+            (places,), x).view(*tokens.shape, -1)
 
     compiled_hidden = decoder = None  # generate.compile_model sets them
 
     def states(self, tokens, select, below=None):
         """Hidden states (N, C) of some places in tokens (B, T), by the compiled function where there is one."""
-        return (self.compiled_hidden or self.hidden)(tokens, select=select, below=below)
+        places = self.needed(tokens, select)
+        return (self.compiled_hidden or self.hidden)(tokens, select=select, below=below, places=places)
+
+    def needed(self, tokens, select):
+        """What a pass for some places of tokens (B, T) computes: those up to each row's last one (N,), or None for all.
+
+        Attention is causal, so that what follows them, as padding does, reaches none of them.
+        """
+        B, T = tokens.shape
+        last = select.new_full((B,), -1).scatter_reduce(0, select // T, select % T, "amax")
+        places = flat_indices(torch.arange(T, device=select.device) <= last[:, None])
+        return places if len(places) < B * T and self.config.leaves_padding_out else None
 
     # ---- from hidden states to what a head says
 
@@ -306,9 +340,7 @@ class GPT(nn.Module):
 
     def score(self, tokens, lengths, below=None):
         """The scalar head at each row's last real token: tokens (B, T), lengths (B,) -> (B,)."""
-        B, T = tokens.shape
-        last = torch.arange(B, device=tokens.device) * T + lengths - 1  # in (B T,)
-        return self.scalar(self.states(tokens, last, below))
+        return self.scalar(self.states(tokens, last_places(tokens, lengths), below))
 
     def forward(self, tokens):
         """(B, T) -> logits (B, T, V), or scalars (B, T)."""

@@ -32,6 +32,7 @@ from test_train_ppo import EOS, options, run_of, score, update, world  # noqa: F
 DOUBLE = {"rtol": 1e-10, "atol": 1e-10}
 CPU = torch.device("cpu")
 TOKENS = torch.randint(13, (3, 9), generator=torch.Generator().manual_seed(0))
+FULL = torch.tensor([9, 9, 9])
 HEADS = pytest.mark.parametrize("head", ["lm", "scalar"])
 
 
@@ -298,16 +299,16 @@ def test_states_from_below_are_the_states(make_model, shape, o):
     mask[0, 2:5], mask[1, 7], mask[2, 0:8] = True, True, True
     decisions, lengths = flat_indices(mask), torch.tensor([9, 4, 7])
     policy, value = (trained(learner(model, model.head, o, seeded())) for model in (lm, scalar))
-    below = policy.below(TOKENS)
+    below = policy.below(TOKENS, FULL)
     assert below.shape == (3, 9, 16) and not below.requires_grad and policy.first == lm.first == 2
-    assert torch.equal(below, lm.below(TOKENS)) and not torch.equal(below, value.below(TOKENS))
+    assert torch.equal(below, lm.below(TOKENS, FULL)) and not torch.equal(below, value.below(TOKENS, FULL))
     for model in (policy, lm):
         found, expected = (model.logprobs(TOKENS, decisions, 0.7, b) for b in (below, None))
         torch.testing.assert_close(found, expected, **DOUBLE)
         assert torch.equal(model.hidden(TOKENS, below=below), model.hidden(TOKENS))
         select = torch.tensor([1, 20])
         assert torch.equal(model.hidden(TOKENS, select=select, below=below), model.hidden(TOKENS, select=select))
-    below = value.below(TOKENS)
+    below = value.below(TOKENS, FULL)
     for model in (value, scalar):
         torch.testing.assert_close(model.values(TOKENS, decisions, below), model.values(TOKENS, decisions), **DOUBLE)
         torch.testing.assert_close(model.score(TOKENS, lengths, below), model.score(TOKENS, lengths), **DOUBLE)
@@ -320,7 +321,7 @@ def test_nothing_lies_below_the_first_block(make_model):
     model = make_model()
     learner(make_model(), "lm", part(rank=2, layers=1), seeded())
     whole = learner(model, "lm", part(rank=2), seeded())
-    assert model.below(TOKENS) is None and whole.below(TOKENS) is None and whole.first == 0
+    assert model.below(TOKENS, FULL) is None and whole.below(TOKENS, FULL) is None and whole.first == 0
     wrong = torch.full((3, 9, 16), 1e6)
     assert torch.equal(model.hidden(TOKENS, below=wrong), model.hidden(TOKENS))
 
@@ -373,7 +374,7 @@ def test_a_reference_of_its_own_is_read_in_full(make_model):
     """A policy's states are another model's only where both stand on one trunk: others take no notice of them."""
     start, other = make_model(), make_model(seed=4)
     policy = learner(start, "lm", part(rank=2, layers=1), seeded())
-    below, decisions = policy.below(TOKENS), torch.tensor([3, 9, 20])
+    below, decisions = policy.below(TOKENS, FULL), torch.tensor([3, 9, 20])
     assert torch.equal(other.logprobs(TOKENS, decisions, 1.0, below)[0], other.logprobs(TOKENS, decisions)[0])
 
 

@@ -17,7 +17,7 @@ from conftest import LLAMA, ROOT, both_families, scratch, script
 from minirlhf import adapters, memory, runtime
 from minirlhf.config import out_of_memory
 from minirlhf.data import Order, Row
-from minirlhf.model import GPT, GPTConfig
+from minirlhf.model import GPT, GPTConfig, flat_indices
 
 GB = 1e9
 CPU = torch.device("cpu")
@@ -57,15 +57,23 @@ SHAPES = {"gpt2": dict(n_head=4), "llama": dict(family="llama", n_head=4, n_kv_h
 @pytest.mark.parametrize("learn", [{}, {"lora_rank": 4}, {"lora_rank": 4, "lora_layers": 4}, {"freeze_layers": 1}],
                          ids=str)
 @pytest.mark.parametrize("dropout, dtype", [(0.0, torch.float32), (0.1, torch.bfloat16)], ids=str)
-def test_what_a_forward_pass_keeps(shape, learn, dropout, dtype):
-    """Of five blocks on 6 rows of 21 tokens, 35 of which are selected: what the formula says, within 4 %."""
+def test_what_a_forward_pass_keeps(monkeypatch, shape, learn, dropout, dtype):
+    """Of five blocks on 6 rows of 21 tokens, 35 of which are selected, and on rows of 21, 15, 9, 3, 3 and 3, whose
+    padding is left out: what the formula says, within 4 %."""
     o = options(dropout=dropout, **learn)
     config = GPTConfig(**dict(n_layer=5, n_embd=64, vocab_size=32, block_size=64) | shape, dropout=dropout)
     model = adapters.learner(GPT(config).init_weights(torch.Generator()), "lm", o, torch.Generator(), dropout).train()
     tokens, select = torch.zeros(6, 21, dtype=torch.long), torch.arange(35)
     found = kept_for_backward(model, run_of(o, dtype), lambda: model.hidden(tokens, select=select))
-    told = memory.training(config, o, [(6, 21, 35)], 1e12, dtype.itemsize, True)
+    told = memory.training(config, o, [memory.a_pass(config, 6 * [21], 35)], 1e12, dtype.itemsize, True)
     assert found == pytest.approx(told["activations"] + told["copies"], rel=0.04)
+
+    monkeypatch.setattr(GPTConfig, "leaves_padding_out", True)
+    lengths = torch.tensor([21, 15, 9, 3, 3, 3])
+    select = flat_indices((torch.arange(21) < lengths[:, None]) & (torch.arange(21) >= lengths[:, None] - 3))
+    fewer = kept_for_backward(model, run_of(o, dtype), lambda: model.states(tokens, select))
+    told = memory.training(config, o, [memory.a_pass(config, lengths.tolist(), 18)], 1e12, dtype.itemsize, True)
+    assert fewer == pytest.approx(told["activations"] + told["copies"], rel=0.04) and fewer < 0.8 * found
 
 
 @both_families
@@ -147,7 +155,7 @@ def test_what_dpo_needs_by_hand(make_model):
     assert stays == memory.lasting(o, run_of(o), [policy], [ref])
     answered = 3 + 7 + 4 + 4 + 6  # tokens less the prompt's
     assert update["logits"] == 4 * 4 * 13 * answered and look["logits"] == 3 * 4 * 13 * 32 * 5
-    assert update == memory.training(policy.config, o, [(5, 8, answered)], update["logits"], 4, True)
+    assert update == memory.training(policy.config, o, [(5 * 8, 5, 8, answered)], update["logits"], 4, True)
     assert grown == memory.gradients(o, policy)
     assert answers["cache"] == pytest.approx(1.4 * 2 * 2 * 20 * 7 * 16 * 4)
     less = memory.of_dpo(options("dpo", batch_size=2, micro_batch_size=1, response_length=4), run_of(o), policy, ref,
@@ -249,13 +257,13 @@ def test_what_is_told_of_blocks_that_are_computed_again(make_model):
     """Of two blocks what enters each, 2 x 6 tokens of 16 numbers, and of the one that is at work twice what it keeps,
     where the logits are less."""
     c = make_model().config
-    plain, less = (memory.training(c, options(checkpoint_activations=again), [(2, 6, 8)], 0, 4, True)
+    plain, less = (memory.training(c, options(checkpoint_activations=again), [(12, 2, 6, 8)], 0, 4, True)
                    for again in (False, True))
-    a, h, d = memory.kept_by_block(c, options(), 4, True)
-    block = 12 * (a + 6 * h + d)
-    assert plain["activations"] == block + 12 * (a + 6 * h) + 8 * d + block
+    a, g, h, d = memory.kept_by_block(c, options(), 4, True)
+    block = 12 * (a + g + 6 * h + d)
+    assert plain["activations"] == block + 12 * (a + g + 6 * h) + 8 * d + block
     assert less["activations"] == 2 * 12 * 16 * 4 + 2 * block
-    less = memory.training(c, options(checkpoint_activations=True), [(2, 6, 8)], 10 ** 6, 4, True)
+    less = memory.training(c, options(checkpoint_activations=True), [(12, 2, 6, 8)], 10 ** 6, 4, True)
     assert less["activations"] == 2 * 12 * 16 * 4
 
 

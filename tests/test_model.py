@@ -213,19 +213,47 @@ def test_score_is_the_scalar_at_the_last_real_token(make_model):
 
 @both_families
 @pytest.mark.parametrize("head", ["lm", "scalar"])
-def test_selected_tokens_alone_are_as_among_all(make_model, head, shape):
-    """The last block works for the selected tokens only: their states, and all gradients, are those of a whole pass."""
+def test_selected_tokens_alone_are_as_among_all(make_model, monkeypatch, head, shape):
+    """The last block works for the selected tokens only, and no layer for those that come after the last one of their
+    row: states and all gradients are those of a whole pass."""
     model, (tokens, _) = make_model(head, n_layer=3, **shape), ragged_tokens()
     mask = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(2)) < 0.4
     mask[1] = False  # a row without any
     found = []
-    for states in (model.hidden(tokens)[mask], model.hidden(tokens, select=flat_indices(mask))):
+    monkeypatch.setattr(GPTConfig, "leaves_padding_out", True)
+    select, read = flat_indices(mask), []
+    for pick in (lambda: model.hidden(tokens)[mask], lambda: model.hidden(tokens, select=select),
+                 lambda: model.states(tokens, select)):
+        with monkeypatch.context() as patch:
+            patch.setattr(model.h[1].mlp.c_fc, "forward", lambda x, forward=model.h[1].mlp.c_fc.forward: (
+                read.append(x.numel() // 16) or forward(x)))
+            states = pick()
         (states * torch.arange(1.0, 1 + len(states))[:, None]).square().sum().backward()
         found.append((states.detach(), gradients(model)))
         model.zero_grad()
-    torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-4, atol=1e-4)
-    for name, plain in found[0][1].items():
-        torch.testing.assert_close(found[1][1][name], plain, rtol=1e-4, atol=1e-4 * float(plain.abs().max()))
+    for states, gradient in found[1:]:
+        torch.testing.assert_close(states, found[0][0], rtol=1e-4, atol=1e-4)
+        for name, plain in found[0][1].items():
+            torch.testing.assert_close(gradient[name], plain, rtol=1e-4, atol=1e-4 * float(plain.abs().max()))
+    needed = sum(int(row.nonzero().max()) + 1 for row in mask if row.any())
+    assert read == [36, 36, needed] and needed < 30
+
+
+@both_families
+def test_padding_is_left_out_of_wide_models(make_model, monkeypatch, shape):
+    """What lies below a block is 0 where a row has ended, and what is made of it as if nothing had been left out; a
+    narrow model, and rows without padding, are computed whole."""
+    model, (tokens, real) = make_model(n_layer=3, **shape), ragged_tokens()
+    model.first, select = 2, flat_indices(real)
+    whole = model.below(tokens, LENGTHS)
+    assert model.needed(tokens, select) is None and whole.shape == (4, 9, 16) and not (whole == 0).any()
+    assert GPTConfig(1, 1, 256, 9, 9).leaves_padding_out and not GPTConfig(1, 1, 255, 9, 9).leaves_padding_out
+    monkeypatch.setattr(GPTConfig, "leaves_padding_out", True)
+    below = model.below(tokens, LENGTHS)
+    assert torch.equal(model.needed(tokens, select), select) and model.needed(tokens, torch.arange(36)) is None
+    assert model.needed(tokens, torch.tensor([2, 9, 30])).tolist() == [0, 1, 2, 9, 27, 28, 29, 30]
+    torch.testing.assert_close(below, whole * real[:, :, None], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model.states(tokens, select, below), model.hidden(tokens)[real], rtol=1e-4, atol=1e-4)
 
 
 def test_gain_and_bias_set_the_scale(make_model):
