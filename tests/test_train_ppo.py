@@ -661,8 +661,10 @@ def test_rollouts_and_looks_take_the_compiled_steps(world, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_compiled_step_equals_the_plain_one(world):
+@pytest.mark.parametrize("without_padding", [False, True])
+def test_a_compiled_step_equals_the_plain_one(world, monkeypatch, without_padding):
     """--compile: the same columns, means and weights after two epochs of microbatches of several lengths."""
+    monkeypatch.setattr(GPTConfig, "leaves_padding_out", without_padding)
     o, found = options(micro_batch_size=3, ent_coef=0.1), []
     for compiled in (False, True):
         nets, reward, batch = world(o)
