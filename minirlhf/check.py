@@ -79,7 +79,7 @@ def padding(checks, model, rows, name):
         together = model.states(noise(model, tokens, lengths), flat_indices(real))
         alone = [model.hidden(tokens[i:i + 1, :n])[0] for i, n in enumerate(lengths.tolist())]
     checks.close(f"padding changes nothing in the {name}", torch.cat(alone), together,
-                 "the causal mask lets a token see what follows it, or positions depend on the padding")
+                 "the causal mask lets a token see what follows it, positions depend on padding, or torch.compile errs")
 
 
 @torch.no_grad()

@@ -67,11 +67,11 @@ class Decoder:
             self.addresses = addresses
         slots = min(2 ** math.ceil(math.log2(slots)), self.model.config.block_size)
         shape = rows, slots, matmul_dtype(self.model)
-        if shape not in self.caches:
-            if len(self.caches) == SHAPES:
-                self.graphs.pop(self.caches.pop(next(iter(self.caches))), None)
-            self.caches[shape] = KVCache(self.model, rows, slots)
-        return self.caches[shape]
+        cache = self.caches.pop(shape, None) or KVCache(self.model, rows, slots)
+        if len(self.caches) == SHAPES:  # what was used longest ago goes
+            self.graphs.pop(self.caches.pop(next(iter(self.caches))), None)
+        self.caches[shape] = cache
+        return cache
 
     def step(self, tokens, cache, positions):
         """tokens, positions (B, 1) -> logits (B, V), which the next step overwrites."""
@@ -106,6 +106,7 @@ class Decoder:
 
 def compile_model(model, decode=False):
     """--compile: whole rows, and with `decode` the steps of `generate` too, go through torch.compile from now on."""
+    torch._dynamo.config.recompile_limit = 64  # variants: with and without gradients, padding, states from below
     model.compiled_hidden = torch.compile(model.hidden, dynamic=True)
     model.decoder = Decoder(model, compiled=True) if decode else None
 

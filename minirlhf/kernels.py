@@ -1,4 +1,4 @@
-"""What makes training and sampling fast on a CPU. Without it the numbers are the same up to rounding, only later.
+"""What makes training and sampling fast on a CPU, and sampling on a GPU. Without it the numbers are the same up to rounding, only later.
 
 `packed` for sampling, `pick_matmul` for float32 matmuls, `keep_freed_memory` for the allocator, `share_cores` beside
 other processes, `Muon` where a CPU has no bfloat16, `AdamW` without a second of imports. Nothing here is part of an
@@ -50,6 +50,11 @@ def cast_linear(weight, bias, dtype, gelu=False):
     return lambda x: F.gelu(F.linear(x, weight, bias), approximate="tanh") if gelu else F.linear(x, weight, bias)
 
 
+def in_place(kept, name, tensor):
+    """The tensor, always in the same memory: that of the first one that `kept` got under that name."""
+    return kept.setdefault(name, tensor).copy_(tensor)
+
+
 @contextlib.contextmanager
 def packed(model, kept=None):
     """While inside, the model's linear layers multiply with copies of the weights: on an x86 CPU in oneDNN's own order,
@@ -65,8 +70,8 @@ def packed(model, kept=None):
     def pack(weight, bias=None, **options):
         weight, bias = weight.detach(), None if bias is None else bias.detach()
         if kept is not None and not on_cpu:
-            weight, bias = (x if x is None else kept.setdefault((len(replaced), x.dim()), torch.empty_like(
-                x, dtype=dtype)).copy_(x) for x in (weight, bias))
+            weight, bias = (x if x is None else in_place(kept, (len(replaced), x.dim()), x.to(dtype))
+                            for x in (weight, bias))
         return (packed_linear if on_cpu else cast_linear)(weight, bias, dtype, **options)
 
     if (dtype == torch.float32 and on_cpu and model.config.n_embd >= 128

@@ -124,7 +124,7 @@ def sampling(c, o, rows, prompt, response, w, cpu):
     slots on a GPU; packed weights; the logits' softmax and its sums."""
     a, g, h, d = kept_by_block(c, o, w, cpu)
     packs = kernels.CAN_PACK and (w < FLOAT or c.n_embd >= 128) if cpu else w < FLOAT
-    slots = 1.4 * (prompt + response) if cpu else 2 ** math.ceil(math.log2(prompt + response))
+    slots = 1.4 * (prompt + response) if cpu else min(2 ** math.ceil(math.log2(prompt + response)), c.block_size)
     return {"cache": 2 * c.n_layer * rows * slots * c.n_kv_head * c.head_size * w,
             "copies": w * (c.n_layer * sum(linear_weights(c)) + c.vocab_size * c.n_embd) * packs,
             "logits": 3 * FLOAT * rows * c.vocab_size, "activations": rows * prompt * (a + g + h * prompt + d)}

@@ -76,7 +76,6 @@ class GPTConfig:
             raise ValueError(f"n_head {self.n_head} must be a multiple of n_kv_head {self.n_kv_head}, and head_size "
                              f"{self.head_size} even")
 
-
     @property
     def leaves_padding_out(self):
         """Whether passes do: a narrower model is no faster by it."""
@@ -254,8 +253,9 @@ class GPT(nn.Module):
     def below(self, tokens, lengths):
         """What enters block `first`: tokens (B, T), lengths (B,) -> (B, T, C), or None where that is the first of
         all."""
-        places = self.needed(tokens, last_places(tokens, lengths))
-        return self.hidden(tokens, last=self.first, places=places) if self.first else None
+        if not self.first:
+            return None
+        return self.hidden(tokens, last=self.first, places=self.needed(tokens, last_places(tokens, lengths)))
 
     def hidden(self, tokens, cache=None, positions=None, select=None, below=None, last=None, places=None):
         """Hidden states after the last norm: tokens (B, T) -> (B, T, C), or of some places alone (N, C).
@@ -290,7 +290,7 @@ class GPT(nn.Module):
         return x if among is None else x.new_zeros(tokens.numel(), x.shape[1]).index_put(
             (places,), x).view(*tokens.shape, -1)
 
-    compiled_hidden = decoder = None  # generate.compile_model sets them
+    compiled_hidden = decoder = None  # generate.compile_model sets them, generate a GPU's decoder
 
     def states(self, tokens, select, below=None):
         """Hidden states (N, C) of some places in tokens (B, T), by the compiled function where there is one."""
@@ -302,10 +302,12 @@ class GPT(nn.Module):
 
         Attention is causal, so that what follows them, as padding does, reaches none of them.
         """
+        if not self.config.leaves_padding_out:
+            return None
         B, T = tokens.shape
         last = select.new_full((B,), -1).scatter_reduce(0, select // T, select % T, "amax")
         places = flat_indices(torch.arange(T, device=select.device) <= last[:, None])
-        return places if len(places) < B * T and self.config.leaves_padding_out else None
+        return places if len(places) < B * T else None
 
     # ---- from hidden states to what a head says
 

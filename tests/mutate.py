@@ -159,6 +159,9 @@ GENERATE = [
     ("if all(isinstance(prompt, Prompt) for", "if any(isinstance(prompt, Prompt) for"),
     ('nullcontext() if decoder and device.type == "cpu" else packed(', "nullcontext() if True else packed("),
     ("if len(self.caches) == SHAPES:", "if len(self.caches) > SHAPES:"),
+    ("self.caches.pop(shape, None) or KVCache", "self.caches.get(shape) or KVCache"),
+    ("self.graphs.pop(self.caches.pop(next(iter(self.caches))), None)", "self.caches.pop(next(iter(self.caches)))"),
+    ("            self.graphs.clear()\n", ""),
     ("shape = rows, slots, matmul_dtype(self.model)", "shape = rows, slots, self.model.wte.weight.dtype"),
 ]
 MODEL = [
@@ -193,7 +196,7 @@ MODEL = [
     ("new_full((B,), -1)", "new_full((B,), 0)"),
     ("return self.n_embd >= 256", "return self.n_embd > 256"),
     ("return self.n_embd >= 256", "return True"),
-    ("if len(places) < B * T and self", "if self"),
+    ("places if len(places) < B * T else None", "places"),
     ("0.02 / math.sqrt(2 * self.config.n_layer)", "0.02 / math.sqrt(self.config.n_layer)"),
     ("std = 1 / math.sqrt(self.config.n_embd + 1)", "std = 1 / (self.config.n_embd + 1)"),
     ("return x.float() if x.dtype.itemsize < 4 else x", "return x"),
@@ -204,6 +207,7 @@ MODEL = [
     ("return self.scalar(self.states(tokens[:, :-1], decisions,", "return self.scalar(self.states(tokens[:, 1:], decisions,"),
 ]
 KERNELS = [
+    ("kept.setdefault(name, tensor).copy_(tensor)", "kept.setdefault(name, tensor)"),
     ("_linear_pointwise(x.to(dtype), weight, bias, *post)", "_linear_pointwise(x.to(dtype), weight, None, *post)"),
     ('("gelu", [], "tanh")', '("gelu", [], "none")'),
     ("c_fc.bias, gelu=gpt2)", "c_fc.bias, gelu=True)"),

@@ -350,15 +350,21 @@ def test_a_decoder_s_steps_equal_the_plain_ones(make_model, monkeypatch, options
 
 
 def test_a_decoder_keeps_few_caches(make_model, monkeypatch):
-    """One for each number of rows, slots rounded up to a power of two, and precision; the oldest goes."""
+    """One for each number of rows, slots rounded up to a power of two, and precision; what was used longest ago goes,
+    with its graph, and all graphs go when a weight has another place."""
     monkeypatch.setattr(generation, "SHAPES", 2)
-    decoder = Decoder(make_model())
-    first = decoder.cache(3, 9)
-    assert first.k.shape[1:3] == (3, 16) and decoder.cache(3, 16) is first and decoder.cache(3, 17) is not first
+    model = make_model()
+    decoder = Decoder(model)
+    first, second = decoder.cache(3, 9), decoder.cache(3, 17)
+    assert first.k.shape[1:3] == (3, 16) and decoder.cache(3, 16) is first and second.k.shape[1:3] == (3, 32)
+    decoder.graphs |= {first: "one", second: "two"}
     with torch.autocast("cpu", torch.bfloat16):
         assert decoder.cache(3, 9).k.dtype == torch.bfloat16
-    assert [*decoder.caches] == [(3, 32, torch.float32), (3, 16, torch.bfloat16)]
-    assert decoder.cache(3, 9) is not first
+    assert [*decoder.caches] == [(3, 16, torch.float32), (3, 16, torch.bfloat16)] and decoder.graphs == {first: "one"}
+    model.wte.weight.data.mul_(2)
+    assert decoder.cache(3, 9) is first and decoder.graphs == {first: "one"}
+    model.wte.weight = torch.nn.Parameter(model.wte.weight.detach() * 2)
+    assert decoder.cache(3, 9) is first and decoder.graphs == {}
 
 
 @needs_gpu

@@ -190,10 +190,18 @@ def test_copies_for_a_gpu(with_bias, gelu):
     assert torch.equal(found, F.gelu(exact, approximate="tanh") if gelu else exact)
 
 
+def test_copies_stay_where_they_are():
+    """A graph reads them at the address of the first: later ones are written there."""
+    kept, first = {}, torch.ones(2)
+    assert kernels.in_place(kept, "a", first) is first and kernels.in_place(kept, "b", torch.zeros(2)) is not first
+    again = kernels.in_place(kept, "a", torch.full((2,), 7.0))
+    assert again.data_ptr() == first.data_ptr() and first.tolist() == [7, 7] and kept["b"].tolist() == [0, 0]
+
+
 @pytest.mark.parametrize("device, dtype, width", [
     ("cpu", torch.float32, 126), ("cpu", torch.float64, 128), ("meta", torch.float32, 128)])
 def test_other_matmuls_take_the_weights_as_they_are(make_model, device, dtype, width):
-    """Those of narrow models, of double precision, and a GPU's."""
+    """Those of narrow models, of double precision, and in float32 those of other devices than CPUs."""
     model = make_model(dtype=dtype, n_embd=width).to(device)
     with packed(model):
         assert not any(packs(model))
