@@ -178,7 +178,7 @@ class RunOptions:
     # ---- the run
     device: str = "auto"  # cpu, cuda, cuda:N, mps; auto takes the GPU when there is one
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matmuls; auto: bfloat16 where the chip has it
-    compile: bool = False  # run networks and decode steps through torch.compile: minutes of warm-up, on a CPU for nothing
+    compile: bool = False  # run networks and decode steps through torch.compile: minutes of warm-up, no gain on a CPU
     seed: int = 1337  # every random choice is a function of (seed, step, rank, purpose) [0..]
     val_share: float = 0.05  # share of the prompts held out, by their hash, where data_dir has no *.val.jsonl (0..1)
     resume: bool = False  # go on from out_dir's checkpoint

@@ -234,7 +234,7 @@ def answer(policy, ref, scorers, prompts, tokenizer, o, run, draw=0, batch_size=
     apply. o: seed, temperature, response_length. micro_batch_size: rows a forward pass. An answer does not depend on
     how many prompts there are.
     """
-    rows = []
+    rows = [None] * len(prompts)
     for at in range(0, len(prompts), batch_size):
         with run.autocast():
             rollout = generate(policy, prompts[at:at + batch_size], o.response_length, tokenizer.eos, o.temperature,
@@ -257,10 +257,9 @@ def answer(policy, ref, scorers, prompts, tokenizer, o, run, draw=0, batch_size=
             row = {name: column[i].item() for name, column in columns.items()}
             row |= {name: None for name in scorers if math.isnan(row[name])}
             row |= {f"part {name}": score for name, score in (rollout.parts[i] if rollout.parts else {}).items()}
-            rows.append((at_prompt, {
-                "prompt": tokenizer.decode(prompts[at_prompt]), "completion": tokenizer.decode(response),
-                "ids": response[:-1] if row["finished"] else response, **row}))
-    return [row for _, row in sorted(rows, key=lambda row: row[0])]
+            rows[at_prompt] = {"prompt": tokenizer.decode(prompts[at_prompt]), "completion": tokenizer.decode(response),
+                               "ids": response[:-1] if row["finished"] else response, **row}
+    return rows
 
 
 def column(rows, name):

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from minirlhf.config import fail
 from minirlhf.data import Prompt, response_mask
 from minirlhf.kernels import matmul_dtype, packed
-from minirlhf.model import flat_indices
+from minirlhf.model import flat_indices, last_places
 
 ROW_MULTIPLE = 16  # rows are dropped down to a multiple of it: libraries make kernels for each shape, so few is better
 SHAPES = 4  # of caches that a Decoder keeps
@@ -202,10 +202,10 @@ def generate(model, prompts: list[list[int]], response_length: int, eos: int, te
     cache = decoder.cache(B, P + response_length) if decoder else KVCache(model, B, P + response_length)
     cache.filled = P
     rows = torch.arange(B, device=device)  # cache row -> batch row
-    last = rows * P + prompt_lengths - 1  # in (B P,)
     live = torch.ones(B, dtype=torch.bool, device=device)
     with nullcontext() if decoder and device.type == "cpu" else packed(model, decoder and decoder.copies):
-        logits = model.logits(model.hidden(tokens[:, :P], cache, torch.arange(P, device=device)[None], last))
+        logits = model.logits(model.hidden(tokens[:, :P], cache, torch.arange(P, device=device)[None],
+                                           last_places(tokens[:, :P], prompt_lengths)))
         for n in range(response_length):
             new, logprob = sample(logits, temperature, u[rows, n])
             new = new.masked_fill(~live, eos)  # a row that ended re-reads its eos until it is dropped

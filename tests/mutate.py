@@ -141,8 +141,7 @@ GENERATE = [
     ("cdf = probabilities.cumsum(-1)", "cdf = probabilities.cummax(-1).values"),
     ("target = torch.minimum(u * total, torch.nextafter(total, torch.zeros_like(total)))", "target = u * total"),
     ("torch.searchsorted(cdf, target[:, None], right=True)", "torch.searchsorted(cdf, target[:, None])"),
-    ("rows * P + prompt_lengths - 1  #", "rows * P + P - 1  #"),  # reads padding
-    ("at = prompt_lengths[rows] + n", "at = P + n"),
+    ("last_places(tokens[:, :P], prompt_lengths)", "last_places(tokens[:, :P], 0 * prompt_lengths + P)"),  # reads padding
     ("sample(logits, temperature, u[rows, n])", "sample(logits, 1.0, u[rows, n])"),
     ("sample(logits, temperature, u[rows, n])", "sample(logits, temperature, u[rows, 0])"),
     ("sample(logits, temperature, u[rows, n])", "sample(logits, temperature, u[:len(rows), n])"),  # other rows'
@@ -331,7 +330,7 @@ PPO = [
      "update(batch, policy, value, optimizers, step, o.num_ppo_epochs, o, run)\n\n            # ----"),
 ]
 EVALUATE = [
-    ("return [row for _, row in sorted(rows, key=lambda row: row[0])]", "return [row for _, row in rows]"),
+    ("            rows[at_prompt] = {", "            rows[at + i] = {"),
     ("tokenizer.decode(prompts[at_prompt])", "tokenizer.decode(prompts[at + i])"),
     ("(at + order).tolist()", "order.tolist()"),
     ("logprobs, ref_logprobs = grids[0], grids[-1]", "logprobs, ref_logprobs = grids[-1], grids[0]"),
