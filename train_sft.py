@@ -126,6 +126,7 @@ def main(argv=None):
             except RuntimeError as error:  # no room
                 fail(f"a model of --n_layer {o.n_layer} and --n_embd {o.n_embd} cannot be made: {error}")
         kernels.pick_matmul(model)
+        kernels.pack_frozen(run, [model])
         order = Order([len(row.ids) for row in train_rows], o.batch_size, o.seed)
         steps = order.steps(o.num_train_epochs, o.max_steps)
         optimizers = runtime.make_optimizers(model, o)
@@ -180,8 +181,9 @@ def main(argv=None):
         kinds = labels_of(val, "domain", "")
         model.train()
         seen, seen_seconds, pace = 0, 0.0, runtime.Pace(tokens_per_epoch / order.steps_per_epoch)
-        look = pace.steps(sum(len(row.ids) - 1 for row in val_rows), len(val_rows) / o.micro_batch_size
-                          ) * runtime.forward_share(model, o)  # what an evaluation takes, in steps
+        passes = len(val_rows) / max(o.micro_batch_size, evaluate.ROWS)
+        look = runtime.forward_share(model, o) * pace.steps(  # what an evaluation takes, in steps
+            sum(len(row.ids) - 1 for row in val_rows), passes)
         run.start_logs(first)
         for step in range(first, steps):
             began = time.perf_counter()

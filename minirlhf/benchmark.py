@@ -299,6 +299,7 @@ def time_ppo(o, w, iters):
         policy, value = make_model(w, "lm", run.device, 1), make_model(w, "scalar", run.device, 2)
     sizes.check_rollout(f"--batch {w.batch}", policy, w.batch, w.prompt + w.response)
     kernels.pick_matmul(policy)
+    kernels.pack_frozen(run, [policy, value], [ref, reward])
     reward = RewardModel(reward, None, run)
     if o.compile:
         compile_model(policy, decode=True), compile_model(value)
@@ -330,6 +331,7 @@ def time_step(o, w, iters, batch):
     model = make_model(w, "lm" if o.what == "sft" else "scalar", run.device, 1)
     model = adapters.learner(model, model.head, options, torch.Generator()) if o.lora_rank else model
     kernels.pick_matmul(model)
+    kernels.pack_frozen(run, [model])
     optimizers = runtime.make_optimizers(model, options)
     if o.compile:
         compile_model(model)

@@ -290,6 +290,7 @@ def main(argv=None):
         policy = adapters.learner(start, "lm", o, runtime.generator(o.seed, 0, 0, "policy"))
         kernels.pick_matmul(policy)
         adapters.share_below(policy, ref)
+        kernels.pack_frozen(run, [policy], [ref])
         block_size = policy.config.block_size
         train_set, val_set, about_data, paths = read_preferences(o, tokenizer, block_size)
         prompts = read_prompts(o, tokenizer, block_size)

@@ -34,12 +34,20 @@ UNSOUND_KL = 1.0  # nats a token (k3) between new and old policy: a sound update
 
 @torch.no_grad()
 def held_out_loss(model, run, rows, byte_counts, kinds, tokenizer, batch_size):
-    """Held-out loss -> {kind: {"nats_per_token", "bits_per_byte"}}, with kind "all" over everything."""
+    """Held-out loss -> {kind: {"nats_per_token", "bits_per_byte"}}, with kind "all" over everything.
+
+    Passes take rows of like length: batch_size, and where they are short up to ROWS, of no more tokens in all than
+    batch_size long ones have.
+    """
     model.eval()
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
+    most = sum(sorted(row.trained for row in rows)[-batch_size:])
     nats = {}
-    for at in range(0, len(order), batch_size):
-        batch = order[at:at + batch_size]
+    while order:
+        n = batch_size
+        while n < min(ROWS, len(order)) and (n + 1) * len(rows[order[n]].ids) <= most:
+            n += 1
+        batch, order = order[:n], order[n:]
         tokens, mask, _ = collate([rows[i] for i in batch], tokenizer.eos, run.device)
         with run.autocast():
             logits = model.logits(model.states(tokens[:, :-1], flat_indices(mask)))

@@ -1,7 +1,7 @@
 """What makes training and sampling fast on a CPU, and sampling on a GPU. Without it the numbers are the same up to
 rounding, only later.
 
-`packed` for sampling, `pick_matmul` for float32 matmuls, `keep_freed_memory` for the allocator, `share_cores` beside
+`packed` for sampling, `pack_frozen` for training beside frozen weights, `pick_matmul` for float32 matmuls, `keep_freed_memory` for the allocator, `share_cores` beside
 other processes, `Muon` where a CPU has no bfloat16, `AdamW` without a second of imports. Nothing here is part of an
 algorithm.
 """
@@ -35,6 +35,7 @@ def matmul_dtype(model):
 
 
 CAN_PACK = torch.backends.mkldnn.is_available() and "AVX" in torch.backends.cpu.get_cpu_capability()
+CAN_PACK_BFLOAT16 = CAN_PACK and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def packed_linear(weight, bias, dtype, gelu=False):
@@ -68,6 +69,10 @@ def packed(model, kept=None):
     replaced, on_cpu = [], model.wte.weight.device.type == "cpu"
     dtype = matmul_dtype(model) if on_cpu and CAN_PACK or model.wte.weight.device.type == "cuda" else None
 
+    def replace(owner, name, function):
+        replaced.append((owner, name, vars(owner).get(name)))
+        setattr(owner, name, function)
+
     def pack(weight, bias=None, **options):
         weight, bias = weight.detach(), None if bias is None else bias.detach()
         if kept is not None and not on_cpu:
@@ -76,28 +81,80 @@ def packed(model, kept=None):
         return (packed_linear if on_cpu else cast_linear)(weight, bias, dtype, **options)
 
     if (dtype == torch.float32 and on_cpu and model.config.n_embd >= 128
-            or dtype == torch.bfloat16 and (not on_cpu or torch.ops.mkldnn._is_mkldnn_bf16_supported())):
+            or dtype == torch.bfloat16 and (not on_cpu or CAN_PACK_BFLOAT16)):
         head = pack(model.unembedding)
-        model.logits = lambda hidden: at_least_float32(head(hidden))
-        replaced.append((model, "logits"))
+        replace(model, "logits", lambda hidden: at_least_float32(head(hidden)))
         for block in model.h:
             for layer in (block.attn.c_attn, block.attn.c_proj, block.mlp.c_proj):
-                layer.forward = pack(layer.weight, layer.bias)
-                replaced.append((layer, "forward"))
+                replace(layer, "forward", pack(layer.weight, layer.bias))
             c_fc, gpt2 = block.mlp.c_fc, model.config.family == "gpt2"
             widen = pack(c_fc.weight, c_fc.bias, gelu=gpt2)
-            owner = block.mlp if gpt2 else c_fc
-            owner.forward = partial(packed_mlp, block.mlp, widen) if gpt2 else widen
-            replaced.append((owner, "forward"))
+            replace(block.mlp if gpt2 else c_fc, "forward", partial(packed_mlp, block.mlp, widen) if gpt2 else widen)
     try:
         yield
     finally:
-        for owner, name in replaced:
-            del owner.__dict__[name]
+        for owner, name, before in replaced:
+            if before:
+                setattr(owner, name, before)
+            else:
+                delattr(owner, name)
 
 
 def packed_mlp(mlp, widen, x):
     return F.dropout(mlp.c_proj(widen(x)), mlp.dropout, mlp.training)
+
+
+# ---- training: frozen weights packed once
+
+class Frozen(torch.autograd.Function):
+    """y = product(x), whose gradient with respect to x is back(that of y)."""
+
+    @staticmethod
+    def forward(ctx, x, product, back):
+        ctx.back = back
+        return product(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return ctx.back(gradient.contiguous()), None, None
+
+
+def packs_frozen(run):
+    """Whether `pack_frozen` does anything."""
+    return (run.dtype == torch.bfloat16 and run.device.type == "cpu" and CAN_PACK_BFLOAT16
+            and not run.options.compile)
+
+
+def pack_frozen(run, learners, others=()):
+    """From now on matmuls with weights that do not learn, and so stay as they are, take copies in bfloat16 and in
+    oneDNN's own order, where the run multiplies in bfloat16 on a CPU. others: models that do not learn at all.
+
+    Else autocast would cast and oneDNN order all of them in every pass, forward and backward. The copies are made where
+    they are first wanted, those for backward passes too, and models that share weights share them.
+    """
+    if packs_frozen(run):
+        packs = {}  # {(address of a weight, for a backward pass): a product}
+        for model in filter(None, (*learners, *others)):
+            for layer in model.h.modules():
+                if isinstance(layer, torch.nn.Linear) and not (layer.weight.requires_grad and model in learners):
+                    layer.forward = partial(frozen_linear, packs, layer.weight, layer.bias)
+            if model.head == "lm" and not (model.unembedding.requires_grad and model in learners):
+                head = partial(frozen_linear, packs, model.unembedding, None)
+                model.logits = lambda hidden, head=head: at_least_float32(head(hidden))
+
+
+def frozen_linear(packs, weight, bias, x):
+    """x (..., in) @ weight.T + bias -> (..., out), under autocast in its type."""
+    if not torch.is_autocast_enabled("cpu"):
+        return F.linear(x, weight, bias)
+
+    def product(back):
+        at = weight.data_ptr(), back
+        if at not in packs:
+            packs[at] = packed_linear(*(weight.T.contiguous(), None) if back else (weight, bias), torch.bfloat16)
+        return packs[at]
+
+    return Frozen.apply(x, product(False), product(True) if x.requires_grad and torch.is_grad_enabled() else None)
 
 
 # ---- float32 matmuls, memory

@@ -26,7 +26,8 @@ LIBRARIES = 50e6  # bytes of code and of oneDNN's kernels that come when torch c
 GAPS = 1.5  # how far a CPU's heap outgrows what comes and goes, whose sizes differ (measured: 1.2 to 1.9, glibc 2.36)
 BATCH, ROWS = 128, 32  # prompts that an evaluation answers at once, rows of its forward passes; stage 2's in training
 SHOWN, PROMPT = 4, 64  # samples that stage 1 shows, and tokens of a prompt there
-PARTS = ("weights", "best", "gradients", "moments", "logits", "activations", "states", "cache", "copies", "program")
+PARTS = ("weights", "packed", "best", "gradients", "moments", "logits", "activations", "states", "cache", "copies",
+         "program")
 
 
 # ---- what stays
@@ -71,7 +72,27 @@ def lasting(o, run, learners, others=()):
     now, then = ([learned(model, options) for model in learners] for options in (run.options, o))
     one = 1 if getattr(o, "optimizer", "") == "muon" else 2  # moments of a number in a matrix
     return {"weights": held([*learners, *others]) + FLOAT * (sum(map(sum, then)) - sum(map(sum, now))),
-            "moments": FLOAT * sum(one * a + 2 * b for a, b in then)}
+            "packed": packed(o, run, learners, others), "moments": FLOAT * sum(one * a + 2 * b for a, b in then)}
+
+
+def packed(o, run, learners, others):
+    """Bytes of what kernels.pack_frozen copies: weights of linear layers that do not learn, once for all models that
+    share them, and once more where a backward pass goes through them."""
+    if not kernels.packs_frozen(run):
+        return 0
+    found, back, asked = {}, 0, others and o.lora_rank and not run.options.lora_rank  # adapters will share others' then
+    for model in filter(None, (*learners, *others)):
+        c, learns, head = model.config, model in learners, model.unembedding if model.head == "lm" else None
+        frozen = c.n_layer if o.lora_rank or not learns else o.freeze_layers
+        tops = [head] * (head is not None and (not learns or o.lora_rank > 0 or frozen > 0 and c.tied))
+        if not (learns and asked):
+            found |= {p.data_ptr(): p.numel() for block in model.h[:frozen] for name, p in block.named_parameters()
+                      if name.endswith("weight") and p.dim() == 2} | {p.data_ptr(): p.numel() for p in tops}
+        if learns:
+            back += sum(p.numel() for p in tops)
+            if o.lora_rank:  # what enters the first block that learns needs no gradient
+                back += blocks_of(c, o) * sum(linear_weights(c)) - linear_weights(c)[0]
+    return run.dtype.itemsize * (sum(found.values()) + back)
 
 
 def gradients(o, *learners):
@@ -111,6 +132,7 @@ def training(c, o, passes, logits, w, cpu):
     if o.checkpoint_activations:  # what enters each block, and one that is computed again
         kept, again = blocks * FLOAT * c.n_embd * sum(tokens for tokens, *_ in passes), 2 * block
     casts = w * (blocks * sum(linear_weights(c)) + c.vocab_size * c.n_embd * (logits > 0)) * (w < FLOAT)
+    casts *= not (o.lora_rank and cpu and kernels.CAN_PACK_BFLOAT16 and not o.compile)  # these are among what is packed
     return {"activations": kept + max(0, again - logits), "logits": logits, "copies": casts}
 
 

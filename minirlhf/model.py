@@ -140,8 +140,8 @@ class Attention(nn.Module):
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, H or K, T or S, D)
         stacked = q.reshape(B, K, -1, D)  # queries that share a head of keys, one below the other (B, K, H/K T, D)
         dropout = self.dropout if self.training else 0.0
-        # for several queries explicit matmuls beat F.scaled_dot_product_attention's CPU kernels under oneDNN
-        if x.device.type == "cpu" and mask is not None and T > 1:
+        # for several queries of a head explicit matmuls beat F.scaled_dot_product_attention's CPU kernels under oneDNN
+        if x.device.type == "cpu" and mask is not None and (T > 1 or K < H):
             weights = (stacked @ k.mT).view(B, H, T, -1).mul_(1 / math.sqrt(D)).add_(mask).softmax(-1)
             y = F.dropout(weights, dropout).view(B, K, stacked.shape[2], -1) @ v
         else:

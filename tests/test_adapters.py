@@ -162,6 +162,72 @@ def test_an_adapted_model_as_a_plain_one(make_model, head, shape):
     assert not any(isinstance(layer, LowRank) for layer in whole.modules())
 
 
+def packing(dtype=torch.bfloat16, compiled=False, device=CPU):
+    return SimpleNamespace(dtype=dtype, device=device, options=SimpleNamespace(compile=compiled))
+
+
+@pytest.mark.skipif(not kernels.CAN_PACK_BFLOAT16, reason="no bfloat16 by oneDNN")
+@EVERY
+@both_families
+def test_frozen_weights_are_packed_once(monkeypatch, make_model, shape, o):
+    """The gradients of a language model and of a scalar head under autocast lie as near to those of float32 as without
+    packing, and no weight is packed a second time, by no other model that shares it either."""
+    packed, real = [], kernels.packed_linear
+    monkeypatch.setattr(kernels, "packed_linear", lambda weight, *more: packed.append(weight.shape) or real(
+        weight, *more))
+
+    def gradients(model, autocast):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = model.logprobs(TOKENS, torch.arange(24))[0] if model.head == "lm" else model.values(
+                TOKENS, torch.arange(24))
+        (y.float() * torch.linspace(-1, 2, 24)).sum().backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+
+    lm, scalar = make_model(**shape), make_model("scalar", **shape)
+    learners = [trained(learner(model, model.head, o, seeded()), size=0.05) for model in (lm, lm, scalar)]
+    exact, plain = ([gradients(model, autocast) for model in learners] for autocast in (False, True))
+    kernels.pack_frozen(packing(), learners, [lm])
+    for model, truth, near in zip(learners, exact, plain):
+        error = (gradients(model, True) - truth).norm()
+        assert error < 1.2 * (near - truth).norm() < 0.1 * truth.norm()
+        assert torch.equal(gradients(model, False), truth)  # without autocast the weights themselves
+    before = len(packed)
+    for model in learners:
+        gradients(model, True)
+    own = len(adapters.layers_of(lm.h[0], torch.nn.Linear)) * (len(lm.h) - learners[0].first)  # of a learner
+    frozen = 4 * len(lm.h) - (0 if o.lora_rank else own)
+    assert before == len(packed) > 0 and len({*map(len, packed)}) == 1
+    head = lm.config.tied or o.lora_rank > 0  # is frozen, and packed forward and backward
+    back = (own - 1) * (o.lora_rank > 0)  # what enters the first block that learns needs no gradient
+    assert before == 2 * (frozen + back) + 2 * head
+
+
+@pytest.mark.skipif(not kernels.CAN_PACK_BFLOAT16, reason="no bfloat16 by oneDNN")
+def test_what_packs_nothing(make_model):
+    """Other types, other devices, --compile, and weights that learn."""
+    model, full = (learner(make_model(), "lm", o, seeded()) for o in (part(rank=2), part()))
+    for run in (packing(torch.float32), packing(compiled=True), packing(device=torch.device("cuda"))):
+        kernels.pack_frozen(run, [model], [full])
+    kernels.pack_frozen(packing(), [full, None], [None])
+    assert not any("forward" in vars(m) or "logits" in vars(m) for one in (model, full) for m in one.modules())
+    kernels.pack_frozen(packing(), [], [full])  # it does not learn here
+    assert sum("forward" in vars(m) for m in full.modules()) == 4 * len(full.h) and "logits" in vars(full)
+
+
+@pytest.mark.skipif(not kernels.CAN_PACK_BFLOAT16, reason="no bfloat16 by oneDNN")
+def test_sampling_leaves_the_packed_weights(make_model):
+    """`packed` puts back what it found: afterwards gradients flow through the frozen layers as before."""
+    model = learner(make_model(), "lm", part(rank=2), seeded())
+    kernels.pack_frozen(packing(), [model])
+    before = [(m, name, vars(m)[name]) for m in model.modules() for name in ("forward", "logits") if name in vars(m)]
+    with torch.autocast("cpu", torch.bfloat16):
+        generate(model, [[1, 2], [3]], 4, EOS, 1.0, seeded())
+    assert len(before) == 1 + 4 * len(model.h)
+    assert [(m, name, vars(m)[name]) for m in model.modules() for name in ("forward", "logits")
+            if name in vars(m)] == before
+
+
 @both_families
 def test_the_sampler_s_packed_weights_hold_the_adapters(make_model, shape):
     """A wide model, whose layers are packed while it samples: what the sampler notes are the trainer's log-

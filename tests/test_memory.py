@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from conftest import LLAMA, ROOT, both_families, scratch, script
-from minirlhf import adapters, memory, runtime
+from minirlhf import adapters, evaluate, kernels, memory, runtime
 from minirlhf.config import out_of_memory
 from minirlhf.data import Order, Row
 from minirlhf.model import GPT, GPTConfig, flat_indices
@@ -63,6 +63,7 @@ def test_what_a_forward_pass_keeps(monkeypatch, shape, learn, dropout, dtype):
     o = options(dropout=dropout, **learn)
     config = GPTConfig(**dict(n_layer=5, n_embd=64, vocab_size=32, block_size=64) | shape, dropout=dropout)
     model = adapters.learner(GPT(config).init_weights(torch.Generator()), "lm", o, torch.Generator(), dropout).train()
+    kernels.pack_frozen(run_of(o, dtype), [model])
     tokens, select = torch.zeros(6, 21, dtype=torch.long), torch.arange(35)
     found = kept_for_backward(model, run_of(o, dtype), lambda: model.hidden(tokens, select=select))
     told = memory.training(config, o, [memory.a_pass(config, 6 * [21], 35)], 1e12, dtype.itemsize, True)
@@ -98,17 +99,43 @@ def test_what_stays_by_hand(make_model):
     policy, value = ref.with_head("lm"), rm.with_head("scalar")
     o = options("ppo")
     assert memory.lasting(o, run_of(o), [policy, value], [ref, rm]) == {
-        "weights": 4 * (4 * 4032 + 2 * 19), "moments": 4 * 2 * (2 * 4032 + 17)}
+        "weights": 4 * (4 * 4032 + 2 * 19), "packed": 0, "moments": 4 * 2 * (2 * 4032 + 17)}
     assert memory.gradients(o, policy, value)["gradients"] == 4 * (4032 + 17) + 4 * 13 * 16  # the embedding's twice
     o = options("ppo", lora_rank=2, lora_layers=0)
     policy, value = (adapters.learner(model, model.head, o, torch.Generator()) for model in (ref, rm))
     own = 2 * (16 + 48 + 16 + 16 + 16 + 64 + 64 + 16)  # rank (in + out) of four layers
     assert memory.lasting(o, run_of(o), [policy, value], [ref, rm]) == {
-        "weights": 4 * (2 * 4032 + 19 + 19 + 2 * own), "moments": 4 * 2 * (2 * own + 17)}
+        "weights": 4 * (2 * 4032 + 19 + 19 + 2 * own), "packed": 0, "moments": 4 * 2 * (2 * own + 17)}
     muon = options("rm", optimizer="muon")
     full = rm.with_head("scalar")
     assert memory.gradients(muon, full)["gradients"] == 4 * 4049
     assert memory.lasting(muon, run_of(muon), [full])["moments"] == 4 * (12 * 256 + 2 * (4049 - 12 * 256))
+
+
+@pytest.mark.skipif(not kernels.CAN_PACK_BFLOAT16, reason="no bfloat16 by oneDNN")
+@pytest.mark.parametrize("learn", [{}, {"lora_rank": 4}, {"lora_rank": 4, "lora_layers": 2}, {"freeze_layers": 2}], ids=str)
+@both_families
+def test_what_is_packed(monkeypatch, make_model, shape, learn):
+    """Of policy, reference, value network and reward model: as many bytes as passes forward and backward pack, each
+    weight once for all that share it, also where adapters are only asked for."""
+    o, numbers, real = options("ppo", **{"dtype": "bfloat16", "lora_layers": 0} | learn), [], kernels.packed_linear
+    monkeypatch.setattr(kernels, "packed_linear",
+                        lambda weight, *more: numbers.append(weight.numel()) or real(weight, *more))
+    run, shape = run_of(o, torch.bfloat16), shape | {"n_layer": 3}
+    ref, rm = make_model(**shape), make_model("scalar", **shape)
+    full = [ref.with_head("lm"), rm.with_head("scalar")]
+    asked = memory.lasting(o, run_of(options("ppo"), torch.bfloat16), full, [ref, rm, None])["packed"]
+    policy, value = (adapters.learner(model, model.head, o, torch.Generator()) for model in (ref, rm))
+    kernels.pack_frozen(run, [policy, value], [ref, rm, None])
+    tokens, places = torch.zeros(2, 5, dtype=torch.long), torch.arange(8)
+    with run.autocast():
+        for model in (ref, rm, policy, value):
+            with torch.set_grad_enabled(model in (policy, value)):
+                y = model.logprobs(tokens, places)[0] if model.head == "lm" else model.values(tokens, places)
+            if model in (policy, value):
+                y.sum().backward()
+    told = memory.lasting(o, run, [policy, value], [ref, rm, None])["packed"]
+    assert told == 2 * sum(numbers) and (asked == told or "freeze_layers" in learn)
 
 
 def test_the_same_options_with_adapters_need_less(make_model):
@@ -123,6 +150,21 @@ def test_the_same_options_with_adapters_need_less(make_model):
     assert asked[0]["weights"] == pytest.approx(found[0]["weights"], rel=1e-3)
     assert memory.peak(*found, True) < memory.peak(*memory.of_ppo(o, run_of(o), ref.with_head("lm"),
                                                                   rm.with_head("scalar"), [ref, rm], 5), True)
+
+
+def test_passes_of_the_held_out_loss(make_model, monkeypatch):
+    """Every row once, rows of like length together, two of them or more, then up to 20 with no more tokens, padding
+    included, than are trained of the two longest: 29 + 30. The sums do not depend on it."""
+    monkeypatch.setattr(evaluate, "ROWS", 20)
+    rows, passes, real = [Row([1] * n, 1) for n in [*[2] * 70, 9, *[5] * 7, 30, 31]], [], evaluate.collate
+    model, run, counts, kinds = make_model(), run_of(options()), [3] * 80, ["a", "b"] * 40
+    monkeypatch.setattr(evaluate, "collate", lambda some, *more: passes.append([len(row.ids) for row in some]) or real(
+        some, *more))
+    found = evaluate.held_out_loss(model, run, rows, counts, kinds, SimpleNamespace(eos=0), 2)
+    assert passes == [[2] * 20] * 3 + [[2] * 10 + [5], [5] * 6, [9, 30], [31]]
+    one_by_one = evaluate.held_out_loss(model, run, rows, counts, kinds, SimpleNamespace(eos=0), 80)
+    assert len(passes) == 8 and found["all"] == pytest.approx(one_by_one["all"]) and found["b"] == pytest.approx(
+        one_by_one["b"])
 
 
 def test_what_ppo_needs_by_hand(make_model):
