@@ -1,9 +1,9 @@
 """What makes training and sampling fast on a CPU, and sampling on a GPU. Without it the numbers are the same up to
 rounding, only later.
 
-`packed` for sampling, `pack_frozen` for training beside frozen weights, `pick_matmul` for float32 matmuls, `keep_freed_memory` for the allocator, `share_cores` beside
-other processes, `Muon` where a CPU has no bfloat16, `AdamW` without a second of imports. Nothing here is part of an
-algorithm.
+`packed` for sampling, `pack_frozen` for training beside frozen weights, `pick_matmul` for float32 matmuls,
+`keep_freed_memory` for the allocator, `share_cores` beside other processes, `Muon` where a CPU has no bfloat16, `AdamW`
+without a second of imports. Nothing here is part of an algorithm.
 """
 import contextlib
 import ctypes
