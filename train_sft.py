@@ -48,7 +48,7 @@ class Options(RunOptions):
     micro_batch_size: int = 8  # rows a forward and backward pass: for memory; changes no gradient [1..]
     optimizer: Literal["muon", "adamw"] = "adamw"  # muon: torch.optim.Muon for the blocks' matrices, AdamW for the rest
     learning_rate: float = 2e-3  # AdamW's peak [0..]
-    muon_learning_rate: float = 2e-2  # Muon's peak, for updates of spectral norm about 1 [0..]
+    muon_learning_rate: float = 2e-2  # Muon's peak, for updates of spectral norm about 1; adapters diverge at it [0..]
     weight_decay: float = 0.0  # on matrices only [0..]
     warmup_ratio: float = 0.05  # share of the steps in which the rate rises [0..1]
     lr_schedule: Literal["linear", "cosine", "constant"] = "cosine"  # how it falls to 0; constant runs can be prolonged
