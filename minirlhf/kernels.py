@@ -24,6 +24,7 @@ from minirlhf.model import at_least_float32
 if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # CUDA: batches of many lengths, no gaps
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")  # kernels it keeps; 1024 of them creep up on memory
+os.environ.setdefault("LRU_CACHE_CAPACITY", "64")  # the same for packed weights, 0.7 MB each: one for each row count
 
 
 # ---- sampling: weights packed once

@@ -136,6 +136,8 @@ def test_what_is_packed(monkeypatch, make_model, shape, learn):
                 y.sum().backward()
     told = memory.lasting(o, run, [policy, value], [ref, rm, None])["packed"]
     assert told == 2 * sum(numbers) and (asked == told or "freeze_layers" in learn)
+    alone = memory.lasting(o, run, [value])["packed"]  # the reward model's blocks are its own where they are frozen
+    assert alone == memory.lasting(o, run, [value], [rm] * (o.lora_rank > 0))["packed"] and (alone > 0) == bool(learn)
 
 
 def test_the_same_options_with_adapters_need_less(make_model):

@@ -1,11 +1,14 @@
 """The network against a naive second implementation, against itself with other kernels, and against leaks."""
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from conftest import LLAMA, both_families
+from conftest import LLAMA, ROOT, both_families
 from minirlhf import kernels
 from minirlhf.kernels import CAN_PACK, packed
 from minirlhf.model import GPT, Attention, GPTConfig, flat_indices
@@ -179,6 +182,28 @@ def test_packed_weights_of_bfloat16(make_model, shape):
                 assert model.h[0].attn.c_attn(torch.zeros(1, 16)).dtype == torch.bfloat16 and all(
                     packs(model)[:1])
                 assert 0 < (model(tokens) - exact).norm() < 1.5 * error
+
+
+@pytest.mark.skipif(not kernels.CAN_PACK_BFLOAT16 or not os.path.exists("/proc/self/statm"), reason="no bfloat16 by "
+                    "oneDNN, or not Linux")
+def test_products_of_many_row_counts_do_not_creep_up_on_memory():
+    """oneDNN's caches hold a kernel for each number of rows: 400 more of them take no 100 MB (uncapped, 250)."""
+    grown = subprocess.run([sys.executable, "-c", """
+import torch
+from minirlhf import kernels
+
+def pages():
+    return int(open("/proc/self/statm").read().split()[1])
+
+torch.set_num_threads(1)
+product = kernels.packed_linear(torch.randn(512, 512), None, torch.bfloat16)
+for n in range(1, 700):
+    product(torch.zeros(n, 512))
+    before = pages() if n == 300 else before if n > 300 else 0
+print((pages() - before) * 4096)
+"""], cwd=ROOT, capture_output=True, text=True, check=True, env={
+        k: v for k, v in os.environ.items() if not k.endswith("CACHE_CAPACITY")}).stdout
+    assert int(grown) < 100e6
 
 
 @pytest.mark.parametrize("with_bias, gelu", [(True, True), (True, False), (False, False)])
