@@ -24,7 +24,7 @@ from minirlhf.model import at_least_float32
 if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # CUDA: batches of many lengths, no gaps
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")  # kernels it keeps; 1024 of them creep up on memory
-os.environ.setdefault("LRU_CACHE_CAPACITY", "64")  # the same for packed weights, 0.7 MB each: one for each row count
+os.environ.setdefault("LRU_CACHE_CAPACITY", "64")  # and for packed weights, 0.7 MB for each number of rows
 
 
 # ---- sampling: weights packed once
@@ -130,11 +130,11 @@ def pack_frozen(run, learners, others=()):
     """From now on matmuls with weights that do not learn, and so stay as they are, take copies in bfloat16 and in
     oneDNN's own order, where the run multiplies in bfloat16 on a CPU. others: models that do not learn at all.
 
-    Else autocast would cast and oneDNN order all of them in every pass, forward and backward. The copies are made where
+    Else autocast would cast and oneDNN order all of them in every pass, forward and backward. The copies are made when
     they are first wanted, those for backward passes too, and models that share weights share them.
     """
     if packs_frozen(run):
-        packs = {}  # {(address of a weight, for a backward pass): a product}
+        packs = {}  # {(address of a weight, True for a backward pass, else that of the bias): a product}
         for model in filter(None, (*learners, *others)):
             for layer in model.h.modules():
                 if isinstance(layer, torch.nn.Linear) and not (layer.weight.requires_grad and model in learners):
@@ -150,9 +150,10 @@ def frozen_linear(packs, weight, bias, x):
         return F.linear(x, weight, bias)
 
     def product(back):
-        at = weight.data_ptr(), back
+        at = weight.data_ptr(), back or bias is not None and bias.data_ptr()
         if at not in packs:
-            packs[at] = packed_linear(*(weight.T.contiguous(), None) if back else (weight, bias), torch.bfloat16)
+            matrix = weight.detach().to(torch.bfloat16)
+            packs[at] = packed_linear(*(matrix.T.contiguous(), None) if back else (matrix, bias), torch.bfloat16)
         return packs[at]
 
     return Frozen.apply(x, product(False), product(True) if x.requires_grad and torch.is_grad_enabled() else None)

@@ -80,19 +80,28 @@ def packed(o, run, learners, others):
     share them, and once more where a backward pass goes through them."""
     if not kernels.packs_frozen(run):
         return 0
-    found, back, asked = {}, 0, others and o.lora_rank and not run.options.lora_rank  # adapters will share others' then
+    found, back = {}, {}  # {address: numbers}, of passes forward and backward
+    asked = others and o.lora_rank and not run.options.lora_rank and not o.reference  # adapters will share others' then
+
+    def matrices(blocks):
+        return {p.data_ptr(): p.numel() for block in blocks for name, p in block.named_parameters()
+                if name.endswith("weight") and p.dim() == 2}
+
     for model in filter(None, (*learners, *others)):
         c, learns, head = model.config, model in learners, model.unembedding if model.head == "lm" else None
         frozen = c.n_layer if o.lora_rank or not learns else o.freeze_layers
-        tops = [head] * (head is not None and (not learns or o.lora_rank > 0 or frozen > 0 and c.tied))
+        top = {}
+        if head is not None and (not learns or o.lora_rank or frozen and c.tied):
+            top = {head.data_ptr(): head.numel()}
         if not (learns and asked):
-            found |= {p.data_ptr(): p.numel() for block in model.h[:frozen] for name, p in block.named_parameters()
-                      if name.endswith("weight") and p.dim() == 2} | {p.data_ptr(): p.numel() for p in tops}
+            found |= matrices(model.h[:frozen]) | top
         if learns:
-            back += sum(p.numel() for p in tops)
+            back |= top
             if o.lora_rank:  # what enters the first block that learns needs no gradient
-                back += blocks_of(c, o) * sum(linear_weights(c)) - linear_weights(c)[0]
-    return run.dtype.itemsize * (sum(found.values()) + back)
+                blocks = model.h[c.n_layer - blocks_of(c, o):]
+                first = {p.data_ptr() for p in blocks[0].attn.c_attn.parameters()}
+                back |= {at: n for at, n in matrices(blocks).items() if at not in first}
+    return run.dtype.itemsize * (sum(found.values()) + sum(back.values()))
 
 
 def gradients(o, *learners):
@@ -131,8 +140,9 @@ def training(c, o, passes, logits, w, cpu):
     kept = (blocks - 1) * block + last
     if o.checkpoint_activations:  # what enters each block, and one that is computed again
         kept, again = blocks * FLOAT * c.n_embd * sum(tokens for tokens, *_ in passes), 2 * block
-    casts = w * (blocks * sum(linear_weights(c)) + c.vocab_size * c.n_embd * (logits > 0)) * (w < FLOAT)
-    casts *= not (o.lora_rank and cpu and kernels.CAN_PACK_BFLOAT16 and not o.compile)  # these are among what is packed
+    packs = cpu and kernels.CAN_PACK_BFLOAT16 and not o.compile  # what is frozen is no cast then
+    own, head = not (packs and o.lora_rank), not (packs and (o.lora_rank or o.freeze_layers and c.tied))
+    casts = w * (blocks * sum(linear_weights(c)) * own + c.vocab_size * c.n_embd * head * (logits > 0)) * (w < FLOAT)
     return {"activations": kept + max(0, again - logits), "logits": logits, "copies": casts}
 
 
@@ -179,7 +189,7 @@ def of_rm(o, run, model, sft, batches, text, prompt):
         together = [lengths[at:at + ROWS] for at in range(0, len(lengths), ROWS)]
         steps.add(tuple(a_pass(c, group, len(group)) for group in together))
     passes, (a, g, h, d) = most(training(c, o, step, 0, w, cpu) for step in steps), kept_by_block(c, o, w, cpu)
-    return lasting(o, run, [model], [sft]), [
+    return lasting(o, run, [model], [sft]) | {"packed": packed(o, run, [model], [])}, [
         {"activations": ROWS * text * (a + g + h * text + d)},
         *in_turn(passes, gradients(o, model), o.batch_size > o.micro_batch_size * run.world),
         sampling(c, o, min(BATCH, o.num_scale_samples), prompt, o.response_length, w, cpu)]
@@ -257,7 +267,7 @@ def check(run, o, stage, *about):
     bytes) with clearly less, for the case that memory ends all the same.
     """
     cpu, (stays, phases) = run.device.type == "cpu", stage(o, run, *about)
-    loaded = sum(stays.values()) if o.resume else stays["weights"]
+    loaded = sum(stays.values()) - stays["packed"] if o.resume else stays["weights"]  # what is packed comes later
     stays["program"] = program = max(0, resident() - loaded) + LIBRARIES if cpu else 0
 
     def needs(**changes):

@@ -204,6 +204,14 @@ def test_frozen_weights_are_packed_once(monkeypatch, make_model, shape, o):
 
 
 @pytest.mark.skipif(not kernels.CAN_PACK_BFLOAT16, reason="no bfloat16 by oneDNN")
+def test_layers_that_share_a_matrix_keep_their_biases():
+    packs, weight, biases = {}, torch.eye(2), [torch.tensor([1.0, 2]), torch.tensor([3.0, 4]), None]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = [kernels.frozen_linear(packs, weight, bias, torch.zeros(1, 2)).tolist() for bias in biases]
+    assert found == [[[1, 2]], [[3, 4]], [[0, 0]]]
+
+
+@pytest.mark.skipif(not kernels.CAN_PACK_BFLOAT16, reason="no bfloat16 by oneDNN")
 def test_what_packs_nothing(make_model):
     """Other types, other devices, --compile, and weights that learn."""
     model, full = (learner(make_model(), "lm", o, seeded()) for o in (part(rank=2), part()))

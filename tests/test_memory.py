@@ -156,17 +156,37 @@ def test_the_same_options_with_adapters_need_less(make_model):
 
 def test_passes_of_the_held_out_loss(make_model, monkeypatch):
     """Every row once, rows of like length together, two of them or more, then up to 20 with no more tokens, padding
-    included, than are trained of the two longest: 29 + 30. The sums do not depend on it."""
+    included, than the two longest: 30 + 31. The sums do not depend on it."""
     monkeypatch.setattr(evaluate, "ROWS", 20)
     rows, passes, real = [Row([1] * n, 1) for n in [*[2] * 70, 9, *[5] * 7, 30, 31]], [], evaluate.collate
     model, run, counts, kinds = make_model(), run_of(options()), [3] * 80, ["a", "b"] * 40
     monkeypatch.setattr(evaluate, "collate", lambda some, *more: passes.append([len(row.ids) for row in some]) or real(
         some, *more))
     found = evaluate.held_out_loss(model, run, rows, counts, kinds, SimpleNamespace(eos=0), 2)
-    assert passes == [[2] * 20] * 3 + [[2] * 10 + [5], [5] * 6, [9, 30], [31]]
+    assert passes == [[2] * 20] * 3 + [[2] * 10 + [5] * 2, [5] * 5 + [9], [30, 31]]
     one_by_one = evaluate.held_out_loss(model, run, rows, counts, kinds, SimpleNamespace(eos=0), 80)
-    assert len(passes) == 8 and found["all"] == pytest.approx(one_by_one["all"]) and found["b"] == pytest.approx(
+    assert len(passes) == 7 and found["all"] == pytest.approx(one_by_one["all"]) and found["b"] == pytest.approx(
         one_by_one["b"])
+
+
+def test_passes_with_prompts():
+    """No more trained tokens either than any two rows have, here 9 + 9, for their logits are in memory."""
+    rows = [*[Row([1] * 10, 1)] * 6, *[Row([1] * 50, 49)] * 2]
+    assert evaluate.passes(rows, 2) == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    rows = [*[Row([1] * 10, 7)] * 6, *[Row([1] * 50, 41)] * 2]
+    assert evaluate.passes(rows, 2) == [[0, 1, 2, 3, 4, 5], [6, 7]]
+
+
+@pytest.mark.skipif(not kernels.CAN_PACK_BFLOAT16, reason="no bfloat16 by oneDNN")
+def test_what_stage_2_packs(make_model):
+    """Of the SFT model, which only samples, nothing, also where the reward model learns in full."""
+    sft, batch = make_model(), [([Row([1] * 7, 2)] * 2, [(0, 1)], {})]
+    for learn in ({}, {"lora_rank": 4, "lora_layers": 0}):
+        o = options("rm", dtype="bfloat16", **learn)
+        run, model = run_of(o, torch.bfloat16), adapters.learner(sft, "scalar", o, torch.Generator())
+        stays, _ = memory.of_rm(o, run, model, sft, [batch], 7, 3)
+        blocks = sum(memory.linear_weights(sft.config))
+        assert stays["packed"] == (2 * (4 * blocks - memory.linear_weights(sft.config)[0]) if learn else 0)
 
 
 def test_what_ppo_needs_by_hand(make_model):
