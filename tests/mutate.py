@@ -217,7 +217,6 @@ KERNELS = [
     ("weight, bias = weight.detach(), None if bias is None else bias.detach()", "weight, bias = weight.detach(), None"),
     ("weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)", "weight, bias = weight.to(dtype), bias"),
     ('F.gelu(F.linear(x, weight, bias), approximate="tanh") if gelu else', "F.gelu(F.linear(x, weight, bias)) if gelu else"),
-    ('os.environ.setdefault("LRU_CACHE_CAPACITY", "64")', 'os.environ.setdefault("LRU_CACHE_CAPACITY", "1024")'),
     ("            if before:", "            if False:"),
     ("                delattr(owner, name)", "                pass"),
     ('return (run.dtype == torch.bfloat16 and run.device.type == "cpu" and CAN_PACK_BFLOAT16',

@@ -184,6 +184,7 @@ def test_packed_weights_of_bfloat16(make_model, shape):
                 assert 0 < (model(tokens) - exact).norm() < 1.5 * error
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not kernels.CAN_PACK_BFLOAT16 or not os.path.exists("/proc/self/statm"), reason="no bfloat16 by "
                     "oneDNN, or not Linux")
 def test_products_of_many_row_counts_do_not_creep_up_on_memory():
