@@ -181,8 +181,8 @@ def main(argv=None):
         kinds = labels_of(val, "domain", "")
         model.train()
         seen, seen_seconds, pace = 0, 0.0, runtime.Pace(tokens_per_epoch / order.steps_per_epoch)
-        look = runtime.forward_share(model, o) * pace.steps(  # what an evaluation takes, in steps
-            sum(len(row.ids) - 1 for row in val_rows), len(evaluate.passes(val_rows, o.micro_batch_size)))
+        look = pace.steps(sum(len(row.ids) - 1 for row in val_rows), len(val_rows) / o.micro_batch_size
+                          ) * runtime.forward_share(model, o)  # what an evaluation takes, in steps
         run.start_logs(first)
         for step in range(first, steps):
             began = time.perf_counter()

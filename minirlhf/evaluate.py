@@ -32,27 +32,14 @@ UNSOUND_KL = 1.0  # nats a token (k3) between new and old policy: a sound update
 
 # ---- stage 1: a held-out loss
 
-def passes(rows, batch_size):
-    """[indices of rows of like length]: batch_size of them and, where these are short, up to ROWS, of no more tokens in
-    all, and of no more that are trained, than any batch_size rows have."""
-    found, order = [], sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
-    most, trained = (sum(sorted(sizes)[-batch_size:]) for sizes in zip(*((len(r.ids), r.trained) for r in rows)))
-    while order:
-        n = batch_size
-        while (n < min(ROWS, len(order)) and (n + 1) * len(rows[order[n]].ids) <= most
-               and sum(rows[i].trained for i in order[:n + 1]) <= trained):
-            n += 1
-        found.append(order[:n])
-        order = order[n:]
-    return found
-
-
 @torch.no_grad()
 def held_out_loss(model, run, rows, byte_counts, kinds, tokenizer, batch_size):
     """Held-out loss -> {kind: {"nats_per_token", "bits_per_byte"}}, with kind "all" over everything."""
     model.eval()
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
     nats = {}
-    for batch in passes(rows, batch_size):
+    for at in range(0, len(order), batch_size):
+        batch = order[at:at + batch_size]
         tokens, mask, _ = collate([rows[i] for i in batch], tokenizer.eos, run.device)
         with run.autocast():
             logits = model.logits(model.states(tokens[:, :-1], flat_indices(mask)))

@@ -262,7 +262,7 @@ def expected_sft_steps(world):
     rows, steps = 13, 8  # 14 less one that is too long, 4 a batch: 4 batches an epoch, the last of one row
     records, lines, seen, seconds, used, told, spent, looks = [], [], 0, 0.0, 3.0, 0.0, [], []
     usual, held_out = tokens_read(world, "train") / 4, tokens_read(world, "val")
-    look = (3 + held_out / usual) / 2 / 3  # 7 rows in three passes; to go forward is a third of a step
+    look = (7 / 3 + held_out / usual) / 2 / 3  # 7 rows, 3 a pass; to go forward is a third of a step
     for step, ((model, batch), (_, norm), _) in enumerate(world.first["sft steps"]):
         if step == 4:  # resumed
             seen, seconds, used, told, spent, looks = 0, 0.0, 3.0, 0.0, [], []

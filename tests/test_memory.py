@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from conftest import LLAMA, ROOT, both_families, scratch, script
-from minirlhf import adapters, evaluate, kernels, memory, runtime
+from minirlhf import adapters, kernels, memory, runtime
 from minirlhf.config import out_of_memory
 from minirlhf.data import Order, Row
 from minirlhf.model import GPT, GPTConfig, flat_indices
@@ -152,29 +152,6 @@ def test_the_same_options_with_adapters_need_less(make_model):
     assert asked[0]["weights"] == pytest.approx(found[0]["weights"], rel=1e-3)
     assert memory.peak(*found, True) < memory.peak(*memory.of_ppo(o, run_of(o), ref.with_head("lm"),
                                                                   rm.with_head("scalar"), [ref, rm], 5), True)
-
-
-def test_passes_of_the_held_out_loss(make_model, monkeypatch):
-    """Every row once, rows of like length together, two of them or more, then up to 20 with no more tokens, padding
-    included, than the two longest: 30 + 31. The sums do not depend on it."""
-    monkeypatch.setattr(evaluate, "ROWS", 20)
-    rows, passes, real = [Row([1] * n, 1) for n in [*[2] * 70, 9, *[5] * 7, 30, 31]], [], evaluate.collate
-    model, run, counts, kinds = make_model(), run_of(options()), [3] * 80, ["a", "b"] * 40
-    monkeypatch.setattr(evaluate, "collate", lambda some, *more: passes.append([len(row.ids) for row in some]) or real(
-        some, *more))
-    found = evaluate.held_out_loss(model, run, rows, counts, kinds, SimpleNamespace(eos=0), 2)
-    assert passes == [[2] * 20] * 3 + [[2] * 10 + [5] * 2, [5] * 5 + [9], [30, 31]]
-    one_by_one = evaluate.held_out_loss(model, run, rows, counts, kinds, SimpleNamespace(eos=0), 80)
-    assert len(passes) == 7 and found["all"] == pytest.approx(one_by_one["all"]) and found["b"] == pytest.approx(
-        one_by_one["b"])
-
-
-def test_passes_with_prompts():
-    """No more trained tokens either than any two rows have, here 9 + 9, for their logits are in memory."""
-    rows = [*[Row([1] * 10, 1)] * 6, *[Row([1] * 50, 49)] * 2]
-    assert evaluate.passes(rows, 2) == [[0, 1], [2, 3], [4, 5], [6, 7]]
-    rows = [*[Row([1] * 10, 7)] * 6, *[Row([1] * 50, 41)] * 2]
-    assert evaluate.passes(rows, 2) == [[0, 1, 2, 3, 4, 5], [6, 7]]
 
 
 @pytest.mark.skipif(not kernels.CAN_PACK_BFLOAT16, reason="no bfloat16 by oneDNN")
