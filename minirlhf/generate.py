@@ -24,21 +24,21 @@ POLL_INTERVAL = {"cpu": 1}  # tokens between checks which rows have ended; elsew
 
 
 class KVCache:
-    """Keys and values of all layers: (L, B, S, K, D), S = slots; `filled` slots are in use."""
+    """Keys and values of all layers: (L, B, K, S, D), S = slots; `filled` slots are in use."""
 
     def __init__(self, model, rows, slots):
         c, device, dtype = model.config, model.wte.weight.device, matmul_dtype(model)
         # zeros, not empty: a masked weight of 0 times an unwritten slot must be 0, and 0 * NaN is not
-        self.k = torch.zeros(c.n_layer, rows, slots, c.n_kv_head, c.head_size, device=device, dtype=dtype)
+        self.k = torch.zeros(c.n_layer, rows, c.n_kv_head, slots, c.head_size, device=device, dtype=dtype)
         self.v = torch.zeros_like(self.k)
         self.filled = 0
 
     def extend(self, layer, positions, k, v):
-        """Write k, v (B, T, K, D) into slots positions (B or 1, T); return the filled part (B, filled, K, D)."""
+        """Write k, v (B, K, T, D) into slots positions (B or 1, T); return the filled part (B, K, filled, D)."""
         rows = torch.arange(len(k), device=k.device)[:, None]
-        self.k[layer][rows, positions] = k
-        self.v[layer][rows, positions] = v
-        return self.k[layer, :, :self.filled], self.v[layer, :, :self.filled]
+        self.k[layer][rows, :, positions] = k.transpose(1, 2)
+        self.v[layer][rows, :, positions] = v.transpose(1, 2)
+        return self.k[layer, :, :, :self.filled], self.v[layer, :, :, :self.filled]
 
     def keep(self, rows):
         self.k, self.v = self.k[:, rows], self.v[:, rows]
@@ -75,7 +75,7 @@ class Decoder:
 
     def step(self, tokens, cache, positions):
         """tokens, positions (B, 1) -> logits (B, V), which the next step overwrites."""
-        cache.filled = cache.k.shape[2]
+        cache.filled = cache.k.shape[3]
         if tokens.device.type != "cuda":
             return self.logits(tokens, cache, positions)
         if cache not in self.graphs:
@@ -204,8 +204,9 @@ def generate(model, prompts: list[list[int]], response_length: int, eos: int, te
     rows = torch.arange(B, device=device)  # cache row -> batch row
     live = torch.ones(B, dtype=torch.bool, device=device)
     with nullcontext() if decoder and device.type == "cpu" else packed(model, decoder and decoder.copies):
-        logits = model.logits(model.hidden(tokens[:, :P], cache, torch.arange(P, device=device)[None],
-                                           last_places(tokens[:, :P], prompt_lengths)))
+        last = last_places(tokens[:, :P], prompt_lengths)
+        logits = model.logits(model.hidden(tokens[:, :P], cache, torch.arange(P, device=device)[None], last,
+                                           places=model.needed(tokens[:, :P], last)))
         for n in range(response_length):
             new, logprob = sample(logits, temperature, u[rows, n])
             new = new.masked_fill(~live, eos)  # a row that ended re-reads its eos until it is dropped

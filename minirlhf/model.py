@@ -99,17 +99,18 @@ def make_norm(config):
 
 
 def turns(positions, config):
-    """Cosine and sine of the angle positions * rope_theta^(-2i/D) of pair i: (B or 1, T) -> two (B or 1, T, 1, D/2)."""
+    """Cosine and sine of the angle positions * rope_theta^(-2i/D) of pair i, channels i and i + D/2: (B or 1, T) -> two
+    (B or 1, T, 1, D), the sine of channel i negated."""
     D = config.head_size
     frequencies = 1.0 / config.rope_theta ** (torch.arange(0, D, 2, device=positions.device).float() / D)
     angles = (positions[..., None].float() * frequencies)[:, :, None]
-    return angles.cos(), angles.sin()
+    return torch.cat([angles.cos()] * 2, -1), torch.cat([-angles.sin(), angles.sin()], -1)
 
 
 def rotate(x, cos, sin):
     """Rotary positions: channels i and i + D/2 of each head of x (B, T, H, D) are turned as a pair.   Su et al. 2021"""
-    a, b = x.chunk(2, -1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+    wide = at_least_float32(x)
+    return wide * cos + wide.roll(x.shape[-1] // 2, -1) * sin
 
 
 class Attention(nn.Module):
@@ -119,25 +120,29 @@ class Attention(nn.Module):
         self.dropout, gpt2 = config.dropout, config.family == "gpt2"
         self.c_attn = nn.Linear(config.n_embd, (H + 2 * K) * D, bias=gpt2 or config.qkv_bias)
         self.c_proj = nn.Linear(H * D, config.n_embd, bias=gpt2)
-        self.q_norm, self.k_norm = (RMSNorm(D, config.norm_eps) if config.qk_norm else nn.Identity() for _ in "qk")
+        self.qk_norm = config.qk_norm
+        if config.qk_norm:
+            self.q_norm, self.k_norm = RMSNorm(D, config.norm_eps), RMSNorm(D, config.norm_eps)
 
     def forward(self, x, mask, extend=None, select=None, rope=None, among=None):
         """(B, T, C) -> (B, T, C), or of the places in `select` alone (N, C).
 
         among: (B, T, places), where x (N, C) and what is returned hold some places of the B T alone.
         mask: None for plain causal attention, else additive (B or 1, 1, T, S) with -inf where a slot is unseen.
-        extend: takes this layer's new keys and values (B, T, K, D) into a cache, returns all of them (B, S, K, D).
+        extend: takes this layer's new keys and values (B, K, T, D) into a cache, returns all of them (B, K, S, D).
         rope: what `turns` gives, where positions are rotary.
         """
         (B, T, places), (H, K, D) = among or (*x.shape[:2], None), self.sizes
         qkv = self.c_attn(x).contiguous()  # attention's kernels want D to be the innermost
         qkv = qkv if places is None else qkv.new_zeros(B * T, qkv.shape[1]).index_put((places,), qkv)
-        q, k, v = qkv.view(B, T, H + 2 * K, D).split([H, K, K], 2)  # (B, T, H or K, D)
+        qk, v = qkv.view(B, T, H + 2 * K, D).split([H + K, K], 2)  # (B, T, H + K or K, D)
+        if self.qk_norm:
+            qk = torch.cat([self.q_norm(qk[:, :, :H]), self.k_norm(qk[:, :, H:])], 2)
         if rope is not None:
-            q, k = (rotate(norm(y), *rope).to(v.dtype) for norm, y in ((self.q_norm, q), (self.k_norm, k)))
+            qk = rotate(qk, *rope).to(v.dtype)
+        q, k, v = (y.transpose(1, 2) for y in (*qk.split([H, K], 2), v))  # (B, H or K, T, D)
         if extend is not None:
-            k, v = extend(k, v)  # (B, S, K, D)
-        q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, H or K, T or S, D)
+            k, v = extend(k, v)  # (B, K, S, D)
         stacked = q.reshape(B, K, -1, D)  # queries that share a head of keys, one below the other (B, K, H/K T, D)
         dropout = self.dropout if self.training else 0.0
         # for several queries of a head explicit matmuls beat F.scaled_dot_product_attention's CPU kernels under oneDNN

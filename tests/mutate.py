@@ -130,8 +130,9 @@ OBJECTIVES = [
     ("z * float(x.std()) / math.sqrt(len(x))", "z * float(x.std())"),
 ]
 GENERATE = [
-    ("self.k[layer][rows, positions] = k", "self.k[layer][rows, (positions + 1) % self.k.shape[2]] = k"),
-    ("self.v[layer][rows, positions] = v", "self.v[layer][rows, positions] = k"),
+    ("places=model.needed(tokens[:, :P], last)", "places=None"),
+    ("self.k[layer][rows, :, positions] = k", "self.k[layer][rows, :, (positions + 1) % self.k.shape[3]] = k"),
+    ("self.v[layer][rows, :, positions] = v", "self.v[layer][rows, :, positions] = k"),
     ("self.k, self.v = self.k[:, rows], self.v[:, rows]", "self.k = self.k[:, rows]"),
     ("x[rows, :T - padded + x.shape[1]]", "x[rows, :T]"),
     ("return x.flatten()[self.decisions]", "return x.flatten()[:len(self.decisions)]"),
@@ -151,7 +152,7 @@ GENERATE = [
     ("rows, at, live = rows[kept], at[kept], live[kept]", "rows, at, live = rows[kept], at[:left], live[kept]"),
     ("kept = (~live).argsort(stable=True)[:left]", "kept = live.int().argsort(stable=True)[:left]"),  # drops live rows
     ("if left <= 0.8 * len(rows) and not decoder:", "if left <= 0.8 * len(rows):"),
-    ("cache.filled = cache.k.shape[2]", "cache.filled = cache.k.shape[2] // 2"),
+    ("cache.filled = cache.k.shape[3]", "cache.filled = cache.k.shape[3] // 2"),
     ("min(2 ** math.ceil(math.log2(slots)), self.model.config.block_size)", "2 ** math.ceil(math.log2(slots))"),
     ("cache.filled = P + n + 1", "cache.filled = P + n"),
     ("T = int(lengths.max())", "T = int(lengths.min())"),
@@ -174,7 +175,7 @@ MODEL = [
     ("unseen = slots > positions[:, None, :, None]", "unseen = slots > positions[:, None, :, None] + 1"),
     ("unseen = slots > positions[:, None, :, None]", "unseen = slots >= positions[:, None, :, None]"),
     ("F.dropout(x + self.wpe(positions) if rope is None else x,", "F.dropout(x,"),
-    ("a * cos - b * sin, b * cos + a * sin", "a * cos + b * sin, b * cos - a * sin"),  # the other way round
+    ("[-angles.sin(), angles.sin()]", "[angles.sin(), -angles.sin()]"),  # the other way round
     ("torch.arange(0, D, 2, device=positions.device).float() / D", "torch.arange(0, D // 2).float() / D"),
     ("else turns(positions, self.config)\n", "else turns(positions * 0, self.config)\n"),
     ("x = F.silu(gate) * x", "x = gate * F.silu(x)"),

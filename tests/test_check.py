@@ -167,9 +167,9 @@ RANKS = ("minirlhf.tokenizer.Tokenizer.from_state", classmethod(
     lambda cls, state: cls({token.encode("latin-1"): rank for rank, token in
                             enumerate([*state["ranks"][:-2], *state["ranks"][:-3:-1]])}, "bpe")))
 SHIFTED = ("minirlhf.generate.KVCache.extend", lambda f: lambda self, layer, at, k, v: f(
-    self, layer, (at + 1).clamp_max(self.k.shape[2] - 1), k, v))
+    self, layer, (at + 1).clamp_max(self.k.shape[3] - 1), k, v))
 UNSEEN = ("minirlhf.generate.KVCache.extend", lambda f: lambda self, layer, at, k, v: [
-    x.index_fill(1, torch.tensor([0]), 0.0) for x in f(self, layer, at, k, v)])  # slot 0 reads as it was made
+    x.index_fill(2, torch.tensor([0]), 0.0) for x in f(self, layer, at, k, v)])  # slot 0 reads as it was made
 NO_EOS = ("minirlhf.tokenizer.Tokenizer.encode_completion", lambda f: lambda self, text: (
     self.encode(text) if len(text) % 2 else f(self, text)))
 EVERYWHERE, SCALAR = leaking(lambda model: True), leaking(lambda model: model.head == "scalar")

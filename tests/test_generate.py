@@ -45,7 +45,10 @@ class Chain(torch.nn.Module):
         self.wte = torch.nn.Embedding(len(table), 2)
         self.table, self.calls = table, []
 
-    def hidden(self, tokens, cache, positions, select=None):
+    def needed(self, tokens, select):
+        return None
+
+    def hidden(self, tokens, cache, positions, select=None, places=None):
         self.calls.append(tuple(tokens.shape))
         return self.table[tokens] if select is None else self.table[tokens.flatten()[select]]
 
@@ -93,6 +96,21 @@ def test_a_cache_takes_several_tokens_at_once(make_model, shape):
         cache.filled = end
         parts.append(model.hidden(tokens[:, start:end], cache, torch.arange(start, end)[None]))
     torch.testing.assert_close(torch.cat(parts, 1), model.hidden(tokens), rtol=1e-4, atol=1e-4)
+
+
+@both_families
+def test_a_prefill_leaves_padding_out(make_model, monkeypatch, shape):
+    """What is computed of prompts of 1, 6 and 3 tokens is 10 places of 18, where the model leaves padding out at all;
+    their answers are the same."""
+    model, places, rollouts = make_model(**shape), [], []
+    model.h[0].mlp.register_forward_pre_hook(lambda _, x: places.append(x[0].numel() // x[0].shape[-1]))
+    for without_padding in (False, True):
+        monkeypatch.setattr(GPTConfig, "leaves_padding_out", without_padding)
+        places.clear()
+        rollouts.append(generate(model, [[1], [2] * 6, [3] * 3], 8, EOS, generator=torch.Generator().manual_seed(1)))
+        assert places[0] == (10 if without_padding else 18)
+    assert torch.equal(rollouts[0].tokens, rollouts[1].tokens) and rollouts[0].lengths.max() > 8
+    torch.testing.assert_close(rollouts[0].sampler_logprobs, rollouts[1].sampler_logprobs)
 
 
 # Sampling
@@ -356,7 +374,7 @@ def test_a_decoder_keeps_few_caches(make_model, monkeypatch):
     model = make_model()
     decoder = Decoder(model)
     first, second = decoder.cache(3, 9), decoder.cache(3, 17)
-    assert first.k.shape[1:3] == (3, 16) and decoder.cache(3, 16) is first and second.k.shape[1:3] == (3, 32)
+    assert first.k.shape[3] == 16 and decoder.cache(3, 16) is first and second.k.shape[3] == 32
     decoder.graphs |= {first: "one", second: "two"}
     with torch.autocast("cpu", torch.bfloat16):
         assert decoder.cache(3, 9).k.dtype == torch.bfloat16

@@ -69,8 +69,8 @@ def test_explicit_attention_equals_the_fused_kernel(masked):
         unseen, extend = torch.ones(7, 7, dtype=torch.bool).triu(1)[None, None], None
     else:  # each row has its own visible slots, in a cache of 11
         slots, at = torch.arange(11), torch.tensor([0, 4, 2])[:, None] + torch.arange(7)
-        unseen, extra = slots > at[:, None, :, None], torch.randn(3, 4, 2, 8)
-        extend = lambda k, v: (torch.cat([extra, k], 1), torch.cat([v, extra], 1))  # noqa: E731
+        unseen, extra = slots > at[:, None, :, None], torch.randn(3, 2, 4, 8)
+        extend = lambda k, v: (torch.cat([extra, k], 2), torch.cat([v, extra], 2))  # noqa: E731
     mask = torch.zeros(unseen.shape).masked_fill(unseen, -torch.inf)
     ours = attention(x, mask, extend)
     ours.pow(2).sum().backward()
@@ -79,8 +79,8 @@ def test_explicit_attention_equals_the_fused_kernel(masked):
     if masked == "causal":
         fused = attention(x, None)
     else:
-        q, k, v = attention.c_attn(x).view(3, 7, 3, 2, 8).unbind(2)
-        q, k, v = (y.transpose(1, 2) for y in (q, *extend(k, v)))
+        q, k, v = (y.transpose(1, 2) for y in attention.c_attn(x).view(3, 7, 3, 2, 8).unbind(2))
+        k, v = extend(k, v)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=~unseen)
         fused = attention.c_proj(y.transpose(1, 2).reshape(3, 7, 16))
     fused.pow(2).sum().backward()

@@ -640,7 +640,7 @@ def test_rollouts_and_looks_take_the_compiled_steps(world, monkeypatch):
 
         def step(self, tokens, cache, positions):
             Counting.steps += 1
-            cache.filled = cache.k.shape[2]
+            cache.filled = cache.k.shape[3]
             return self.model.logits(self.model.hidden(tokens, cache, positions)[:, 0])
 
     monkeypatch.setattr("minirlhf.generate.Decoder", Counting)
