@@ -26,7 +26,7 @@ BINS = (0, 0.5, 1, 2, 4, math.inf)  # of `margin`, for the accuracy by how clear
 FEW = 50  # pairs, fewer of which say nothing of how good a reward model is
 SHOWN = 4  # samples printed at each evaluation
 TOKEN_LOOKS, TOKEN_ROWS, TOKENS = 8, 4, 256  # in tokens.jsonl: looks of a run, answers of a look, tokens of an answer
-BEST_OF = 4  # SFT answers of which the closing report keeps the best
+BEST_OF, BEST_PROMPTS = 4, 64  # SFT answers of which the closing report keeps the best, and to how many prompts
 UNSOUND_KL = 1.0  # nats a token (k3) between new and old policy: a sound update moves by a hundredth of it
 
 
@@ -227,15 +227,15 @@ def accuracy_table(figures):
 # ---- stage 3: answers against a baseline's answers
 
 @torch.no_grad()
-def answer(policy, ref, scorers, prompts, tokenizer, o, run, draw=0, batch_size=BATCH, micro_batch_size=ROWS):
+def answer(policy, ref, scorers, prompts, tokenizer, o, run, draw=0, batch_size=BATCH, micro_batch_size=ROWS, known=()):
     """The policy's answers to held-out prompts with fixed seeds, other ones for each `draw` -> list of dicts.
 
     scorers: {column: what scores a Rollout}, as {"score": the reward model, "judge": another}; None where it does not
-    apply. o: seed, temperature, response_length. micro_batch_size: rows a forward pass. An answer does not depend on
-    how many prompts there are.
+    apply. o: seed, temperature, response_length. micro_batch_size: rows a forward pass. known: what an earlier call gave,
+    of whole batches of the first prompts. An answer does not depend on how many prompts there are.
     """
-    rows = [None] * len(prompts)
-    for at in range(0, len(prompts), batch_size):
+    rows = [*known, *[None] * (len(prompts) - len(known))]
+    for at in range(len(known), len(prompts), batch_size):
         with run.autocast():
             rollout = generate(policy, prompts[at:at + batch_size], o.response_length, tokenizer.eos, o.temperature,
                                runtime.generator(o.seed, at, 0, f"held-out {draw}"))
@@ -353,15 +353,17 @@ class AgainstSFT:
         self.scorers = {"score": reward} | ({"judge": judge} if judge else {})
         self.prompts = prompts[:o.num_eval_prompts]
         self.few = min(max(1, o.num_eval_prompts // 4), len(self.prompts))
-        self.pace = runtime.Pace(BATCH)
+        self.best = min(BEST_PROMPTS, self.few)
+        self.pace, self.last, self.last_step = runtime.Pace(BATCH), [], None  # of the last evaluation
         self.sft_rows = self.answers(ref, self.prompts)
         self.sft = summary(self.sft_rows, self.sft_rows)
 
-    def answers(self, policy, prompts, draw=0):
+    def answers(self, policy, prompts, draw=0, known=()):
         began = time.perf_counter()
         rows = answer(policy, self.ref, self.scorers, prompts, self.tokenizer, self.o, self.run, draw,
-                      micro_batch_size=min(self.o.micro_batch_size, ROWS))
-        self.pace.add("answers", time.perf_counter() - began, self.work(len(prompts)))
+                      micro_batch_size=min(self.o.micro_batch_size, ROWS), known=known)
+        if len(rows) > len(known):
+            self.pace.add("answers", time.perf_counter() - began, self.work(len(rows) - len(known)))
         return rows
 
     def work(self, prompts):
@@ -370,12 +372,14 @@ class AgainstSFT:
 
     def time_left(self, done, steps):
         """Seconds that the evaluations to come and the closing report will take."""
-        looks = runtime.looks_left(done, steps, self.o.eval_interval) + BEST_OF - 1
-        return self.pace.left("answers", looks * self.work(self.few) + self.work(len(self.prompts)))
+        looks = runtime.looks_left(done, steps, self.o.eval_interval)
+        return self.pace.left("answers", looks * self.work(self.few) + (BEST_OF - 1) * self.work(self.best)
+                              + self.work(len(self.prompts) - self.few // BATCH * BATCH))
 
     def evaluation(self, policy, step):
         """Prints and keeps a few answers -> their summary."""
         rows, base = self.answers(policy, self.prompts[:self.few]), self.sft_rows[:self.few]
+        self.last, self.last_step = rows[:self.few // BATCH * BATCH], step
         found = summary(rows, base)
         self.run.say(f"  held out: score {found['score'][0]:+.3f}, kl {found['kl'][0]:.2f}, preferred to the "
                      f"{self.ref_name} answer {found['win_rate'][0]:.1%}, eos {found['eos_rate']:.2f}"
@@ -392,7 +396,7 @@ class AgainstSFT:
     def closing_report(self, policy, step):
         """Prints and keeps all answers before and after, their figures, and the best of some SFT answers."""
         run, name = self.run, self.ref_name
-        rows = self.answers(policy, self.prompts)
+        rows = self.answers(policy, self.prompts, known=self.last if self.last_step == step else ())
         if run.should_stop():
             run.exit_stopped()
         final = {"before": self.sft, "after": summary(rows, self.sft_rows)}
@@ -403,10 +407,10 @@ class AgainstSFT:
             run.say(line)
         for line in self.scorers["score"].kept(final["after"]):
             run.say(line)
-        draws = [self.sft_rows[:self.few], *(self.answers(self.ref, self.prompts[:self.few], draw)
-                                             for draw in range(1, BEST_OF))]
-        best = summary(best_of(draws), self.sft_rows[:self.few])
-        run.say(f"for comparison, the best of {BEST_OF} {name} answers to {self.few} of them: mean score "
+        draws = [self.sft_rows[:self.best], *(self.answers(self.ref, self.prompts[:self.best], draw)
+                                              for draw in range(1, BEST_OF))]
+        best = summary(best_of(draws), self.sft_rows[:self.best])
+        run.say(f"for comparison, the best of {BEST_OF} {name} answers to {self.best} of them: mean score "
                 f"{best['score'][0]:.3f}, KL <= {best_of_n_kl(BEST_OF):.2f}")
         for before, row in list(zip(self.sft_rows, rows))[:2 * SHOWN]:
             run.say(f"\n  {row['prompt']} ...\n    {name} {before['score']:+.2f} |{before['completion']}\n"
