@@ -38,7 +38,7 @@ class Options(RunOptions):
     long_prompts: Literal["drop", "trim"] = "drop"  # texts over the context: drop them, or trim the prompt at its left
     # ---- training
     num_train_epochs: float = 1  # passes over the training data; more overfit fast (0..1000000]
-    max_steps: int = 180  # at most so many optimizer steps, whatever the epochs; 0 = no limit [0..]
+    max_steps: int = 150  # at most so many optimizer steps, whatever the epochs; 0 = no limit [0..]
     batch_size: int = 4  # records (pairs or rankings) an optimizer step, over all ranks [1..]
     micro_batch_size: int = 4  # records a backward pass: for memory; changes no gradient [1..]
     optimizer: Literal["muon", "adamw"] = "adamw"  # muon: torch.optim.Muon for the blocks' matrices, AdamW for the rest

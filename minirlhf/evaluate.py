@@ -227,7 +227,8 @@ def accuracy_table(figures):
 # ---- stage 3: answers against a baseline's answers
 
 @torch.no_grad()
-def answer(policy, ref, scorers, prompts, tokenizer, o, run, draw=0, batch_size=BATCH, micro_batch_size=ROWS, known=()):
+def answer(policy, ref, scorers, prompts, tokenizer, o, run, draw=0, batch_size=BATCH, micro_batch_size=ROWS,
+           known=()):
     """The policy's answers to held-out prompts with fixed seeds, other ones for each `draw` -> list of dicts.
 
     scorers: {column: what scores a Rollout}, as {"score": the reward model, "judge": another}; None where it does not

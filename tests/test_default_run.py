@@ -34,13 +34,13 @@ def test_default_run(tmp_path):
     """Fetched weights and data, a third of the default run: the SFT model has learned what the sentences are like, the
     reward model and a judge trained on other sentences tell which people prefer, and the policy's answers score higher
     by both, not far from the SFT model. All that is left on the disk is small."""
-    seconds = {"sft": run(script("sft"), "--max_steps", "66", "--num_eval_texts", "300", cwd=tmp_path)}
+    seconds = {"sft": run(script("sft"), "--max_steps", "40", "--num_eval_texts", "300", cwd=tmp_path)}
     few = "--num_eval_texts", "300", "--num_scale_samples", "64"
     seconds["rm"] = run(script("rm"), "--max_steps", "30", *few, cwd=tmp_path)
     seconds["judge"] = run(script("rm"), "--preferences", "judge", "--max_steps", "30", *few, "--out_dir",
                            "out/judge", cwd=tmp_path)
     seconds["ppo"] = run(script("ppo"), "--total_episodes", "704", "--num_eval_prompts", "128", "--eval_interval", "50",
-                         "--value_warmup", "3", "--learning_rate", "2e-3", "--judge", "out/judge", cwd=tmp_path)
+                         "--value_warmup", "2", "--judge", "out/judge", cwd=tmp_path)
     print({stage: round(s) for stage, s in seconds.items()}, "seconds")
     bits = rows(tmp_path / "out/sft/metrics.jsonl", "eval")[-1]["all"]["bits_per_byte"]
     accuracy = rows(tmp_path / "out/rm/metrics.jsonl", "final")[-1]["figures"]["mean"]["accuracy"]

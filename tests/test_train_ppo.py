@@ -672,7 +672,7 @@ def test_a_closing_report_takes_the_answers_of_the_last_evaluation(world, monkey
         def kept(self, found):
             return ()
 
-    o, asked, kept, real = options(num_eval_prompts=20), [], [], evaluate.answer
+    o, asked, kept, sampled, real = options(num_eval_prompts=20), [], [], [], evaluate.answer
     nets, *_ = world(o)
     run = run_of(o)
     run.write, run.say, run.should_stop = lambda name, row: kept.append(row), lambda text="": None, lambda: False
@@ -684,6 +684,7 @@ def test_a_closing_report_takes_the_answers_of_the_last_evaluation(world, monkey
         return rows
 
     monkeypatch.setattr(evaluate, "answer", answer)
+    monkeypatch.setattr(evaluate, "generate", lambda *given, f=evaluate.generate: sampled.append(given[1]) or f(*given))
     tokenizer = types.SimpleNamespace(decode=str, eos=EOS)
     against = evaluate.AgainstSFT(nets.ref, tokenizer, Length(), None, [[1 + i % 12, 5] for i in range(30)], o, run)
     work = against.work(5) + against.work(16) + 3 * against.work(3)  # with the last evaluation, which is still to come
@@ -696,6 +697,7 @@ def test_a_closing_report_takes_the_answers_of_the_last_evaluation(world, monkey
         found.append([{**row, "step": 0} for row in kept])
     best = [("ref", 3, 0)] * 3
     assert asked == [("ref", 20, 0), ("policy", 5, 0), ("policy", 20, 4), *best, ("policy", 20, 0), *best]
+    assert sum(map(len, sampled)) == 20 + 5 + (20 - 4) + 3 * 3 + 20 + 3 * 3
     assert found[0] == found[1] and len(found[0]) == 21
 
 
