@@ -26,7 +26,7 @@ BINS = (0, 0.5, 1, 2, 4, math.inf)  # of `margin`, for the accuracy by how clear
 FEW = 50  # pairs, fewer of which say nothing of how good a reward model is
 SHOWN = 4  # samples printed at each evaluation
 TOKEN_LOOKS, TOKEN_ROWS, TOKENS = 8, 4, 256  # in tokens.jsonl: looks of a run, answers of a look, tokens of an answer
-BEST_OF, BEST_PROMPTS = 4, 64  # SFT answers of which the closing report keeps the best, and to how many prompts
+BEST_OF = 4  # SFT answers of which the closing report keeps the best
 UNSOUND_KL = 1.0  # nats a token (k3) between new and old policy: a sound update moves by a hundredth of it
 
 
@@ -227,16 +227,15 @@ def accuracy_table(figures):
 # ---- stage 3: answers against a baseline's answers
 
 @torch.no_grad()
-def answer(policy, ref, scorers, prompts, tokenizer, o, run, draw=0, batch_size=BATCH, micro_batch_size=ROWS,
-           known=()):
+def answer(policy, ref, scorers, prompts, tokenizer, o, run, draw=0, batch_size=BATCH, micro_batch_size=ROWS):
     """The policy's answers to held-out prompts with fixed seeds, other ones for each `draw` -> list of dicts.
 
     scorers: {column: what scores a Rollout}, as {"score": the reward model, "judge": another}; None where it does not
-    apply. o: seed, temperature, response_length. micro_batch_size: rows a forward pass. known: what an earlier call gave,
-    of whole batches of the first prompts. An answer does not depend on how many prompts there are.
+    apply. o: seed, temperature, response_length. micro_batch_size: rows a forward pass. An answer does not depend on
+    how many prompts there are.
     """
-    rows = [*known, *[None] * (len(prompts) - len(known))]
-    for at in range(len(known), len(prompts), batch_size):
+    rows = [None] * len(prompts)
+    for at in range(0, len(prompts), batch_size):
         with run.autocast():
             rollout = generate(policy, prompts[at:at + batch_size], o.response_length, tokenizer.eos, o.temperature,
                                runtime.generator(o.seed, at, 0, f"held-out {draw}"))
@@ -354,17 +353,15 @@ class AgainstSFT:
         self.scorers = {"score": reward} | ({"judge": judge} if judge else {})
         self.prompts = prompts[:o.num_eval_prompts]
         self.few = min(max(1, o.num_eval_prompts // 4), len(self.prompts))
-        self.best = min(BEST_PROMPTS, self.few)
-        self.pace, self.last, self.last_step = runtime.Pace(BATCH), [], None  # of the last evaluation
+        self.pace = runtime.Pace(BATCH)
         self.sft_rows = self.answers(ref, self.prompts)
         self.sft = summary(self.sft_rows, self.sft_rows)
 
-    def answers(self, policy, prompts, draw=0, known=()):
+    def answers(self, policy, prompts, draw=0):
         began = time.perf_counter()
         rows = answer(policy, self.ref, self.scorers, prompts, self.tokenizer, self.o, self.run, draw,
-                      micro_batch_size=min(self.o.micro_batch_size, ROWS), known=known)
-        if len(rows) > len(known):
-            self.pace.add("answers", time.perf_counter() - began, self.work(len(rows) - len(known)))
+                      micro_batch_size=min(self.o.micro_batch_size, ROWS))
+        self.pace.add("answers", time.perf_counter() - began, self.work(len(prompts)))
         return rows
 
     def work(self, prompts):
@@ -373,14 +370,12 @@ class AgainstSFT:
 
     def time_left(self, done, steps):
         """Seconds that the evaluations to come and the closing report will take."""
-        looks = runtime.looks_left(done, steps, self.o.eval_interval)
-        return self.pace.left("answers", looks * self.work(self.few) + (BEST_OF - 1) * self.work(self.best)
-                              + self.work(len(self.prompts) - self.few // BATCH * BATCH))
+        looks = runtime.looks_left(done, steps, self.o.eval_interval) + BEST_OF - 1
+        return self.pace.left("answers", looks * self.work(self.few) + self.work(len(self.prompts)))
 
     def evaluation(self, policy, step):
         """Prints and keeps a few answers -> their summary."""
         rows, base = self.answers(policy, self.prompts[:self.few]), self.sft_rows[:self.few]
-        self.last, self.last_step = rows[:self.few // BATCH * BATCH], step
         found = summary(rows, base)
         self.run.say(f"  held out: score {found['score'][0]:+.3f}, kl {found['kl'][0]:.2f}, preferred to the "
                      f"{self.ref_name} answer {found['win_rate'][0]:.1%}, eos {found['eos_rate']:.2f}"
@@ -397,7 +392,7 @@ class AgainstSFT:
     def closing_report(self, policy, step):
         """Prints and keeps all answers before and after, their figures, and the best of some SFT answers."""
         run, name = self.run, self.ref_name
-        rows = self.answers(policy, self.prompts, known=self.last if self.last_step == step else ())
+        rows = self.answers(policy, self.prompts)
         if run.should_stop():
             run.exit_stopped()
         final = {"before": self.sft, "after": summary(rows, self.sft_rows)}
@@ -408,10 +403,10 @@ class AgainstSFT:
             run.say(line)
         for line in self.scorers["score"].kept(final["after"]):
             run.say(line)
-        draws = [self.sft_rows[:self.best], *(self.answers(self.ref, self.prompts[:self.best], draw)
-                                              for draw in range(1, BEST_OF))]
-        best = summary(best_of(draws), self.sft_rows[:self.best])
-        run.say(f"for comparison, the best of {BEST_OF} {name} answers to {self.best} of them: mean score "
+        draws = [self.sft_rows[:self.few], *(self.answers(self.ref, self.prompts[:self.few], draw)
+                                             for draw in range(1, BEST_OF))]
+        best = summary(best_of(draws), self.sft_rows[:self.few])
+        run.say(f"for comparison, the best of {BEST_OF} {name} answers to {self.few} of them: mean score "
                 f"{best['score'][0]:.3f}, KL <= {best_of_n_kl(BEST_OF):.2f}")
         for before, row in list(zip(self.sft_rows, rows))[:2 * SHOWN]:
             run.say(f"\n  {row['prompt']} ...\n    {name} {before['score']:+.2f} |{before['completion']}\n"
@@ -658,8 +653,9 @@ def verdict_on_policy(figures, thirds, has_judge, reward="reward model"):
 def parse(argv=None):
     parser = Parser(
         prog="python -m minirlhf.evaluate", description="Policies against a baseline on held-out "
-        "prompts, by a reward model and a judge, with 95 % intervals. Temperature, response length, seed and dtype are "
-        "those of the first policy's run unless given, so that the figures are those that train_ppo.py printed.")
+        "prompts, by a reward model and a judge, with 95 % intervals. Temperature, response length, number of prompts, "
+        "seed and dtype are those of the first policy's run unless given, so that the figures are those that "
+        "train_ppo.py printed.")
     parser.add_argument("policies", nargs="+", metavar="POLICY", help="ckpt.pt of train_ppo.py, "
                         "minirlhf.dpo or train_sft.py, or its folder")
     parser.add_argument("--baseline", default="out/sft", metavar="PATH", help="the SFT model whose answers theirs are "
@@ -673,7 +669,8 @@ def parse(argv=None):
                         "on")
     parser.add_argument("--prompts", default="data/sentiment/prompts.val.jsonl", metavar="FILE.jsonl",
                         help="(default: %(default)s)")
-    parser.add_argument("--num_prompts", type=positive_int, default=512, help="the first so many (default: 512)")
+    parser.add_argument("--num_prompts", type=positive_int, help="the first so many (default: as many as "
+                        "the first policy's run of train_ppo.py had, else 512)")
     parser.add_argument("--best_of", default="", metavar="1,4,16", help="rows for the best of n answers of the "
                         "baseline")
     parser.add_argument("--temperature", type=temperature_number)
@@ -729,6 +726,8 @@ def main(argv=None):
                             ("dtype", "float32")):
             if getattr(a, name) is None:
                 setattr(a, name, payload["options"].get(name, usual))
+        if a.num_prompts is None:
+            a.num_prompts = payload["options"].get("num_eval_prompts", 512) if payload["stage"] == "ppo" else 512
     scorer = runtime.Precision(device, a.dtype)
     scorers = {"score": mixture.load(a, baseline, tokenizer, a.baseline, scorer)}
     if a.judge:

@@ -108,7 +108,8 @@ def turns(positions, config):
 
 
 def rotate(x, cos, sin):
-    """Rotary positions: channels i and i + D/2 of each head of x (B, T, H, D) are turned as a pair.   Su et al. 2021"""
+    """Rotary positions: channels i and i + D/2 of each head of x (B, T, H, D) are turned as a pair, by what `turns`
+    gives.   Su et al. 2021"""
     wide = at_least_float32(x)  # once, not for each product
     return wide * cos + wide.roll(x.shape[-1] // 2, -1) * sin
 

@@ -31,7 +31,7 @@ def rows(path, key):
 
 
 def test_default_run(tmp_path):
-    """Fetched weights and data, a third of the default run: the SFT model has learned what the sentences are like, the
+    """Fetched weights and data, a part of the default run: the SFT model has learned what the sentences are like, the
     reward model and a judge trained on other sentences tell which people prefer, and the policy's answers score higher
     by both, not far from the SFT model. All that is left on the disk is small."""
     seconds = {"sft": run(script("sft"), "--max_steps", "40", "--num_eval_texts", "300", cwd=tmp_path)}

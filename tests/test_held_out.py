@@ -139,13 +139,13 @@ def test_a_share_that_leaves_nothing_is_refused(folder, refused):
 
 def test_all_stages_and_the_evaluation_after_them(folder, ran, declined):
     """Each says what it holds out; the command that follows has the share; python -m minirlhf.evaluate takes stage 3's
-    held-out prompts, and has its figures; --resume cannot change the share."""
+    held-out prompts, as many as it had, and has its figures; --resume cannot change the share."""
     for name, stem in (("sft", "sft"), ("rm", "preferences"), ("ppo", "prompts")):
         said = stage(ran, folder, name, "--val_share", "0.3")
         assert f"there is no {stem}.val.jsonl: " in said and "(--val_share 0.3)" in said
         assert name == "ppo" or " --val_share 0.3" in said.splitlines()[-1]
     said = ran(folder, "minirlhf.evaluate", "out/ppo", "--baseline", "out/sft", "--reward_model", "out/rm", "--prompts",
-               "data/prompts.val.jsonl", "--num_prompts", "6", "--output", "found.json").out
+               "data/prompts.val.jsonl", "--output", "found.json").out
     assert "there is no data/prompts.val.jsonl: the " in said and "(--val_share 0.3)" in said
     found = json.loads((folder / "found.json").read_text())["policies"]["out/ppo"]
     rows = [json.loads(line) for line in (folder / "out/ppo/metrics.jsonl").read_text().splitlines()]

@@ -660,47 +660,6 @@ def test_rollouts_and_looks_take_the_compiled_steps(world, monkeypatch):
     assert Counting.steps == 8
 
 
-def test_a_closing_report_takes_the_answers_of_the_last_evaluation(world, monkeypatch):
-    """Of 20 prompts in batches of 2 an evaluation takes 5, and the closing report of the same step its whole batches,
-    4 answers; that of another step asks for all. What it keeps is the same, and the best of 4 is of 3 prompts."""
-    class Length:
-        model = None
-
-        def __call__(self, rollout, rows):
-            return rollout.lengths.double()
-
-        def kept(self, found):
-            return ()
-
-    o, asked, kept, sampled, real = options(num_eval_prompts=20), [], [], [], evaluate.answer
-    nets, *_ = world(o)
-    run = run_of(o)
-    run.write, run.say, run.should_stop = lambda name, row: kept.append(row), lambda text="": None, lambda: False
-    monkeypatch.setattr(evaluate, "BATCH", 2), monkeypatch.setattr(evaluate, "BEST_PROMPTS", 3)
-
-    def answer(policy, ref, scorers, prompts, *rest, known=(), **options):
-        rows = real(policy, ref, scorers, prompts, *rest, known=known, batch_size=2, **options)
-        asked.append(("policy" if policy is nets.policy else "ref", len(prompts), len(known)))
-        return rows
-
-    monkeypatch.setattr(evaluate, "answer", answer)
-    monkeypatch.setattr(evaluate, "generate", lambda *given, f=evaluate.generate: sampled.append(given[1]) or f(*given))
-    tokenizer = types.SimpleNamespace(decode=str, eos=EOS)
-    against = evaluate.AgainstSFT(nets.ref, tokenizer, Length(), None, [[1 + i % 12, 5] for i in range(30)], o, run)
-    work = against.work(5) + against.work(16) + 3 * against.work(3)  # with the last evaluation, which is still to come
-    assert against.time_left(7, 7) == pytest.approx(against.pace.left("answers", work)) and against.work(5) > 0
-    against.evaluation(nets.policy, 7)
-    found = []
-    for step in (7, 8):
-        kept.clear()
-        against.closing_report(nets.policy, step)
-        found.append([{**row, "step": 0} for row in kept])
-    best = [("ref", 3, 0)] * 3
-    assert asked == [("ref", 20, 0), ("policy", 5, 0), ("policy", 20, 4), *best, ("policy", 20, 0), *best]
-    assert sum(map(len, sampled)) == 20 + 5 + (20 - 4) + 3 * 3 + 20 + 3 * 3
-    assert found[0] == found[1] and len(found[0]) == 21
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("without_padding", [False, True])
 def test_a_compiled_step_equals_the_plain_one(world, monkeypatch, without_padding):
