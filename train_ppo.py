@@ -41,7 +41,7 @@ class Options(RunOptions):
     lora_layers: int = 12  # adapters in the last so many blocks, where there are more; 0 = in all [0..]
     long_prompts: Literal["drop", "trim"] = "drop"  # prompts too long for the context: drop, or trim at the left
     # ---- rollouts
-    total_episodes: int = 2176  # answers to sample in all, rounded up to whole batches [1..]
+    total_episodes: int = 1920  # answers to sample in all, rounded up to whole batches [1..]
     batch_size: int = 64  # answers a step, over all ranks [1..]
     response_length: int = 48  # longest answer in tokens, eos included [1..]
     temperature: float = 1.0  # of sampling, and so of every log-probability [0.01..]
@@ -68,12 +68,12 @@ class Options(RunOptions):
     cliprange_value: float = 0.2  # of the value's change (0..]
     vf_coef: float = 0.1  # weight of the value loss: matters for clipping its gradient, as the network is its own [0..]
     ent_coef: float = 0.01  # weight of an entropy bonus: keeps answers diverse [0..]
-    value_warmup: int = 4  # first steps in which only the value network learns [0..]
+    value_warmup: int = 3  # first steps in which only the value network learns [0..]
     # ---- guards
     max_update_kl: float = 1.0  # nats a token from old to new policy (k3) above which a batch's epochs end (0..1]
     max_ref_kl: float = 60.0  # nats a response from the reference; three batches above it end the run; 0 = off [0..]
     # ---- evaluations and checkpoints
-    eval_interval: int = 17  # steps between evaluations and checkpoints; the last step always has both [1..]
+    eval_interval: int = 15  # steps between evaluations and checkpoints; the last step always has both [1..]
     num_eval_prompts: int = 256  # held-out prompts of the closing comparison, a quarter of them earlier [1..1000000]
     save_rollouts: bool = False  # keep each training answer with its score, reward and KL in rollouts.jsonl
 
