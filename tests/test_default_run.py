@@ -40,7 +40,7 @@ def test_default_run(tmp_path):
     seconds["judge"] = run(script("rm"), "--preferences", "judge", "--max_steps", "30", *few, "--out_dir",
                            "out/judge", cwd=tmp_path)
     seconds["ppo"] = run(script("ppo"), "--total_episodes", "704", "--num_eval_prompts", "128", "--eval_interval", "50",
-                         "--value_warmup", "2", "--judge", "out/judge", cwd=tmp_path)
+                         "--value_warmup", "3", "--learning_rate", "2e-3", "--judge", "out/judge", cwd=tmp_path)
     print({stage: round(s) for stage, s in seconds.items()}, "seconds")
     bits = rows(tmp_path / "out/sft/metrics.jsonl", "eval")[-1]["all"]["bits_per_byte"]
     accuracy = rows(tmp_path / "out/rm/metrics.jsonl", "final")[-1]["figures"]["mean"]["accuracy"]
