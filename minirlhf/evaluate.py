@@ -727,7 +727,7 @@ def main(argv=None):
             if getattr(a, name) is None:
                 setattr(a, name, payload["options"].get(name, usual))
         if a.num_prompts is None:
-            a.num_prompts = payload["options"].get("num_eval_prompts", 512) if payload["stage"] == "ppo" else 512
+            a.num_prompts = (payload["options"] if payload["stage"] == "ppo" else {}).get("num_eval_prompts", 512)
     scorer = runtime.Precision(device, a.dtype)
     scorers = {"score": mixture.load(a, baseline, tokenizer, a.baseline, scorer)}
     if a.judge:

@@ -177,7 +177,7 @@ MODEL = [
     ("F.dropout(x + self.wpe(positions) if rope is None else x,", "F.dropout(x,"),
     ("wide.roll(x.shape[-1] // 2, -1)", "wide.flip(-1)"),
     ("self.k_norm(qk[:, :, H:])", "self.q_norm(qk[:, :, H:])"),
-    ("[-angles.sin(), angles.sin()]", "[angles.sin(), -angles.sin()]"),  # the other way round
+    ("torch.cat([-sin, sin], -1)", "torch.cat([sin, -sin], -1)"),  # the other way round
     ("torch.arange(0, D, 2, device=positions.device).float() / D", "torch.arange(0, D // 2).float() / D"),
     ("else turns(positions, self.config)\n", "else turns(positions * 0, self.config)\n"),
     ("x = F.silu(gate) * x", "x = gate * F.silu(x)"),
@@ -866,7 +866,7 @@ EVALUATE_FIGURES = [
     ("self.o.eval_interval) + BEST_OF - 1", "self.o.eval_interval) + BEST_OF"),
     ("looks * self.work(self.few) + self.work(len(self.prompts))", "looks * self.work(self.few)"),
     ('f"held-out {draw}"))', '"held-out"))'),
-    ('.get("num_eval_prompts", 512) if payload["stage"] == "ppo" else 512', '.get("num_prompts", 512)'),
+    ('(payload["options"] if payload["stage"] == "ppo" else {}).get', "{}.get"),
     ('"k3": k3(logprobs, ref_logprobs).sum(1)', '"k3": k3(ref_logprobs, logprobs).sum(1)'),
     ('"ref_logprob": ref_logprobs.sum(1)', '"ref_logprob": logprobs.sum(1)'),
     ('"length": rollout.response_mask.sum(1)', '"length": rollout.lengths'),
