@@ -427,11 +427,11 @@ def long_rows(tmp_path_factory):
 
 
 def test_memory_that_ends(long_rows, command):
-    """What is kept of 64 rows at once is more than there is: exit 1 in the first step, one line with what was asked
-    for, an option that needs less, and the command; nothing is left. In a run that has a checkpoint it stays as it was,
-    and the command goes on to the end."""
+    """What is kept of 64 rows at once (more than 600 MB; of 8 rows 150) is more than there is: exit 1 in the first
+    step, one line with what was asked for, an option that needs less, and the command; nothing is left. In a run that
+    has a checkpoint it stays as it was, and the command goes on to the end."""
     everything = ["train_sft.py", *LONG, "--micro_batch_size", 64]
-    out, error = command(*everything, cwd=long_rows, code=1, memory=160_000_000)
+    out, error = command(*everything, cwd=long_rows, code=1, memory=240_000_000)
     assert error.count("\n") == 1 and error.startswith("error: cpu has no memory left (torch tried to allocate ")
     assert "; --micro_batch_size 32 needs " in error and "; nothing was written: python " in error
     assert " --micro_batch_size 32" in error.split("nothing was written: ")[1] and not (long_rows / "out").exists()
@@ -439,12 +439,12 @@ def test_memory_that_ends(long_rows, command):
     command("train_sft.py", *LONG, "--micro_batch_size", 8, cwd=long_rows, code=143, stop_after=1)
     saved = (long_rows / "out" / "ckpt.pt").read_bytes()
     again = ["train_sft.py", "--resume", "--out_dir", "out", "--device", "cpu", "--micro_batch_size", 64]
-    out, error = command(*again, cwd=long_rows, code=1, memory=160_000_000)
+    out, error = command(*again, cwd=long_rows, code=1, memory=240_000_000)
     assert (long_rows / "out" / "ckpt.pt").read_bytes() == saved
     told = shlex.split(error.split("; the last checkpoint, if any, is whole: python ")[1])
     assert "--resume" in told and told[told.index("--micro_batch_size") + 1] == "32"
     told[told.index("--micro_batch_size") + 1] = "8"
-    command("train_sft.py", *told[1:], cwd=long_rows, memory=160_000_000)
+    command("train_sft.py", *told[1:], cwd=long_rows, memory=240_000_000)
     assert len((long_rows / "out" / "metrics.jsonl").read_text().splitlines()) == 3
 
 
