@@ -90,13 +90,14 @@ def write(path, payload, also="", drop=()):
         unpack(temporary, mmap=True)  # whole, and readable
         if also:
             second_name(temporary, also)
-        for old in drop:
-            os.remove(old)
+        for old in drop:  # before the file has its name: a run that is killed here and resumed removes the rest
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(old)
         keep_previous(path)
         os.replace(temporary, path)
         sync_folder(os.path.dirname(path))
     except (OSError, RuntimeError, Damaged) as error:
-        for unfinished in (temporary, f"{also}.tmp"):
+        for unfinished in (temporary, f"{also}.tmp", f"{previous_of(path)}.tmp"):
             with contextlib.suppress(OSError):
                 os.remove(unfinished)
         raise SystemExit(one_line(f"error: {path}: could not be written ({error}) after {size:,} bytes; what was there "
@@ -165,12 +166,7 @@ def keep_previous(path):
     """A second name for the file, which is never without one; unless it is damaged, and an older one worth more."""
     with contextlib.suppress(FileNotFoundError, Damaged):
         check_whole(path)
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(previous_of(path))
-        try:
-            os.link(path, previous_of(path))
-        except OSError:  # a file system without second names
-            os.replace(path, previous_of(path))
+        second_name(path, previous_of(path))
 
 
 def second_name(path, name):
@@ -185,6 +181,8 @@ def second_name(path, name):
             copy.flush()
             os.fsync(copy.fileno())
     os.replace(f"{name}.tmp", name)
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(f"{name}.tmp")  # it is still there where both were names of one file: then a rename does nothing
 
 
 def not_finite(value, name=""):

@@ -736,12 +736,12 @@ def main(argv=None):
     if room < 2:
         fail(f"--response_length {a.response_length}: leaves no room for a prompt in a context of "
              f"{baseline.config.block_size} tokens")
-    texts, prompts_file = held_out_prompts(a.prompts, share)
+    texts, a.prompts = held_out_prompts(a.prompts, share)
     prompts, long = encode_prompts(tokenizer, texts, room, a.long_prompts)
     if not prompts:
         fail(f"{a.prompts}: no prompt fits {room} tokens; use --long_prompts trim or a shorter --response_length")
-    mixture.give_columns(scorers.values(), prompts, prompts_file)
-    reads = [prompts_file, *(file for path in (a.baseline, *a.policies) for file in checkpoint.files_of(path))]
+    mixture.give_columns(scorers.values(), prompts, a.prompts)
+    reads = [a.prompts, *(file for path in (a.baseline, *a.policies) for file in checkpoint.files_of(path))]
     for files in (*scorers["score"].inputs().values(), rewards.files(a.judge) if a.judge else []):
         reads += files
     with runtime.Output(a.output, ".json", reads) as output:

@@ -775,7 +775,7 @@ def main(argv=None):
         finally:
             runner.end()
             for number, handler in before.items():
-                signal.signal(number, handler)
+                signal.signal(number, handler or signal.SIG_DFL)
         results.write()
     for line in results.state["findings"]:
         say(line)

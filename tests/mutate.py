@@ -386,7 +386,7 @@ CHECKPOINT = [
     ("if damaged := archive.testzip():", "if damaged := None:"),
     ('map_location="cpu", weights_only=True', 'map_location="cpu", weights_only=False'),
     ("        keep_previous(path)\n", ""),
-    ("        check_whole(path)\n        with contextlib.suppress", "        with contextlib.suppress"),
+    ("        check_whole(path)\n        second_name", "        second_name"),
     ("                os.fsync(f.fileno())\n", ""),
     ("        if wanted != found:\n", "        if False:\n"),
     ("                group.update(values)\n", "                pass\n"),

@@ -819,7 +819,7 @@ checkpoint.Digesting.write = half
 before(checkpoint, "save", "a save begins")
 before(checkpoint, "unpack", "before it is read back")
 before(checkpoint, "keep_previous", "before the old one gets its second name")
-before(os, "link", "when the old second name is gone")
+before(os, "link", "before the first step to a second name")
 link = os.link
 def linked(*arguments):
     link(*arguments)
@@ -846,7 +846,7 @@ def never_killed(finished, tmp_path_factory, command):
 
 @pytest.mark.parametrize("moment", ["a save begins", "while it is written", "before it is on the disk",
                                     "before it is read back", "before the old one gets its second name",
-                                    "when the old second name is gone", "before the rename"])
+                                    "before the first step to a second name", "before the rename"])
 def test_killed_while_it_saves(folder, ran, never_killed, moment):
     """Row 28: at whatever moment of the second save, the first checkpoint loads; the run ends as if nothing had been,
     and what the save had begun is gone."""

@@ -635,7 +635,7 @@ def test_where_there_are_no_second_names_they_are_copies(saves, monkeypatch):
     synced, replace = set(), os.replace
 
     def renamed(old, new):
-        assert os.stat(old).st_ino in synced or os.path.basename(old) == "ckpt.pt"  # which was synced when it was made
+        assert os.stat(old).st_ino in synced and os.path.basename(old) != "ckpt.pt"  # which is never without its name
         replace(old, new)
 
     monkeypatch.setattr(os, "link", no_links)
@@ -644,7 +644,7 @@ def test_where_there_are_no_second_names_they_are_copies(saves, monkeypatch):
     saves.go()
     assert kept(saves.folder) == ["ckpt.000004.pt", "ckpt.000006.pt"]
     assert (saves.folder / "ckpt.000006.pt").read_bytes() == (saves.folder / "ckpt.pt").read_bytes()
-    assert os.stat(saves.folder / "ckpt.pt").st_nlink == 1
+    assert os.stat(saves.folder / "ckpt.pt").st_nlink == 1 and (saves.folder / "ckpt.previous.pt").exists()
 
 
 def test_a_copy_for_which_there_is_no_room_leaves_what_was_there(saves, monkeypatch):

@@ -147,7 +147,9 @@ def test_all_stages_and_the_evaluation_after_them(folder, ran, declined):
     said = ran(folder, "minirlhf.evaluate", "out/ppo", "--baseline", "out/sft", "--reward_model", "out/rm", "--prompts",
                "data/prompts.val.jsonl", "--output", "found.json").out
     assert "there is no data/prompts.val.jsonl: the " in said and "(--val_share 0.3)" in said
-    found = json.loads((folder / "found.json").read_text())["policies"]["out/ppo"]
+    found = json.loads((folder / "found.json").read_text())
+    assert found["prompts"] == "data/prompts.train.jsonl"  # those it held out: there is no other file
+    found = found["policies"]["out/ppo"]
     rows = [json.loads(line) for line in (folder / "out/ppo/metrics.jsonl").read_text().splitlines()]
     final = rows[-1]["final"]["after"]
     assert found == final

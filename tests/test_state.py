@@ -791,7 +791,8 @@ def test_what_is_on_the_disk_when(tiny, calls, stage):
         if event == ("open", "ckpt.pt.tmp"):
             save = whole("ckpt.pt", name)
             if saves:
-                save.insert(4, ("link", "ckpt.pt", "ckpt.previous.pt"))
+                save[4:4] = [("link", "ckpt.pt", "ckpt.previous.pt.tmp"),
+                             ("replace", "ckpt.previous.pt.tmp", "ckpt.previous.pt")]
             assert events[at:at + len(save)] == save
             seen = {e[1] for e in events[:at] if e[0] == "write" and e[1] in logged}
             synced = [e for n in runtime.LOGS if n in seen for e in (("open", n), ("fsync", n))]
