@@ -67,7 +67,7 @@ class Options(RunOptions):
     cliprange: float = 0.2  # of the policy's ratio (0..]
     cliprange_value: float = 0.2  # of the value's change (0..]
     vf_coef: float = 0.1  # weight of the value loss: matters for clipping its gradient, as the network is its own [0..]
-    ent_coef: float = 0.01  # weight of an entropy bonus: keeps answers diverse [0..]
+    ent_coef: float = 0.007  # weight of an entropy bonus: keeps answers diverse [0..]
     value_warmup: int = 3  # first steps in which only the value network learns [0..]
     # ---- guards
     max_update_kl: float = 1.0  # nats a token from old to new policy (k3) above which a batch's epochs end (0..1]
