@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from conftest import scratch
-from minirlhf import prepare
+from minirlhf import evaluate, prepare
 from minirlhf.data import (describe_sets, is_held_out, load_demonstrations, load_for_training, load_parts,
                            load_preferences, load_prompts, load_sets, opening)
 
@@ -164,6 +164,20 @@ def test_all_stages_and_the_evaluation_after_them(folder, ran, declined):
     error = declined(folder, "minirlhf.evaluate", "out/ppo", "--baseline", "out/sft", "--reward_model", "out/rm",
                      "--prompts", "few.val.jsonl")
     assert "few.train.jsonl: by the run's --val_share 0.3 no prompt is held out" in error
+
+
+def test_as_many_prompts_as_the_run_had(tiny, tmp_path, monkeypatch):
+    """What python -m minirlhf.evaluate takes by default: as many prompts as the first policy's run of stage 3 had; 512,
+    where that is another model, whatever number its run had."""
+    dpo, ppo = tiny.train("dpo", "--max_steps", "1"), tiny.train("ppo", "--num_eval_prompts", "3")
+    assert not dpo.code and not ppo.code
+    prompts, seen = write(tmp_path / "p.jsonl", records("prompts", [f"a{n}" for n in range(520)])), []
+    monkeypatch.setattr(evaluate, "compare", lambda *arguments: seen.append(len(arguments[4])) or {})
+    common = ["--baseline", tiny.sft, "--reward_model", tiny.rm, "--prompts", str(prompts), "--response_length", "3"]
+    for policies in ([ppo.folder], [ppo.folder, dpo.folder], [dpo.folder, ppo.folder], [tiny.sft]):
+        evaluate.main([*map(str, policies), *common])
+    evaluate.main([str(ppo.folder), *common, "--num_prompts", "7"])
+    assert seen == [3, 3, 512, 512, 7]
 
 
 def egg(n, answer, part):
