@@ -24,7 +24,7 @@ NEAREST = {
     "minirlhf/objectives.py": ["objectives", "train_ppo"],
     "minirlhf/data.py": ["data", "held_out", "chat"],
     "minirlhf/model.py": ["model", "train_ppo", "adapters", "generate", "parity"],
-    "minirlhf/generate.py": ["generate", "train_ppo", "parity"],
+    "minirlhf/generate.py": ["generate", "train_ppo", "parity", "chat"],
     "minirlhf/kernels.py": ["model", "adapters", "memory", "runtime", "benchmark"],
     "train_sft.py": ["figures", "state", "check", "further", "held_out", "chat"],
     "train_rm.py": ["figures", "train_rm", "state", "check", "held_out", "further"],
@@ -867,6 +867,8 @@ EVALUATE_FIGURES = [
     ("looks * self.work(self.few) + self.work(len(self.prompts))", "looks * self.work(self.few)"),
     ('f"held-out {draw}"))', '"held-out"))'),
     ('(payload["options"] if payload["stage"] == "ppo" else {}).get', "{}.get"),
+    ('if payload["stage"] == "ppo" else {}).get', 'if payload["stage"] != "sft" else {}).get'),
+    ('"num_eval_prompts", 512)', '"num_eval_prompts", 256)'),
     ('"k3": k3(logprobs, ref_logprobs).sum(1)', '"k3": k3(ref_logprobs, logprobs).sum(1)'),
     ('"ref_logprob": ref_logprobs.sum(1)', '"ref_logprob": logprobs.sum(1)'),
     ('"length": rollout.response_mask.sum(1)', '"length": rollout.lengths'),
@@ -1045,6 +1047,7 @@ HELD_OUT = [
     ("train_sft.py", "*about_data, *about_parts,", "*about_data,"),
 ]
 SAMPLE = [
+    ('a.long_prompts or ("trim" if judge.options.get("long_prompts") == "trim" else "drop")', 'a.long_prompts or "drop"'),
     ("for _, text, finished, (score,) in itertools.islice(stream, a.n) if finished]",
      "for _, text, finished, (score,) in itertools.islice(stream, a.n)]"),  # cut answers, too
     ("key=lambda answer: -answer[0])", "key=lambda answer: answer[0])"),  # worst first
@@ -1533,6 +1536,7 @@ TRACKERS = [
     ("    for name in chosen:\n        installed(name)", "    for name in ():\n        installed(name)"),
 ]
 PICTURE = [
+    ("of_median_gain(answers[:2 * evaluate.SHOWN])", "of_median_gain(answers[:evaluate.SHOWN])"),
     ("answers[:2 * evaluate.SHOWN]", "answers"),
     ('row["step"] < end)', 'row["step"] <= end)'),  # the last look twice
     ('looks = [(0, final["before"])', 'looks = [(0, final["after"])'),

@@ -38,9 +38,9 @@ def run_folder(tmp_path):
                                                                                          6.5)}
         answers = [{"step": steps, "final": True, "prompt": f"p{n}", "completion": f"after {n}", "score": score,
                     "sft_completion": f"before {n}", "sft_score": sft_score}
-                   for n, (score, sft_score) in enumerate([(3.0, 0.0), (1.0, 0.5), (1.5, 0.0), (2.0, 3.0), (-3.0, 0.0),
-                                                                 (-2.0, 0.0), (5.0, 0.0), (6.0, 0.0), *[(100.0, 0.0)] * 3])]
-        answers[1] |= answer  # its gain, 0.5, is the lower one in the middle of the first eight
+                   for n, (score, sft_score) in enumerate([(3.0, 0.0), (1.0, 0.5), (1.5, 0.0), (2.0, -2.0), (-3.0, 0.0),
+                                                                 (-2.0, 0.0), (-1.0, 0.0), (6.0, 0.0), *[(100.0, 0.0)] * 3])]
+        answers[1] |= answer  # its gain, 0.5, is the lower one in the middle of the first eight, not of the first four
         folder = tmp_path / "run"
         folder.mkdir(exist_ok=True)
         write(folder / "metrics.jsonl", [*rows, {"step": steps, "final": final}])

@@ -12,6 +12,7 @@ import sys
 import pytest
 import torch
 
+import train_rm
 from minirlhf import benchmark, checkpoint, evaluate, prepare, rewards, runtime, sample
 from minirlhf.config import RunOptions
 from minirlhf.data import (encode_preferences, encode_row, load_demonstrations, load_preferences,
@@ -138,25 +139,28 @@ def test_pairs_that_teach_nothing_have_no_accuracy(folder, capsys):
     assert "no pair of texts that differ and are not tied" in out and "nan" not in out
 
 
-@pytest.mark.parametrize("way", [None, "drop", "trim"])
+@pytest.mark.parametrize("way, trained", [(None, "drop"), ("drop", "trim"), ("trim", "drop"), (None, "trim")])
 @torch.no_grad()
-def test_what_is_too_long_has_no_score_or_is_trimmed(folder, capsys, way):
+def test_what_is_too_long_has_no_score_or_is_trimmed(folder, capsys, way, trained):
     """As stage 2 does, and told with the count; its own default is what the model was trained with: dropped."""
     long, short = " cat dog" * 30, " dog"
     records = [{"prompt": long, "completion": short}, {"prompt": "a", "completion": short}]
     option = [] if way is None else ["--long_prompts", way]
-    sample.main(["out/rm", "--prompts", write(folder / "r.jsonl", records), "--output", "s.jsonl", *option])
+    model, tokenizer, _ = load("out/rm")
+    (folder / "rm").mkdir()
+    checkpoint.save("rm/ckpt.pt", stage="rm", model=model, tokenizer=tokenizer, info={}, training={},
+                    options=train_rm.Options(long_prompts=trained))
+    sample.main(["rm", "--prompts", write(folder / "r.jsonl", records), "--output", "s.jsonl", *option])
     first, second = (row["score"] for row in rows(folder / "s.jsonl"))
     assert second == close(by_hand("out/rm", "a", short))
     out = capsys.readouterr().out
-    if way == "trim":
-        model, tokenizer, _ = load("out/rm")
+    if (way or trained) == "trim":
         row = encode_row(tokenizer, long, short, 32, "trim")
         assert first == close(float(model(torch.tensor([row.ids]))[0, -1])) and len(row.ids) == 32
         assert "1 of 2 longer than 32 tokens: trimmed at the left, or cut\n" in out
     else:
         assert first is None and "1 of 2 longer than 32 tokens: dropped, their score is null\n" in out
-        assert "out/rm: 1 text, " in out
+        assert "rm: 1 text, " in out
 
 
 def test_a_pair_of_which_one_is_too_long_has_one_score_and_no_accuracy(folder, capsys):
