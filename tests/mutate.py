@@ -34,7 +34,7 @@ NEAREST = {
     "minirlhf/sizes.py": ["faults"],
     "minirlhf/checkpoint.py": ["state", "checkpoint", "adapters", "further", "pretrained", "faults", "hub", "export"],
     "minirlhf/check.py": ["check", "figures", "groups"],
-    "minirlhf/runtime.py": ["runtime", "figures", "state", "train_ppo", "faults"],
+    "minirlhf/runtime.py": ["runtime", "figures", "state", "train_ppo", "faults", "sample"],
     "minirlhf/sample.py": ["figures", "state", "sample", "chat"],
     "minirlhf/benchmark.py": ["figures", "benchmark"],
     "minirlhf/config.py": ["config", "trackers"],
@@ -448,6 +448,7 @@ CONFIG = [
     ("places.pop(name := word.partition", "(lambda *a: 0)(name := word.partition"),  # blames the file for the command line's value
 ]
 MEMORY = [
+    ("return 1024 * int(line.split()[1])", "return 1000 * int(line.split()[1])"),
     ('matrices = 2 if c.family == "gpt2" else 3  # of', 'matrices = 3  # of'),
     ("c.n_layer - o.freeze_layers", "c.n_layer"),
     ("{p.untyped_storage().data_ptr(): p", "{id(p): p"),  # what is shared is counted twice
@@ -927,6 +928,8 @@ INTERVALS = [
      "return float((happened - given).sum().abs() / len(probability))"),
 ]
 RATES_AND_TIMES = [
+    ("if self.made and not self.size:", "if not self.size:"),
+    ("if self.made and not self.size:", "if False:"),
     ("return (passes + tokens / self.tokens) / 2", "return (passes + tokens / self.tokens) / 3"),
     ("return (passes + tokens / self.tokens) / 2", "return tokens / self.tokens"),
     ("append(seconds / steps)", "append(seconds)"),

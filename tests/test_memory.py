@@ -255,6 +255,13 @@ def test_what_a_process_can_have(monkeypatch):
     assert memory.available(torch.device("cuda", 0)) == 7e9
 
 
+def test_a_line_of_proc_counts_1024_bytes(tmp_path):
+    """"kB" there means 1024 bytes; another line of a like name is not the one."""
+    path = tmp_path / "status"
+    path.write_text("VmRSSx:\t 1 kB\nVmRSS:\t    7 kB\nVmHWM: 9 kB\n")
+    assert memory.field(path, "VmRSS") == 7168 and memory.field(path, "VmHWM") == 9216
+
+
 def test_this_process_and_machine():
     """Resident memory is what Linux says, and there is room for more."""
     grown = torch.ones(2 ** 24)

@@ -1,5 +1,6 @@
 """`python -m minirlhf.sample`: completions, scores of texts, and what it and the other commands do with --output,
 standard input and standard output that are not as they should be."""
+import contextlib
 import functools
 import io
 import json
@@ -382,6 +383,19 @@ def test_a_disk_that_fills_up_leaves_whole_lines(tmp_path):
             output.write(f'{{"row": {k}}}\n')
     assert "could not be written (No space left on device) at 22 bytes" in stop.value.code
     assert (tmp_path / "o.jsonl").read_text() == '{"row": 0}\n{"row": 1}\n'
+
+
+def test_a_command_that_ends_before_it_has_written_leaves_its_predecessor(tmp_path):
+    """An earlier file stays as it was, a new one is not left empty; a command that has nothing to say likewise."""
+    for error in (SystemExit("error: no"), KeyboardInterrupt(), None):
+        for name, before in (("old.jsonl", "{}\n"), ("new.jsonl", None)):
+            path = tmp_path / name
+            if before:
+                path.write_text(before)
+            with contextlib.suppress(SystemExit, KeyboardInterrupt), runtime.Output(str(path), ".jsonl", []):
+                if error:
+                    raise error
+            assert (path.read_text() if before else path.exists()) == (before or False)
 
 
 def test_an_output_replaces_its_predecessor(folder):
