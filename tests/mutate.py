@@ -1724,6 +1724,7 @@ PPO_REWARDS = [
     ("        mixture.give_columns([reward, judge]", "        mixture.give_columns([reward]"),
 ]
 FRONTIER = [
+    ('*trunk, "--preferences", "judge", "--out_dir", o.judge', '*trunk, "--out_dir", o.judge'),
     ('row["score"][0] - PRICE * row["kl"][0]', 'row["score"][0]'),
     ('row["score"][0] - PRICE * row["kl"][0]', 'row["judge_score"][0] - PRICE * row["kl"][0]'),  # chosen by the judge
     ('return -math.inf if "failed" in row', 'return 0.0 if "failed" in row'),

@@ -295,6 +295,11 @@ def test_it_trains_what_is_missing_and_each_row_is_its_command_s(finished):
     folder, calls = finished
     rows = state(folder)["rows"]
     assert [name for name, _ in calls[:4]] == ["train_sft", "train_rm", "train_rm", "minirlhf.sample"]
+    trunk = "--init_from out/scratch/sft"
+    for (_, words), last in zip(calls, ("--out_dir out/scratch/sft", f"{trunk} --out_dir out/scratch/rm",
+                                        f"{trunk} --preferences judge --out_dir out/scratch/judge")):
+        assert " ".join(words).endswith(last)  # the judge learns from other people's choices than the reward model
+        assert ("--preferences" in words) == ("--preferences" in last)
     trained = {name: row for name, row in rows.items() if row["method"] != "best-of-n"}
     assert [words for _, words in calls[4:]] == [row["words"] for row in trained.values()]
     assert set(rows) - set(trained) == {"best-of-1", "best-of-2", "best-of-4"}
