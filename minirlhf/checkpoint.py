@@ -90,10 +90,10 @@ def write(path, payload, also="", drop=()):
         unpack(temporary, mmap=True)  # whole, and readable
         if also:
             second_name(temporary, also)
+        keep_previous(path)  # where it is a copy, the disk may be full
         for old in drop:  # before the file has its name: a run that is killed here and resumed removes the rest
             with contextlib.suppress(FileNotFoundError):
                 os.remove(old)
-        keep_previous(path)
         os.replace(temporary, path)
         sync_folder(os.path.dirname(path))
     except (OSError, RuntimeError, Damaged) as error:

@@ -649,13 +649,22 @@ def test_where_there_are_no_second_names_they_are_copies(saves, monkeypatch):
 
 def test_a_copy_for_which_there_is_no_room_leaves_what_was_there(saves, monkeypatch):
     """One line with the path, exit status 1, nothing half made; with room it goes on."""
-    def full(*_):
-        raise OSError(28, "No space left on device")
+    copy, calls, there = shutil.copyfileobj, [], []
+
+    def full(source, target, *more):
+        calls.append(os.path.basename(target.name))
+        if calls.count(name) == nth:
+            there.append({path for path in os.listdir(saves.folder) if not path.endswith(".tmp") and path != "lock"})
+            raise OSError(28, "No space left on device")
+        copy(source, target, *more)
     monkeypatch.setattr(os, "link", no_links)
-    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="ckpt.pt: could not .*No space left"):
-        patch.setattr(shutil, "copyfileobj", full)
-        saves.go()
-    assert list(saves.folder.glob("ckpt*")) == []
+    for name, nth in (("ckpt.000002.pt.tmp", 1), ("ckpt.previous.pt.tmp", 2)):  # of the first save, of the third
+        with monkeypatch.context() as patch, pytest.raises(SystemExit, match="ckpt.pt: could not .*No space left"):
+            patch.setattr(shutil, "copyfileobj", full)
+            saves.go(overwrite=bool(there))
+        assert {*os.listdir(saves.folder)} == there[-1]
+    assert there[0] & {"ckpt.pt", "ckpt.previous.pt"} == set() and len(there) == 2
+    assert {"ckpt.pt", "ckpt.previous.pt", "ckpt.000002.pt", "ckpt.000004.pt"} <= there[1]
     saves.go(overwrite=True)
     assert kept(saves.folder) == ["ckpt.000004.pt", "ckpt.000006.pt"]
 
