@@ -928,7 +928,6 @@ INTERVALS = [
      "return float((happened - given).sum().abs() / len(probability))"),
 ]
 RATES_AND_TIMES = [
-    ("if self.made and not self.size:", "if not self.size:"),
     ("if self.made and not self.size:", "if False:"),
     ("return (passes + tokens / self.tokens) / 2", "return (passes + tokens / self.tokens) / 3"),
     ("return (passes + tokens / self.tokens) / 2", "return tokens / self.tokens"),
