@@ -8,8 +8,10 @@ import sys
 import time
 
 import pytest
+import torch
 
 from conftest import scratch
+from minirlhf import export, fetch
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 ENV = {**os.environ, "PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1"}
@@ -149,3 +151,37 @@ def test_stage_1_begins_with_a_small_multiple(large, tmp_path):
     memory, read = (a - b for a, b in zip(begin(large), begin(tmp_path)))
     print(f"stage 1: {memory / size:.2f} times the size in memory, {read / size:.3f} read")
     assert memory < 6 * size and read < 2.1 * size
+
+
+READ = """
+import sys, torch
+from minirlhf import checkpoint, memory
+torch.ones(9) @ torch.ones(9)
+began = memory.field("/proc/self/status", "VmRSS")
+model, *_ = checkpoint.load(sys.argv[1], ["sft"], torch.device("cpu"))
+print(sum(4 * p.numel() for p in model.parameters()), memory.field("/proc/self/status", "VmHWM") - began)
+"""
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """{kind: SmolLM2 in a file of that kind}"""
+    weights, folder = pytest.importorskip("safetensors.torch"), tmp_path_factory.mktemp("published")
+    export.export(fetch.smollm2(), str(folder / "safetensors"))
+    loaded = weights.load_file(folder / "safetensors" / "model.safetensors")
+    for kind in ("bfloat16", "pickle"):
+        shutil.copytree(folder / "safetensors", folder / kind, ignore=shutil.ignore_patterns("model.safetensors"))
+    weights.save_file({name: w.bfloat16() for name, w in loaded.items()}, folder / "bfloat16" / "model.safetensors")
+    torch.save(loaded, folder / "pickle" / "pytorch_model.bin")
+    yield {"gguf": fetch.smollm2(), **{kind: str(folder / kind) for kind in ("safetensors", "bfloat16", "pickle")}}
+    shutil.rmtree(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["gguf", "safetensors", "bfloat16", "pickle"])
+def test_reading_a_model_costs_little_more_than_its_weights(published, kind):
+    """At most 1.3 times its weights in float32, whatever the file holds."""
+    out = subprocess.run([sys.executable, "-c", READ, published[kind]], env=ENV, stdout=subprocess.PIPE, check=True)
+    weights, most = map(int, out.stdout.split())
+    print(f"{kind}: {most / weights:.2f} times the float32 weights of {weights:,} bytes")
+    assert weights < most < 1.3 * weights
