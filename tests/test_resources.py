@@ -178,8 +178,8 @@ def published(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gguf", "safetensors", "pickle"])
 def test_reading_a_model_costs_little_more_than_its_weights(published, kind):
-    """At most 1.3 times its weights in float32, of three processes the one that took least: the system's large pages
-    add up to 0.04 by chance."""
+    """At most 1.3 times its weights in float32, of three processes the one that took least: the figure
+    varies by 0.05."""
     command = [sys.executable, "-c", READ, published[kind]]
     found = [subprocess.run(command, env=ENV, stdout=subprocess.PIPE, check=True).stdout.split() for _ in range(3)]
     (weights,), most = {int(w) for w, _ in found}, min(int(m) for _, m in found)
