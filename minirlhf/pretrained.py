@@ -294,11 +294,14 @@ def assemble(config, stored, path, head, block_size):
             fail(f"{path}: {output} differs from {embedding}, to which the output is tied")
         if copy.take:
             copy.take()
-    state = {name: own[name] for name in shapes.keys() - plan.keys()}
+    # Room first for what is read in pieces: if pieces came and went in between, holes would stay that count as memory.
+    state = {name: torch.empty(shape) if name in plan else own[name] for name, shape in shapes.items()
+             if name not in plan or not stored[plan[name][0]].take}
     in_pairs = gguf and not config.qkv_bias and not config.qk_norm  # what is Llama's own in GGUF
     for name, parts in plan.items():
         whole = stored[parts[0]].take if len(parts) == 1 and name not in transposed else None
-        state[name] = whole() if whole else torch.empty(shapes[name])
+        if name not in state:
+            state[name] = whole() if whole else torch.empty(shapes[name])
         slices = state[name].split([wanted[part][0] for part in parts]) if len(parts) > 1 else [state[name]]
         for part, rows in zip(parts, slices):
             pairs = config.head_size // 2 if in_pairs and part.endswith(("attn_q.weight", "attn_k.weight")) else 0
