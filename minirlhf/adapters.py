@@ -13,7 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from minirlhf.config import fail, warn_idle
-from minirlhf.model import outline
+from minirlhf.sizes import outline
 
 
 OPTIONS = ("lora_rank", "lora_alpha", "lora_layers", "freeze_layers")  # what a run cannot change

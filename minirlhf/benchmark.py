@@ -40,7 +40,7 @@ from minirlhf.config import all_printed, fail, launch, parse, ranks, say, unprin
 from minirlhf.data import Row
 from minirlhf.generate import compile_model
 from minirlhf.memory import adapter_weights, linear_weights
-from minirlhf.model import GPT, GPTConfig, outline
+from minirlhf.model import GPT, GPTConfig
 from minirlhf.rewards import RewardModel
 
 NO_EOS = -1  # no token has this id
@@ -156,7 +156,7 @@ def causal(tokens):
 
 def parameters(w, head):
     """Weights of a model, embeddings and head included."""
-    return runtime.count_parameters(outline(config_of(w), head))
+    return runtime.count_parameters(sizes.outline(config_of(w), head))
 
 
 def learned(w, o):

@@ -31,8 +31,9 @@ from minirlhf import tokenizer as tokenizers
 from minirlhf.chat import Form
 from minirlhf.config import as_fields, check_ranges, did_you_mean, fail, fitting, one_line, ranks, say
 from minirlhf.data import fingerprint
-from minirlhf.model import GPT, GPTConfig, outline
+from minirlhf.model import GPT, GPTConfig
 from minirlhf.runtime import sync_folder
+from minirlhf.sizes import outline
 from minirlhf.tokenizer import Tokenizer
 
 FORMAT = 3  # what this program reads; it writes 3 with a form of messages, 2 with adapters on another's model, else 1

@@ -22,7 +22,6 @@ from minirlhf import checkpoint, pretrained, runtime, sizes
 from minirlhf import tokenizer as tokenizers
 from minirlhf.adapters import layers_of
 from minirlhf.config import Parser, all_printed, escaped, fail, fitting, one_line, say, unprinted
-from minirlhf.model import outline
 
 FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 CLASSES = {"gpt2": ("GPT2LMHeadModel", "GPT2ForSequenceClassification"),  # for a language model, for a reward model
@@ -317,7 +316,7 @@ def memory_lines(config, rank=16):
     def amount(size):
         return f"{size / 1e9:.2f} GB" if size > 1e8 else f"{size / 1e6:.1f} MB"
 
-    model = outline(config, "lm")
+    model = sizes.outline(config, "lm")
     linear = [layer for block in model.h for *_, layer in layers_of(block, torch.nn.Linear)]
     n, a = runtime.count_parameters(model), rank * sum(layer.in_features + layer.out_features for layer in linear)
     return [f"memory: weights {amount(4 * n)}; this machine has {sizes.memory_of(torch.device('cpu')) / 1e9:.1f} GB",

@@ -355,16 +355,3 @@ class GPT(nn.Module):
         """(B, T) -> logits (B, T, V), or scalars (B, T)."""
         h = self.hidden(tokens)
         return self.logits(h) if self.head == "lm" else self.scalar(h)
-
-
-class Uninitialised(torch.overrides.TorchFunctionMode):
-    """Embeddings that are made within get no weights: for meta tensors torch would import torch._dynamo, 2 s."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        return kwargs["tensor"] if function is torch.nn.init.normal_ else function(*args, **(kwargs or {}))
-
-
-def outline(config, head):
-    """A model of shapes alone: it takes no memory, whatever sizes a wrong config asks for."""
-    with torch.device("meta"), Uninitialised():
-        return GPT(config, head)

@@ -25,8 +25,8 @@ import numpy as np
 import torch
 
 from minirlhf.config import fail, fitting, launch
-from minirlhf.model import GPTConfig, outline
-from minirlhf.sizes import check_room
+from minirlhf.model import GPTConfig
+from minirlhf.sizes import check_room, outline
 
 PIECE = 1 << 20  # numbers that are widened at once
 LARGEST_JSON, LARGEST_HEADER = 256 << 20, 100_000_000  # bytes

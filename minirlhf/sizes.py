@@ -1,5 +1,5 @@
 """Whether sizes can be, and what is asked for fits the memory there is: told by the option's name, before any memory is
-spent.
+spent; and a model of shapes alone, which takes none.
 
 Bounds are low ones: what they refuse cannot run; what they let pass may still need more than there is.
 """
@@ -10,6 +10,7 @@ import torch
 
 from minirlhf.config import fail
 from minirlhf.generate import KVCache
+from minirlhf.model import GPT
 
 TRAINING = 12  # bytes a parameter: weight, gradient and at least one moment
 BLOCK = 20_000  # bytes of Python objects a block of layers
@@ -73,3 +74,16 @@ def check_rollout(option, model, rows, slots):
     cache = KVCache(model, 1, 1)
     size = slots * (cache.k.nbytes + cache.v.nbytes + 16) + 8 * model.config.vocab_size
     check_room(option, f"a batch of {rows:,} answers of up to {slots:,} tokens", rows * size, model.wte.weight.device)
+
+
+class Uninitialised(torch.overrides.TorchFunctionMode):
+    """Embeddings that are made within get no weights: for meta tensors torch would import torch._dynamo, 2 s."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return kwargs["tensor"] if function is torch.nn.init.normal_ else function(*args, **(kwargs or {}))
+
+
+def outline(config, head):
+    """A model of shapes alone: it takes no memory, whatever sizes a wrong config asks for."""
+    with torch.device("meta"), Uninitialised():
+        return GPT(config, head)
