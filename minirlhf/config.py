@@ -446,8 +446,8 @@ def lines_for(path, stage):
         section = heading[1] if heading else section
         if line.startswith("[") and not heading:
             fail(f"{path}:{number}: {line[:60]}: " + (
-                "there are no sections but [sft], [rm], [ppo] and [dpo], for those stages; leave the line out, one `name "
-                "= value` a line is all" if stage else "this command takes no sections; leave the line out"))
+                "there are no sections but [sft], [rm], [ppo] and [dpo], for those stages; leave the line out, one "
+                "`name = value` a line is all" if stage else "this command takes no sections; leave the line out"))
         if line and not heading and section in ("", stage) and not line.startswith("#"):
             yield number, line
 

@@ -59,7 +59,7 @@ DPO = tuple("--eval_interval 50 --num_eval_texts 512 --num_eval_prompts 64".spli
 METHODS = {
     "ppo": Method("train_ppo.py", "kl_coef", (0.01, 0.03, 0.1, 0.3), 0.03, (1e-4, 3e-4, 1e-3), RL),
     "rloo": Method("train_ppo.py", "kl_coef", (0.03, 0.1, 0.3), 0.03, (1e-4, 3e-4, 1e-3),
-                   (*RL, "--advantages", "rloo", "--group_size", "4", "--ent_coef", "0")),  # a bonus outweighs its rewards
+                   (*RL, "--advantages", "rloo", "--group_size", "4", "--ent_coef", "0")),  # a bonus outweighs rewards
     "dpo": Method("minirlhf.dpo", "beta", (0.03, 0.1, 0.3, 1.0), 0.1, (3e-5, 1e-4, 3e-4),
                   (*DPO, "--max_steps", "250")),
     "dpo-on-policy": Method("minirlhf.dpo", "beta", (0.03, 0.1, 0.3, 1.0), 0.1, (3e-5, 1e-4, 3e-4), DPO),
@@ -638,8 +638,8 @@ def report(points, state, o):
     yield from table([state["baseline"], *(row for found in points.values() for row in found.values())])
     yield from ("", "## Learning rates that were not taken", "",
                 f"Compared by the score, less {PRICE:g} a nat of KL.", "", *table(others), "", "## Commands", "",
-                f"Measured by `{best_of_job(1, o).command().partition(' ' + o.sft)[0]} RUN {shlex.join(measuring(o))}`.",
-                "")
+                f"Measured by `{best_of_job(1, o).command().partition(' ' + o.sft)[0]} RUN "
+                f"{shlex.join(measuring(o))}`.", "")
     yield from (f"- {name}: `{row['command']}`" for name, row in state["rows"].items())
 
 
@@ -690,7 +690,8 @@ def run_all(o, runner, results):
     results.stand_on(ground)
     best = iter(())
     if "best-of-n" in o.methods.split(",") and not all(best_of_job(n, o).name in results.rows for n in BEST_OF):
-        say(f"{runner.clock()}  {max(BEST_OF)} answers of {o.sft} to each of {len(ground.prompts)} prompts, beside runs")
+        say(f"{runner.clock()}  {max(BEST_OF)} answers of {o.sft} to each of {len(ground.prompts)} prompts, "
+            "beside runs")
         best = ground.best_of(runner)
     while True:
         runner.check_stop()

@@ -219,7 +219,7 @@ class Load:
         except OSError:
             return None
         cores = {f"cpu{i}" for i in os.sched_getaffinity(0)}
-        ticks = sum(int(n) for row in rows if row[0] in cores for n in (*row[1:4], *row[6:9]))  # neither idle nor iowait
+        ticks = sum(int(n) for row in rows if row[0] in cores for n in (*row[1:4], *row[6:9]))  # not idle or iowait
         return (time.perf_counter(), ticks / os.sysconf("SC_CLK_TCK"),
                 own.user + own.system + own.children_user + own.children_system)
 
@@ -239,11 +239,11 @@ def cores_allowed():
 def share_cores():
     """From now on OpenMP's threads sleep while they wait for one another, whenever other processes want their cores.
 
-    At the end of a loop that they share, they spin: fastest on an idle machine. But while one spins on its core, another
-    may stand still because a process of somebody else has its core, and a step takes 7 to 60 times as long. GNU's OpenMP
-    spins 100 rounds instead of 300,000 (libgomp's env.c) as soon as it has more threads than there are cores: so a
-    watcher looks twice a second, and as long as cores are wanted, further threads that do nothing are there. Which
-    thread computes what stays the same, and so do all results.
+    At the end of a loop that they share, they spin: fastest on an idle machine. But while one spins on its core,
+    another may stand still because a process of somebody else has its core, and a step takes 7 to 60 times as long.
+    GNU's OpenMP spins 100 rounds instead of 300,000 (libgomp's env.c) as soon as it has more threads than there are
+    cores: so a watcher looks twice a second, and as long as cores are wanted, further threads that do nothing are
+    there. Which thread computes what stays the same, and so do all results.
 
     Nothing happens where the environment says how to wait, and on systems without /proc/stat.
     """
