@@ -43,7 +43,7 @@ class Options(RunOptions):
     last_turn_only: bool = False  # of a conversation train the last answer only, not all of the assistant's
     # ---- training
     num_train_epochs: float = 1  # passes over the training data (0..1000000]
-    max_steps: int = 180  # at most so many optimizer steps, whatever the epochs; 0 = no limit [0..]
+    max_steps: int = 200  # at most so many optimizer steps, whatever the epochs; 0 = no limit [0..]
     batch_size: int = 16  # rows an optimizer step, over all ranks [1..]
     micro_batch_size: int = 16  # rows a forward and backward pass: for memory; changes no gradient [1..]
     optimizer: Literal["muon", "adamw"] = "adamw"  # muon: torch.optim.Muon for the blocks' matrices, AdamW for the rest
@@ -54,7 +54,7 @@ class Options(RunOptions):
     lr_schedule: Literal["linear", "cosine", "constant"] = "cosine"  # how it falls to 0; constant runs can be prolonged
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm; 0 = never [0..]
     # ---- evaluations and checkpoints
-    eval_interval: int = 180  # steps between evaluations, checkpoints and samples; the last step always does [1..]
+    eval_interval: int = 200  # steps between evaluations, checkpoints and samples; the last step always does [1..]
     num_eval_texts: int = 0  # held-out rows of an evaluation, evenly spread over all of them; 0 = all [0..]
     log_interval: int = 10  # steps between log lines [1..]
     response_length: int = 48  # longest sample in tokens [1..]

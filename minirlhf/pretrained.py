@@ -76,10 +76,12 @@ def load(path, head=None, block_size=0, asked=""):
         stored = own_names(stored, config, gguf, path)
         kinds, constant = sorted({tensor.kind for tensor in stored.values()}), values.finite(CONSTANT)
         info = {"source": path, "model_type": values.of["model_type"], "context": config.block_size}
-        model = assemble(config, stored, path, head, block_size or config.block_size)
+        model = assemble(config, stored, path, head, block_size or config.block_size, gguf)
         if model.head == "scalar":
             model.bias.fill_(constant)
-            drop_padding(model, values.of.get("pad_token_id"))
+            padding, eos = values.of.get("pad_token_id"), values.of.get("eos_token_id")
+            if padding not in (eos if isinstance(eos, list) else [eos]):
+                drop_padding(model, padding)
     return model.eval(), tokenizer, info | {"vocab_size": model.config.vocab_size, "kinds": kinds}
 
 
@@ -117,14 +119,16 @@ class Values:
             if default is None:
                 fail(f"{self.path}: lacks {self.shown.get(key, key)}")
             return default
-        if type(value) is not int and (kind is int or type(value) is not float) or not 0 < value < 2 ** 62:
+        if type(value) is not int and (kind is int or type(value) is not float) or not 0 < value:
             self.refuse(key, "must be a number above 0")
+        if value >= 1 << 40:
+            self.refuse(key, "is too large")
         return kind(value)
 
     def finite(self, key):
         value = self.of.get(key, 0.0)
-        if type(value) not in (int, float) or not abs(value) < math.inf:
-            self.refuse(key, "must be a finite number")
+        if type(value) not in (int, float) or not abs(value) <= torch.finfo(torch.float32).max:
+            self.refuse(key, "must be a finite number of float32")
         return value
 
     def flag(self, key, default):
@@ -155,6 +159,7 @@ def sizes(values) -> GPTConfig:
     for key, value in values.of.items():
         if (key in NEVER or key.startswith("mup_")) and value not in (None, {}, [], False):
             values.refuse(key, NEVER.get(key, "scales something (muP)"))
+    values.must_be("is_causal", (True,), "a token sees none of those that follow it")
     return gpt2_sizes(values) if family == "gpt2" else llama_sizes(values, family)
 
 
@@ -184,28 +189,40 @@ def llama_sizes(values, family):
     values.must_be("mlp_bias", (False,), "the MLP has no biases")
     values.must_be("use_sliding_window", (False,), "attention sees all that came before")
     values.must_be("partial_rotary_factor", (1.0,), "the whole head is rotated")
-    layers, rope = values.of.get("layer_types"), values.of.get("rope_parameters")
+    layers = values.of.get("layer_types")
     if layers is not None and not (isinstance(layers, list) and all(kind == "full_attention" for kind in layers)):
         values.refuse("layer_types", "all layers must be full_attention")
     usual = (("type", "default"), ("rope_type", "default"), ("partial_rotary_factor", 1.0))
-    for key in ("rope_scaling", "rope_parameters"):
-        value = values.of.get(key)
-        if value is not None and not (isinstance(value, dict) and all(
-                item[0] == "rope_theta" or item in usual for item in value.items())):
+    theta = values.number("rope_theta", 0.0, float)
+    for key in ("rope_parameters", "rope_scaling"):
+        inner = values.of.get(key)
+        inner = Values({} if inner is None else inner, values.path)
+        if not isinstance(inner.of, dict):
             values.refuse(key, "rotary positions are known here unscaled (default) only")
-    inner = Values(rope or {}, values.path, {"rope_theta": "rope_parameters.rope_theta"})
-    theta = inner.number("rope_theta", values.number("rope_theta", 10000.0, float), float)
-    if theta != values.number("rope_theta", theta, float):
-        values.refuse("rope_theta", f"rope_parameters have {theta:g}")
+        inner.shown = {name: f"{key}.{name}" for name in inner.of}
+        for item in inner.of.items():
+            if item[0] != "rope_theta" and item not in usual:
+                inner.refuse(item[0], "rotary positions are known here unscaled (default) only")
+        own = inner.number("rope_theta", theta, float)
+        if theta not in (0, own):
+            inner.refuse("rope_theta", f"differs from another rope_theta of this file, {theta:g}")
+        theta = own
     n_embd, n_head = values.number("hidden_size"), values.number("num_attention_heads")
     absent = 128 if family == "qwen3" and "head_dim" not in values.of else 0
     kv_absent = n_head if family == "llama" or "num_key_value_heads" in values.of else 32
+    n_kv_head, head_size = values.number("num_key_value_heads", kv_absent), values.number("head_dim", absent)
+    if n_head % n_kv_head:
+        values.refuse("num_key_value_heads", f"num_attention_heads, {n_head}, is no multiple of {n_kv_head}")
+    if not head_size and n_embd % n_head:
+        values.refuse("num_attention_heads", f"must divide hidden_size, {n_embd}, where head_dim is not given")
+    if (head_size or n_embd // n_head) % 2:
+        values.refuse("head_dim", f"{head_size or n_embd // n_head} must be even")
     return GPTConfig(
         values.number("num_hidden_layers"), n_head, n_embd, values.number("vocab_size"),
         values.number("max_position_embeddings"), family="llama", n_inner=values.number("intermediate_size"),
-        n_kv_head=values.number("num_key_value_heads", kv_absent), head_size=values.number("head_dim", absent),
-        rope_theta=theta, norm_eps=values.number("rms_norm_eps", 1e-6, float), qkv_bias=family == "qwen2",
-        qk_norm=family == "qwen3", tied=values.flag("tie_word_embeddings", False))
+        n_kv_head=n_kv_head, head_size=head_size, rope_theta=theta or 10000.0,
+        norm_eps=values.number("rms_norm_eps", 1e-6, float), qkv_bias=family == "qwen2", qk_norm=family == "qwen3",
+        tied=values.flag("tie_word_embeddings", False))
 
 
 # ---- from their tensors to ours
@@ -220,7 +237,7 @@ GGUF = {"wte": "token_embd", "wpe": "position_embd", "ln_f": "output_norm", "lm_
         "attn.k_norm": "attn_k_norm", "ln_2": "ffn_norm", "mlp.c_fc": "ffn_gate ffn_up", "mlp.c_proj": "ffn_down"}
 GGUF_GPT2 = GGUF | {"attn.c_attn": "attn_qkv", "mlp.c_fc": "ffn_up"}
 IGNORED = re.compile(  # no parameters
-    r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias|(model\.)?layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+    r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias|(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 
 
 def own_names(stored, config, gguf, path):
@@ -263,14 +280,13 @@ def is_transposed(name, config):
     return config.family == "gpt2" and name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
 
 
-def assemble(config, stored, path, head, block_size):
+def assemble(config, stored, path, head, block_size, gguf):
     """-> the GPT. All names and shapes are compared before a weight is read."""
     found = "scalar" if "score.weight" in stored else "lm"
     if head not in (None, found):
         kinds = {"lm": "a language model", "scalar": "a sequence classifier"}
         fail(f"{path}: holds {kinds[found]}, expected {kinds[head]}")
-    gguf = "token_embd.weight" in stored
-    if config.n_layer > len(stored):
+    if config.n_layer > min(len(stored), max(len(stored) // 9, 500)):  # Llama has nine tensors a layer, GPT-2 twelve
         fail(f"{path}: {config.n_layer} layers of {len(stored)} tensors")
     model = outline(config, found)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -405,9 +421,11 @@ def widen(raw, kind):
 
 def unique(pairs):
     """A JSON object's pairs as a dict. Raises ValueError for a name that stands twice."""
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        raise ValueError(f"{[k for k, _ in pairs if [k for k, _ in pairs].count(k) > 1][0]!r} stands twice")
+    values = {}
+    for name, value in pairs:
+        if name in values:
+            raise ValueError(f"{name[:80]!r} stands twice")
+        values[name] = value
     return values
 
 
@@ -461,7 +479,8 @@ def read_shards(index, read):
         if not os.path.isfile(path):
             fail(f"{path}: no such file, though {index} names it")
         tensors = read(path)
-        if wrong := sorted(tensors.keys() ^ {name for name, named in where.items() if named == file}):
+        if wrong := sorted(name for name in tensors.keys() ^ {name for name, named in where.items() if named == file}
+                           if not IGNORED.fullmatch(name)):
             fail(f"{path}: {wrong[0]} is {'not in it' if wrong[0] in where else 'not in the index'}, against {index}")
         stored |= tensors
     return stored

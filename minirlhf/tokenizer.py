@@ -8,6 +8,7 @@ Left out: chat templates and padding tokens. Rows are padded with eos and masked
 """
 import contextlib
 import heapq
+import itertools
 import json
 import os
 import tempfile
@@ -64,17 +65,18 @@ class Tokenizer:
         the `tokenizers` package does it."""
         if self.nfc:
             text = unicodedata.normalize("NFC", text)
-        ids = [self.ids[i] for i in self.encoding.encode_ordinary(text)]
+        try:
+            ids = [self.ids[i] for i in self.encoding.encode_ordinary(text)]
+        except BaseException as error:  # where the pattern tries too many ways, tiktoken raises what is no Exception
+            if type(error).__name__ != "PanicException":
+                raise
+            fail(f"a text of {len(text):,} characters cannot be split by the tokenizer's pattern {self.pattern[:60]!r}")
         if self.missing and ids and max(ids) >= self.vocab_size:
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            ids = [self.ids[i] for word in regex.finditer(self._split_pattern(), text)
+            ids = [self.ids[i] for word in regex.finditer(_for_regex(self.pattern), text)
                    if (kept := word[0].encode().translate(None, self.missing))
                    for i in self.encoding._core_bpe.encode_single_piece(kept)]
         return ids
-
-    def _split_pattern(self):
-        """The pattern for the `regex` package, whose \\s and $ take more than tiktoken's."""
-        return self.pattern.replace("\\s", "\\p{White_Space}").replace("\\S", "\\P{White_Space}").replace("$", "\\Z")
 
     def encode_prompt(self, text: str) -> list[int]:
         return [self.opening] + self.encode(text)
@@ -234,17 +236,36 @@ QWEN2 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{
 GGUF_PATTERNS = {"gpt-2": PATTERN, "smollm": DIGITS_APART, "qwen2": QWEN2}
 
 
+# How a tokenizer.json may split: what `tokenizers`, tiktoken and `regex` read alike, so no ^ $ \w \b and no sets in
+# sets; and no group that is repeated, which could take very long
+SPLIT = regex.compile(r"""(?x)
+    (?(DEFINE) (?P<escape> \\ (?: [sSdDrnt] | [pP] \{ (?: [LMNPSZC][a-z]? | Han ) \} | [^\w\s] ) )
+               (?P<set> \[ \^? (?: (?&escape) | [^][\\&~-] | -(?!-) | &(?!&) | ~(?!~) )+ \] )
+               (?P<times> [?*+][?+]? | \{ \d+ (?: , \d* )? \} )
+               (?P<group> \( (?: \?[=!] (?&either) \) | (?: \?i: [][|'a-zA-Z]+ | (?: \?: | (?!\?) ) (?&either)
+                              ) \) \?? ) )
+               (?P<item> (?: (?&escape) | (?&set) | [^][\\(){}*+?|^$] ) (?&times)? | (?&group) )
+               (?P<either> (?&item)* (?: \| (?&item)* )* ) )
+    (?&either) \Z""")
+LONGEST = 1 << 25  # the sum of the squares of the tokens' lengths in bytes: some seconds of checks
+
+
 def from_folder(folder, vocab_size=None):
     """The tokenizer of a folder that holds tokenizer.json, or vocab.json with merges.txt: byte-level BPE only.
 
     vocab_size: of the model, if it is not the tokenizer's; special tokens beyond it, as one for padding, are left out.
-    eos and the token that opens a row are those that tokenizer_config.json or config.json name; a row opens with eos
-    where they name none. The form of messages is that of chat_template.jinja, else of tokenizer_config.json. Exits 2,
-    naming file, key and reason, on what tiktoken would split or merge otherwise.
+    eos and the token that opens a row are those that tokenizer_config.json, special_tokens_map.json, config.json or
+    generation_config.json name, in this order; a row opens with eos where they name none.
+    The form of messages is that of chat_template.jinja, else of tokenizer_config.json. Exits 2, naming file, key and
+    reason, on what tiktoken would split or merge otherwise.
     """
     path = os.path.join(folder, "tokenizer.json")
-    settings = [_object(os.path.join(folder, name), optional=True) for name in ("tokenizer_config.json", "config.json")]
-    if os.path.exists(path):
+    settings = [_object(os.path.join(folder, name), optional=True) for name in (
+        "tokenizer_config.json", "special_tokens_map.json", "config.json", "generation_config.json")]
+    if settings[0].get("add_prefix_space"):
+        fail(f"{folder}/tokenizer_config.json: add_prefix_space {settings[0]['add_prefix_space']!r}: a blank would be "
+             "put before every text")
+    if os.path.isfile(path):
         parts = _object(path)
         with understanding(path):
             model = parts["model"]
@@ -255,14 +276,15 @@ def from_folder(folder, vocab_size=None):
                     fail(f"{path}: model.{key} {model[key]!r}: tiktoken has no such thing")
             special = {token["content"]: token["id"] for token in parts.get("added_tokens") or []}
             pattern, nfc = _split_pattern_of(parts, path), _is_nfc(parts.get("normalizer"), path)
-            opening = _opening_of(parts.get("post_processor"), special)
+            opening = _opening_of(parts.get("post_processor"), special, path)
             vocab, merges, ignore_merges = model["vocab"], model["merges"], bool(model.get("ignore_merges"))
             merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in merges]
             if model.get("unk_token") and any(letter not in vocab for letter in BYTE_OF):
                 fail(f"{path}: model.unk_token {model['unk_token']!r}: stands for bytes that have no token")
     else:
         path, merges_path = os.path.join(folder, "vocab.json"), os.path.join(folder, "merges.txt")
-        vocab, pattern, nfc, opening, ignore_merges = _object(path), PATTERN, False, None, False
+        vocab, opening, ignore_merges = _object(path), None, False
+        pattern, nfc = _split_of_class(folder, settings)
         try:
             with open(merges_path, encoding="utf-8") as f:
                 lines = [line for line in f.read().split("\n") if line and not line.startswith("#version")]
@@ -271,6 +293,10 @@ def from_folder(folder, vocab_size=None):
         merges = [tuple(line.split(" ")) for line in lines]
         joined = {"".join(pair) for pair in merges}
         special = {token: i for token, i in vocab.items() if token not in joined and token not in BYTE_OF}
+        special |= _object(os.path.join(folder, "added_tokens.json"), optional=True)
+        with understanding(f"{folder}/tokenizer_config.json"):
+            special |= {token["content"]: int(i)
+                        for i, token in (settings[0].get("added_tokens_decoder") or {}).items()}
     with understanding(path):
         named = {"eos": None, "bos": opening}
         for name in named:
@@ -291,10 +317,23 @@ def from_folder(folder, vocab_size=None):
     return tokenizer
 
 
+def _split_of_class(folder, settings):
+    """-> the pattern by which a class of transformers splits that has no tokenizer.json, and whether it brings texts
+    into normalization form C."""
+    name = settings[0].get("tokenizer_class")
+    if name is None and settings[2].get("model_type") in ("qwen2", "qwen3"):
+        name = "Qwen2Tokenizer"
+    kind = str(name or "GPT2Tokenizer").removesuffix("Fast")
+    if kind not in ("GPT2Tokenizer", "Qwen2Tokenizer"):
+        fail(f"{folder}/tokenizer_config.json: tokenizer_class {name!r}: without a tokenizer.json only GPT2Tokenizer "
+             "and Qwen2Tokenizer are known")
+    return (QWEN2, True) if kind == "Qwen2Tokenizer" else (PATTERN, False)
+
+
 def template_in(folder, settings):
     """A folder's chat template: the file's, or tokenizer_config.json's, the default one of several; or None."""
     path, template = os.path.join(folder, "chat_template.jinja"), settings.get("chat_template")
-    if os.path.exists(path):
+    if os.path.isfile(path):
         try:
             with open(path, encoding="utf-8") as f:
                 return f.read()
@@ -352,6 +391,8 @@ def from_merges(path, vocab, merges, special, eos, opening, pattern, vocab_size=
         fail(f"{path}: its tokens' ids are not in the order of its merges, which tiktoken needs")
     if lost := [token for token in vocab if token not in own and token not in special]:
         fail(f"{path}: token {lost[0][:40]!r}: no merge makes it, and it is no special token")
+    if sum(len(token) ** 2 for token in own) > LONGEST:
+        fail(f"{path}: token {max(own, key=len)[:40]!r} of {max(map(len, own)):,} bytes: its tokens are too long")
     ranks = {bytes(BYTE_OF[letter] for letter in token): own[token] for token in sorted(own, key=own.get)}
     for token, pairs in merged.items():
         piece = bytes(BYTE_OF[letter] for letter in token)
@@ -363,16 +404,19 @@ def from_merges(path, vocab, merges, special, eos, opening, pattern, vocab_size=
                 bytes(BYTE_OF[letter] for letter in part) for part in next(iter(pairs)))
         if not right:
             fail(f"{path}: token {token[:40]!r}: tiktoken would make it of other parts")
-    ids = [*own.values(), *special.values()]
-    size = vocab_size or max(ids) + 1
-    if len({*ids}) < len(ids) or not all(type(i) is int and 0 <= i < size for i in ids):
-        fail(f"{path}: the tokens' ids are not different numbers from 0 to {size - 1}, the model's last")
+    size, holders = vocab_size or max([*own.values(), *special.values()]) + 1, {}
+    for token, i in [*own.items(), *special.items()]:
+        if type(i) is not int or not 0 <= i < size or i in holders:
+            fail(f"{path}: token {token[:40]!r} has the id {str(i)[:40]}" + (
+                f", as {holders[i][:40]!r} has" if type(i) is int and i in holders else "")
+                + f": the tokens' ids are not different numbers from 0 to {size - 1}, the model's last")
+        holders[i] = token
     if eos is None:
         eos = special.get(EOS)
+    place = "tokenizer.ggml" if path.endswith(".gguf") else "tokenizer_config.json or config.json"
     for name, i in (("eos_token", eos), ("bos_token", eos if opening is None else opening)):
         if type(i) is not int or not 0 <= i < size:
-            fail(f"{path}: {name} is {i!r}: expected the id of a token, or its text, in tokenizer_config.json or "
-                 "config.json")
+            fail(f"{path}: {name} is {i!r}: expected the id of one of the {size} tokens, or its text, in {place}")
     if eos in ranks.values():
         fail(f"{path}: eos_token {eos}: a text could hold it; expected a special token")
     file, end = os.path.splitext(os.path.abspath(path))
@@ -452,7 +496,7 @@ def _merge(piece, ranks, below):
 def _split_pattern_of(parts, path):
     """How a tokenizer.json splits a text into words, as one pattern."""
     steps = parts.get("pre_tokenizer") or {}
-    steps = steps["pretokenizers"] if steps.get("type") == "Sequence" else [steps]
+    steps = (steps["pretokenizers"] if steps.get("type") == "Sequence" else [steps]) or [{}]
     kinds = [step.get("type") for step in steps]
     last = steps[-1]
     if kinds[-1] != "ByteLevel" or last.get("add_prefix_space"):
@@ -463,8 +507,32 @@ def _split_pattern_of(parts, path):
         return DIGITS_APART
     if (kinds == ["Split", "ByteLevel"] and not last.get("use_regex", True) and not steps[0].get("invert")
             and steps[0].get("behavior") == "Isolated" and "Regex" in steps[0]["pattern"]):
-        return steps[0]["pattern"]["Regex"]
+        return _checked(steps[0]["pattern"]["Regex"], path)
     fail(f"{path}: pre_tokenizer {' + '.join(map(str, kinds))}: not a way to split that one pattern can express")
+
+
+def _checked(pattern, path):
+    """A split pattern as it is. Exits 2 where one of tiktoken and `tokenizers` would make other words of a text."""
+    shown = f"{path}: its split pattern {pattern[:60]!r}"
+    try:
+        match = regex.compile(_for_regex(pattern)).match
+    except regex.error as error:
+        fail(f"{shown} is not one: {str(error)[:100]}")
+    kinds = {unicodedata.category(chr(c)): chr(c) for c in range(0x3000)}  # one of each, what is named, and beside it
+    some = {*map(chr, range(128)), *kinds.values(), *"\x85\u2028\u3000\ue000漢", *(
+        chr(c + step) for c in map(ord, pattern) for step in (-1, 0, 1) if not 0xD7FF <= c <= 0xE000 and c < 0x10FFFF)}
+    if not all(match(a + b) for a in some for b in ("", *some)):
+        fail(f"{shown} leaves out some characters")
+    if not all(match(a + b)[0] for a in some for b in ("", *some)):
+        fail(f"{shown} finds a word of no characters")
+    if not SPLIT.match(pattern):
+        fail(f"{shown} holds what tiktoken may read otherwise than other programs, or what could take very long")
+    return pattern
+
+
+def _for_regex(pattern):
+    """A pattern for the `regex` package, whose \\s and $ take more than tiktoken's."""
+    return pattern.replace("\\s", "\\p{White_Space}").replace("\\S", "\\P{White_Space}").replace("$", "\\Z")
 
 
 def _is_nfc(normalizer, path):
@@ -473,12 +541,19 @@ def _is_nfc(normalizer, path):
     return bool(normalizer)
 
 
-def _opening_of(processor, special):
+def _opening_of(processor, special, path):
     """The id of the token that a tokenizer.json puts before a text, or None."""
+    opening = []
     for step in (processor or {}).get("processors", [processor or {}]):
-        first = (step.get("single") or [{}])[0]
-        if "SpecialToken" in first:
-            return special[first["SpecialToken"]["id"]]
+        if (kind := step.get("type")) not in (None, "ByteLevel", "TemplateProcessing"):
+            fail(f"{path}: post_processor {kind!r}: only ByteLevel and TemplateProcessing are read")
+        ids = {name: [i] for name, i in special.items()} | {
+            name: token["ids"] for name, token in (step.get("special_tokens") or {}).items()}
+        for part in itertools.takewhile(lambda part: "SpecialToken" in part, step.get("single") or []):
+            opening += ids[part["SpecialToken"]["id"]]
+    if len(opening) > 1:
+        fail(f"{path}: post_processor: opens a text with {len(opening)} tokens, {opening[:4]}; one is read")
+    return opening[0] if opening else None
 
 
 @contextlib.contextmanager
@@ -493,7 +568,7 @@ def understanding(path):
 
 def _object(path, optional=False):
     """A file's JSON object; {} where there is no such file and it is optional."""
-    if optional and not os.path.exists(path):
+    if optional and not os.path.isfile(path):
         return {}
     try:
         with open(path, encoding="utf-8") as f:
