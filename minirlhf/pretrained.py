@@ -529,8 +529,9 @@ def read_pickle(path):
             with warnings.catch_warnings(action="ignore"):  # of pickles that torch did not write
                 tensors = torch.load(path, map_location=device, weights_only=True)
         except Exception as error:
-            fail(f"{path}: refused or damaged ({(str(error).splitlines() or [type(error).__name__])[0][:150]})"
-                 + pointer(path))
+            lines = str(error).splitlines() or [type(error).__name__]  # in the first of many torch gives its advice
+            reason = next((line for line in lines if "unsupported" in line.lower()), lines[0])
+            fail(f"{path}: refused or damaged ({reason[:150]}){pointer(path)}")
         if not isinstance(tensors, dict) or not all(
                 isinstance(name, str) and isinstance(t, torch.Tensor) and t.layout is torch.strided
                 and not t.is_quantized for name, t in tensors.items()):

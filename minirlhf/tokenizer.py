@@ -404,7 +404,8 @@ def from_merges(path, vocab, merges, special, eos, opening, pattern, vocab_size=
                 bytes(BYTE_OF[letter] for letter in part) for part in next(iter(pairs)))
         if not right:
             fail(f"{path}: token {token[:40]!r}: tiktoken would make it of other parts")
-    size, holders = vocab_size or max([*own.values(), *special.values()]) + 1, {}
+    size = vocab_size or max(i for i in [*own.values(), *special.values()] if type(i) is int) + 1
+    holders = {}
     for token, i in [*own.items(), *special.items()]:
         if type(i) is not int or not 0 <= i < size or i in holders:
             fail(f"{path}: token {token[:40]!r} has the id {str(i)[:40]}" + (

@@ -204,6 +204,43 @@ def test_half_precision_is_widened(folder):
         assert all(torch.equal(p, q.to(dtype).float()) for p, q in zip(loaded.parameters(), model.parameters()))
 
 
+@pytest.mark.parametrize("place", [("rope_theta",), ("rope_parameters", "rope_scaling"), ("rope_scaling",),
+                                   ("rope_theta", "rope_scaling")])
+def test_where_a_rotation_s_speed_is_named(folder, place):
+    """At the top, as the newest transformers, or as older ones: the model's own, 50, not the default of 10,000."""
+    own = {"rope_theta": 50.0}
+    path, model = folder("llama", **{"rope_theta": "absent"} | {
+        name: 50.0 if name == "rope_theta" else {"rope_type": "default", **own} for name in place})
+    assert model.config.rope_theta == 50.0
+    check(pretrained.load(path)[0], model)
+
+
+def test_what_is_no_parameter_stands_in_an_index(folder):
+    """Of a pickle's shards, as older versions of transformers left it."""
+    path, model = folder("llama")
+    extra = {f"model.layers.{n}.self_attn.rotary_emb.inv_freq": torch.ones(3) for n in range(2)}
+    tensors = tensors_of(model) | extra | {"model.rotary_emb.inv_freq": torch.ones(3)}
+    os.remove(os.path.join(path, "model.safetensors"))
+    for i in range(2):
+        torch.save({n: tensors[n] for n in [*tensors][i::2]}, os.path.join(path, f"part-{i}"))
+    with open(os.path.join(path, "pytorch_model.bin.index.json"), "w") as f:
+        json.dump({"weight_map": {n: f"part-{i % 2}" for i, n in enumerate(tensors)}}, f)
+    check(pretrained.load(path)[0], model)
+
+
+def test_a_classifier_s_padding(folder):
+    """A last row of zeros for padding is no token of a text; where it is eos, too, it is one."""
+    def change(named):
+        named["model.embed_tokens.weight"][-1] = 0
+        return named
+
+    path, model = folder("llama", "scalar", change, pad_token_id=12, eos_token_id=11)
+    assert pretrained.load(path)[0].config.vocab_size == 12
+    for eos in (12, [11, 12]):
+        path, model = folder("llama", "scalar", change, pad_token_id=12, eos_token_id=eos)
+        assert pretrained.load(path)[0].config.vocab_size == 13
+
+
 def test_what_is_no_parameter_is_left_out(folder):
     """Masks among GPT-2's weights, whatever they hold, and a copy of the embedding as the output; names without the
     class's prefix."""
@@ -326,7 +363,12 @@ def test_blocks_by_hand():
     ("llama", "mlp_bias", True, "biases"), ("llama", "rope_scaling", {"type": "linear", "factor": 2.0}, "unscaled"),
     ("llama", "rope_scaling", {"rope_type": "llama3", "factor": 8.0}, "unscaled"),
     ("llama", "rope_parameters", {"rope_type": "yarn", "rope_theta": 50.0}, "unscaled"),
-    ("llama", "rope_parameters", {"rope_theta": 51.0}, "51"), ("llama", "partial_rotary_factor", 0.5, "rotated"),
+    ("llama", "rope_parameters", {"rope_theta": 51.0}, "51"), ("llama", "rope_scaling", {"rope_theta": 51.0}, "51"),
+    ("llama", "rope_scaling", 3, "unscaled"), ("llama", "is_causal", False, "follow"),
+    ("gpt2", "is_causal", False, "follow"), ("gpt2", "score_bias", 1e308, "float32"),
+    ("gpt2", "score_bias", 10 ** 400, "float32"),
+    ("gpt2", "n_embd", 10 ** 30, "too large"), ("qwen2", "num_key_value_heads", "absent", "no multiple"),
+    ("llama", "partial_rotary_factor", 0.5, "rotated"),
     ("qwen2", "use_sliding_window", True, "all"), ("qwen3", "layer_types", ["sliding_attention"] * 2, "full_attention"),
     ("llama", "num_local_experts", 8, "experts"), ("llama", "rope_theta", 0, "above 0"),
     ("llama", "rms_norm_eps", float("nan"), "above 0"), ("llama", "num_key_value_heads", 3, "multiple"),
@@ -388,7 +430,9 @@ def test_a_safetensors_file_that_is_not_whole(folder, refused, spoil, words):
     ({"llama.attention.head_count": "4"}, ['llama.attention.head_count "4"']),
     ({"general.alignment": 0}, ["alignment"]),
     ({"llama.attention.layer_norm_rms_epsilon": None}, ["lacks llama.attention.layer_norm_rms_epsilon"]),
-    ({"llama.attention.value_length": 8}, ["value_length 8"]), ({"llama.vocab_size": 14}, ["(13, 16), not (14, 16)"]),
+    ({"llama.block_count": 1000}, ["1000 layers of 21 tensors"]),
+    ({"llama.attention.value_length": 8}, ["value_length 8"]),
+    ({"llama.vocab_size": 14}, ["(13, 16), not (14, 16)"]),
 ])
 def test_metadata_that_is_not_computed_exactly(tmp_path, make_model, refused, changes, words):
     path = tmp_path / "x.gguf"
@@ -504,6 +548,13 @@ def test_a_pickle_that_holds_something_else(folder, refused, tmp_path, monkeypat
         error = refused(pretrained.load, path)
         assert path in error and (words[0] in error or "refused or damaged" in error)
         assert not os.path.exists("trapped")
+
+
+def test_what_a_pickle_would_call_is_named(folder, refused):
+    path, _ = folder()
+    os.remove(os.path.join(path, "model.safetensors"))
+    torch.save({"transformer.wte.weight": Trap()}, os.path.join(path, "pytorch_model.bin"))
+    assert "unsupported GLOBAL posix.mkdir" in refused(pretrained.load, path)
 
 
 def test_what_cannot_be_read_is_named(folder, refused, tmp_path):

@@ -3,6 +3,7 @@ import contextlib
 import copy
 import io
 import json
+import os
 import random
 import time
 from collections import Counter
@@ -12,6 +13,7 @@ import regex
 import tiktoken
 import torch
 
+from minirlhf import pretrained
 from minirlhf import tokenizer as tok
 from minirlhf.tokenizer import EOS, PATTERN, Tokenizer
 
@@ -328,6 +330,46 @@ def test_a_folder_s_ids_equal_hugging_face_s(tmp_path, kind, specials):
             assert ours[0].decode(ours[0].encode_prompt(text)) == text
 
 
+def test_where_eos_is_named(tmp_path):
+    """tokenizer_config.json, special_tokens_map.json, config.json, generation_config.json: the first that does."""
+    added = [{"id": 258 + n, "content": f"<{n}>"} for n in range(4)]
+    parts = written(added_tokens=[*added, {"id": 270, "content": EOS}])
+    (tmp_path / "tokenizer.json").write_text(json.dumps(parts))
+    assert tok.from_folder(tmp_path).eos == 270
+    for n, (name, value) in enumerate([("generation_config.json", {"eos_token_id": [258, 270]}),
+                                       ("config.json", {"eos_token_id": 259}),
+                                       ("special_tokens_map.json", {"eos_token": {"content": "<2>"}}),
+                                       ("tokenizer_config.json", {"eos_token": "<3>"})]):
+        (tmp_path / name).write_text(json.dumps(value))
+        assert tok.from_folder(tmp_path).eos == 258 + n
+
+
+def test_a_class_without_a_tokenizer_json(tmp_path, refused):
+    """vocab.json with merges.txt: Qwen2's class splits by its own pattern and knows NFC, GPT-2's does not; tokens are
+    added by two other files."""
+    vocab = {LETTER[b]: b for b in range(256)} | {"11": 256}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n1 1\n")
+
+    def settings(**values):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(values))
+        return tok.from_folder(tmp_path)
+
+    (tmp_path / "added_tokens.json").write_text('{"<|im_start|>": 257, "<|im_end|>": 258}')
+    own = settings(eos_token="<|im_end|>")
+    assert own.encode("11") == [256] and own.eos == 258 and own.special == {"<|im_start|>": 257, "<|im_end|>": 258}
+    for more in ({"tokenizer_class": "Qwen2Tokenizer"}, {"tokenizer_class": "Qwen2TokenizerFast"}):
+        own = settings(eos_token="<|im_end|>", **more)
+        assert own.encode("11") == [49, 49] and own.encode("e\u0301") == [*"\u00e9".encode()]
+    own = settings(eos_token="<|x|>", added_tokens_decoder={"300": {"content": "<|x|>"}})
+    assert own.eos == 300 and own.encode("e\u0301") == [*"e\u0301".encode()]
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
+    assert settings(eos_token="<|im_end|>").nfc and not settings(
+        eos_token="<|im_end|>", tokenizer_class="GPT2Tokenizer").nfc
+    assert "tokenizer_class 'BertTokenizer'" in refused(settings, tokenizer_class="BertTokenizer")
+    assert "add_prefix_space True: a blank" in refused(settings, eos_token="<|im_end|>", add_prefix_space=True)
+
+
 def test_bytes_without_a_token_are_dropped_from_their_words(tmp_path):
     """Five bytes that no token holds: the ids are still those of the other program, which drops them before it merges;
     tiktoken alone would panic."""
@@ -368,7 +410,7 @@ def read(folder, parts, **settings):
     return tok.from_folder(folder)
 
 
-def test_what_opens_a_row(tmp_path):
+def test_what_opens_a_row(tmp_path, refused):
     """The token that the template puts first, else bos_token, else eos; "the" is one token, a marker plain text."""
     parts = written(added_tokens=[{"id": 258, "content": EOS}, {"id": 300, "content": "<s>"}])
     assert read(tmp_path, parts).encode_prompt("the") == [258, 257]
@@ -377,6 +419,10 @@ def test_what_opens_a_row(tmp_path):
     for processor in (template, {"type": "Sequence", "processors": [{"type": "ByteLevel"}, template]}):
         own = read(tmp_path, parts | {"post_processor": processor}, bos_token=EOS)
         assert own.encode_prompt("<s>")[:2] == [300, ord("<")]
+    numbered = template | {"special_tokens": {"<s>": {"id": "<s>", "ids": [258], "tokens": ["<s>"]}}}
+    assert read(tmp_path, parts | {"post_processor": numbered}).opening == 258
+    two = template | {"single": [{"SpecialToken": {"id": "<s>"}}, *template["single"]]}
+    assert "opens a text with 2 tokens, [300, 300]" in refused(read, tmp_path, parts | {"post_processor": two})
     own = read(tmp_path, parts, bos_token="<s>")
     assert own.encode_completion("the") == [257, 258] and own.vocab_size == 301
     assert own.decode([300, 257, 299, 258]) == "the\ufffd" and own.count_bytes([300, 257, 258]) == 3
@@ -424,10 +470,95 @@ def says(path, words):
     ({"added_tokens": [{"id": 258}]}, ["KeyError"]),
     ({"model": 3}, ["AttributeError"]),
     ({"model__merges": [["t"], ["th", "e"]]}, ["merge 0"]),
-], ids=range(22))
+    ({"added_tokens": [{"id": 257, "content": EOS}]}, [f"'{EOS}' has the id 257, as 'the' has"]),
+    ({"added_tokens": [{"id": "258", "content": EOS}]}, ["has the id 258", "not different numbers"]),
+    ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": []}}, ["pre_tokenizer {}", "ByteLevel"]),
+    ({"post_processor": {"type": "RobertaProcessing", "cls": [EOS, 258], "sep": [EOS, 258]}}, ["RobertaProcessing"]),
+], ids=range(26))
 def test_what_tiktoken_cannot_do_is_refused(tmp_path, refused, changes, words):
     """By file, key and value, in one line."""
     assert says(tmp_path / "tokenizer.json", words)(refused(read, tmp_path, written(**changes)))
+
+
+def split(pattern):
+    return {"type": "Sequence", "pretokenizers": [
+        {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
+        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}]}
+
+
+WORD = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
+SPLITS = {
+    "Llama 3": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+               r"|\s+(?!\S)|\s+",
+    "GPT-4o": rf"[^\r\n\p{{L}}\p{{N}}]?{WORD}*[\p{{Ll}}\p{{Lm}}\p{{Lo}}\p{{M}}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+              rf"|\p{{N}}{{1,3}}|[^\r\n\p{{L}}\p{{N}}]?{WORD}+| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "GPT-2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    "other": r"(?=the)the?+|(cat|\d+) ?|\p{Han}+|[^\[\]\-a-f&~]{2,}|[\s\S]"}
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_a_split_pattern_gives_the_other_program_s_words(tmp_path, name):
+    """Of a vocabulary whose merges cross every boundary, so that a word that differs shows."""
+    t = pytest.importorskip("tokenizers")
+    learner = t.Tokenizer(t.models.BPE())
+    learner.pre_tokenizer = t.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    learner.train_from_iterator([text * 2 for text in [*TEXTS, *nasty(300)]], t.trainers.BpeTrainer(
+        vocab_size=900, show_progress=False, initial_alphabet=[*LETTER.values()]))
+    parts = json.loads(learner.to_str()) | {"pre_tokenizer": split(SPLITS[name])}
+    theirs = t.Tokenizer.from_str(json.dumps(parts))
+    ours = read(tmp_path, parts | {"added_tokens": [{"id": 900, "content": EOS}]})
+    for text in [*nasty(1000), "123456789", "the 1234cat'S HELLO/\n/x", "[-]--&&~~ab"]:
+        assert ours.encode(text) == theirs.encode(text).ids
+
+
+@pytest.mark.parametrize("pattern, words", [
+    ("[^c]+", "leaves out"), ("[^\u3042]+", "leaves out"), ("[\\s\\S]{2}", "leaves out"),
+    ("a(?!b)|[^a]", "leaves out"), ("(?=ab)|[\\s\\S]", "no characters"),
+    ("|[\\s\\S]", "no characters"), ("\\s*|\\S", "no characters"), ("a{,2}|[\\s\\S]", "no characters"),
+    ("(?=a)|[\\s\\S]", "no characters"),
+    ("[\\s\\S", "is not one"), *((pattern, "read otherwise") for pattern in (
+        "\\s+$|[\\s\\S]", "^the|[\\s\\S]", "\\w+|[\\s\\S]", "\\bthe|[\\s\\S]", "(?m:.+)|[\\s\\S]", "(?s:.)",
+        "[[:alpha:]]+|[\\s\\S]", "\\p{Word}+|[\\s\\S]", "(?i:\\p{Lu})+|[\\s\\S]", "(?i:\u017f)|[\\s\\S]",
+        "[a-z&&b]|[\\s\\S]", "a{1,2}+|[\\s\\S]", "(?<=a)b|[\\s\\S]", "(x+x+)+(?=y)|[\\s\\S]", "(a|b)*c|[\\s\\S]"))])
+def test_a_split_pattern_that_tiktoken_may_read_otherwise(tmp_path, refused, pattern, words):
+    """What leaves characters out, finds words of none (at which tiktoken panics), means another thing elsewhere, or may
+    take very long."""
+    error = refused(read, tmp_path, written(pre_tokenizer=split(pattern)))
+    assert "tokenizer.json: its split pattern" in error and words in error
+
+
+def test_a_text_that_a_pattern_cannot_split(refused):
+    """tiktoken gives up after a million ways, in its own manner, which is told in ours."""
+    own = Tokenizer({bytes([b]): b for b in range(256)}, "x", r"\p{L}*\p{L}*\p{L}*(?=1)1|[\s\S]")
+    assert own.encode("ab") == [97, 98]
+    assert "a text of 3,000 characters cannot be split" in refused(own.encode, "a" * 3000)
+
+
+def test_tokens_that_would_take_hours_to_check(tmp_path, refused):
+    """Each twice the one before: the last of 2^14 bytes."""
+    sizes = [1 << n for n in range(15)]
+    vocab = {LETTER[b]: b for b in range(256)} | {"a" * size: 255 + n for n, size in enumerate(sizes) if n}
+    merges = [["a" * size] * 2 for size in sizes[:-1]]
+    for whole in (False, True):
+        parts = written(model__vocab=vocab, model__merges=merges, model__ignore_merges=whole)
+        parts["added_tokens"][0]["id"] = 300
+        assert "of 16,384 bytes: its tokens are too long" in refused(read, tmp_path, parts)
+
+
+def test_a_name_that_stands_twice_among_many(tmp_path, refused):
+    names = ", ".join(f'"{n}": 0' for n in range(200_000))
+    (tmp_path / "tokenizer.json").write_text(f'{{{names}, "7": 1}}')
+    assert "'7' stands twice" in refused(pretrained.read_json, str(tmp_path / "tokenizer.json"))
+
+
+def test_a_pipe_is_no_file(tmp_path, refused):
+    """Nobody writes into it: reading would never end."""
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
+        os.mkfifo(tmp_path / name)
+    assert "vocab.json: cannot be read" in refused(tok.from_folder, tmp_path)
+    os.remove(tmp_path / "tokenizer.json")
+    (tmp_path / "tokenizer.json").write_text(json.dumps(written()))
+    assert tok.from_folder(tmp_path).form is None
 
 
 def test_a_token_that_two_orders_of_merging_make(tmp_path, refused):
