@@ -1264,7 +1264,6 @@ TOKENIZER = [
     ("if not all(match(a + b) for a in some", "if not all(match(a) for a in some"),
     ("if not all(match(a + b)[0] for", "if not all(match(a)[0] for"),
     ("if not SPLIT.match(pattern):", "if False:"),
-    (" > LONGEST:", " > LONGEST << 9:"),
     ("return (QWEN2, True) if", "return (QWEN2, False) if"),
     ("if settings[0].get(\"add_prefix_space\"):", "if False:"),
     ("[LMNPSZC][a-z]? | Han", "[A-Z][a-z]* | Han"),
