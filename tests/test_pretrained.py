@@ -404,6 +404,12 @@ def test_tensors_that_do_not_fit(folder, refused, change, words):
     assert path in error and all(word in error for word in words), error
 
 
+def test_layers_without_tensors_cost_nothing(folder, refused):
+    """A thousand layers need nine thousand tensors: as many empty ones of other names are no reason to make them."""
+    path, _ = folder(tensors=lambda named: named | {f"x.{n}": torch.zeros(0) for n in range(1000)}, n_layer=1000)
+    assert "1000 layers of 1028 tensors" in refused(pretrained.load, path)
+
+
 @pytest.mark.parametrize("spoil, words", [
     (lambda raw: raw[:-1], ["cut short"]), (lambda raw: raw + b"\0", ["cut short"]), (lambda raw: b"", ["not a whole"]),
     (lambda raw: b"version git-lfs/spec/v1\noid sha256:0\n", ["Git LFS pointer"]),
