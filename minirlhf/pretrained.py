@@ -216,7 +216,8 @@ def llama_sizes(values, family):
     if not head_size and n_embd % n_head:
         values.refuse("num_attention_heads", f"must divide hidden_size, {n_embd}, where head_dim is not given")
     if (head_size or n_embd // n_head) % 2:
-        values.refuse("head_dim", f"{head_size or n_embd // n_head} must be even")
+        values.refuse("head_dim" if head_size else "hidden_size",
+                      f"heads of {head_size or n_embd // n_head}: the size must be even")
     return GPTConfig(
         values.number("num_hidden_layers"), n_head, n_embd, values.number("vocab_size"),
         values.number("max_position_embeddings"), family="llama", n_inner=values.number("intermediate_size"),
@@ -569,7 +570,8 @@ def files(path):
 def tokenizer_files(folder):
     """{name: contents} of the tokenizer's files that there are: JSON as values, merges.txt as text."""
     found = {name: read_json(os.path.join(folder, name)) for name in (
-        "tokenizer.json", "vocab.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+        "tokenizer.json", "vocab.json", "added_tokens.json", "tokenizer_config.json", "special_tokens_map.json",
+        "generation_config.json")
         if os.path.isfile(os.path.join(folder, name))}
     merges = os.path.join(folder, "merges.txt")
     if os.path.isfile(merges):

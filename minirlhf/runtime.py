@@ -461,7 +461,8 @@ class Run:
 
     def announce(self, stage, lines, first=0):
         """What is about to happen: lines under the stage's name, then where the output goes."""
-        lines = [*lines, f"output: {self.out_dir}" + (f"; goes on from step {first}" if first else "")]
+        lines = [*lines, *["--compile: the first steps take minutes, and print nothing"] * self.options.compile,
+                 f"output: {self.out_dir}" + (f"; goes on from step {first}" if first else "")]
         for n, line in enumerate(lines):
             self.say(line if line.startswith("warning") else f"{stage + ':' if n == 0 else '':<4} {line}")
 

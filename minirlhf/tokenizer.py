@@ -233,13 +233,14 @@ class Watch:
 
 QWEN2 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
          r"|\s+(?!\S)|\s+")
+CLASSES = {"GPT2Tokenizer": (PATTERN, False), "Qwen2Tokenizer": (QWEN2, True)}  # how they split, and whether with NFC
 GGUF_PATTERNS = {"gpt-2": PATTERN, "smollm": DIGITS_APART, "qwen2": QWEN2}
 
 
-# How a tokenizer.json may split: what `tokenizers`, tiktoken and `regex` read alike, so no ^ $ \w \b and no sets in
-# sets; and no group that is repeated, which could take very long
+# How a tokenizer.json may split: what `tokenizers`, tiktoken and `regex` read alike, so no ^ $ \w \b \< and no sets of
+# sets; and no group that comes more than once, which could take very long
 SPLIT = regex.compile(r"""(?x)
-    (?(DEFINE) (?P<escape> \\ (?: [sSdDrnt] | [pP] \{ (?: [LMNPSZC][a-z]? | Han ) \} | [^\w\s] ) )
+    (?(DEFINE) (?P<escape> \\ (?: [sSdDrnt] | [pP] \{ (?: [LMNPSZC][a-z]? | Han ) \} | [^\w\s<>] ) )
                (?P<set> \[ \^? (?: (?&escape) | [^][\\&~-] | -(?!-) | &(?!&) | ~(?!~) )+ \] )
                (?P<times> [?*+][?+]? | \{ \d+ (?: , \d* )? \} )
                (?P<group> \( (?: \?[=!] (?&either) \) | (?: \?i: [][|'a-zA-Z]+ | (?: \?: | (?!\?) ) (?&either)
@@ -247,7 +248,7 @@ SPLIT = regex.compile(r"""(?x)
                (?P<item> (?: (?&escape) | (?&set) | [^][\\(){}*+?|^$] ) (?&times)? | (?&group) )
                (?P<either> (?&item)* (?: \| (?&item)* )* ) )
     (?&either) \Z""")
-LONGEST = 1 << 25  # the sum of the squares of the tokens' lengths in bytes: some seconds of checks
+LONGEST = 1 << 27  # the sum of the squares of the tokens' lengths in bytes: half a minute of checks
 
 
 def from_folder(folder, vocab_size=None):
@@ -262,7 +263,8 @@ def from_folder(folder, vocab_size=None):
     path = os.path.join(folder, "tokenizer.json")
     settings = [_object(os.path.join(folder, name), optional=True) for name in (
         "tokenizer_config.json", "special_tokens_map.json", "config.json", "generation_config.json")]
-    if settings[0].get("add_prefix_space"):
+    kind = _class_of(settings)
+    if settings[0].get("add_prefix_space") and (kind in CLASSES or not os.path.isfile(path)):
         fail(f"{folder}/tokenizer_config.json: add_prefix_space {settings[0]['add_prefix_space']!r}: a blank would be "
              "put before every text")
     if os.path.isfile(path):
@@ -284,8 +286,12 @@ def from_folder(folder, vocab_size=None):
     else:
         path, merges_path = os.path.join(folder, "vocab.json"), os.path.join(folder, "merges.txt")
         vocab, opening, ignore_merges = _object(path), None, False
-        pattern, nfc = _split_of_class(folder, settings)
+        if kind not in CLASSES:
+            fail(f"{folder}/tokenizer_config.json: tokenizer_class {kind!r}: without a tokenizer.json only "
+                 f"{' and '.join(CLASSES)} are known")
+        pattern, nfc = CLASSES[kind]
         try:
+            check_file(merges_path)
             with open(merges_path, encoding="utf-8") as f:
                 lines = [line for line in f.read().split("\n") if line and not line.startswith("#version")]
         except (OSError, ValueError) as error:
@@ -311,23 +317,19 @@ def from_folder(folder, vocab_size=None):
         tokenizer = from_merges(path, vocab, merges, special, named["eos"], named["bos"], pattern, vocab_size, nfc,
                                 ignore_merges)
     texts = {name: token["content"] if isinstance(token, dict) and "content" in token else token
-             for name, token in settings[0].items() if name.endswith("_token")}
+             for name, token in (settings[1] | settings[0]).items() if name.endswith("_token")}
     tokenizer.form = form_of(folder, template_in(folder, settings[0]), special, **{
         name: text for name, text in texts.items() if isinstance(text, str)})
     return tokenizer
 
 
-def _split_of_class(folder, settings):
-    """-> the pattern by which a class of transformers splits that has no tokenizer.json, and whether it brings texts
-    into normalization form C."""
-    name = settings[0].get("tokenizer_class")
-    if name is None and settings[2].get("model_type") in ("qwen2", "qwen3"):
-        name = "Qwen2Tokenizer"
-    kind = str(name or "GPT2Tokenizer").removesuffix("Fast")
-    if kind not in ("GPT2Tokenizer", "Qwen2Tokenizer"):
-        fail(f"{folder}/tokenizer_config.json: tokenizer_class {name!r}: without a tokenizer.json only GPT2Tokenizer "
-             "and Qwen2Tokenizer are known")
-    return (QWEN2, True) if kind == "Qwen2Tokenizer" else (PATTERN, False)
+def _class_of(settings):
+    """The class of transformers that reads a folder: a Qwen's always, else the one that is named."""
+    if settings[2].get("model_type") in ("qwen2", "qwen3"):
+        return "Qwen2Tokenizer"
+    names = [setting.get("tokenizer_class") for setting in (settings[0], settings[2])]
+    return str(names[0] or names[1] or ("" if settings[2].get("model_type", "gpt2") != "gpt2" else "GPT2Tokenizer")
+               ).removesuffix("Fast")
 
 
 def template_in(folder, settings):
@@ -392,7 +394,8 @@ def from_merges(path, vocab, merges, special, eos, opening, pattern, vocab_size=
     if lost := [token for token in vocab if token not in own and token not in special]:
         fail(f"{path}: token {lost[0][:40]!r}: no merge makes it, and it is no special token")
     if sum(len(token) ** 2 for token in own) > LONGEST:
-        fail(f"{path}: token {max(own, key=len)[:40]!r} of {max(map(len, own)):,} bytes: its tokens are too long")
+        fail(f"{path}: token {max(own, key=len)[:40]!r} of {max(map(len, own)):,} bytes: its tokens are too long, this "
+             "one most")
     ranks = {bytes(BYTE_OF[letter] for letter in token): own[token] for token in sorted(own, key=own.get)}
     for token, pairs in merged.items():
         piece = bytes(BYTE_OF[letter] for letter in token)
@@ -408,13 +411,14 @@ def from_merges(path, vocab, merges, special, eos, opening, pattern, vocab_size=
     holders = {}
     for token, i in [*own.items(), *special.items()]:
         if type(i) is not int or not 0 <= i < size or i in holders:
-            fail(f"{path}: token {token[:40]!r} has the id {str(i)[:40]}" + (
+            fail(f"{path}: token {token[:40]!r} has the id {json.dumps(i, default=str)[:40]}" + (
                 f", as {holders[i][:40]!r} has" if type(i) is int and i in holders else "")
                 + f": the tokens' ids are not different numbers from 0 to {size - 1}, the model's last")
         holders[i] = token
     if eos is None:
         eos = special.get(EOS)
-    place = "tokenizer.ggml" if path.endswith(".gguf") else "tokenizer_config.json or config.json"
+    place = "tokenizer.ggml" if path.endswith(".gguf") else (
+        "tokenizer_config.json, special_tokens_map.json, config.json or generation_config.json")
     for name, i in (("eos_token", eos), ("bos_token", eos if opening is None else opening)):
         if type(i) is not int or not 0 <= i < size:
             fail(f"{path}: {name} is {i!r}: expected the id of one of the {size} tokens, or its text, in {place}")
@@ -514,17 +518,23 @@ def _split_pattern_of(parts, path):
 
 def _checked(pattern, path):
     """A split pattern as it is. Exits 2 where one of tiktoken and `tokenizers` would make other words of a text."""
+    if pattern in (PATTERN, DIGITS_APART):
+        return pattern
     shown = f"{path}: its split pattern {pattern[:60]!r}"
+    if len(pattern) > 2000 or regex.search(r"\{\d*,?\d*\d{3}|\)\{", pattern):
+        fail(f"{shown} could take very long")
     try:
         match = regex.compile(_for_regex(pattern)).match
-    except regex.error as error:
+    except (regex.error, RecursionError) as error:
         fail(f"{shown} is not one: {str(error)[:100]}")
     kinds = {unicodedata.category(chr(c)): chr(c) for c in range(0x3000)}  # one of each, what is named, and beside it
-    some = {*map(chr, range(128)), *kinds.values(), *"\x85\u2028\u3000\ue000漢", *(
-        chr(c + step) for c in map(ord, pattern) for step in (-1, 0, 1) if not 0xD7FF <= c <= 0xE000 and c < 0x10FFFF)}
-    if not all(match(a + b) for a in some for b in ("", *some)):
+    some = {*map(chr, range(128)), *kinds.values(), *"\x85\u2028\u3000\ue000漢"}
+    named = sorted({*pattern} - some)
+    beside = {chr(c + n) for c in map(ord, pattern) for n in (-1, 1) if not 0xD7FF <= c <= 0xE000 and c < 0x10FFFF}
+    found = [match(a + b) for a in {*some, *named, *beside} for b in ("", *some, *named[:50])]
+    if None in found:
         fail(f"{shown} leaves out some characters")
-    if not all(match(a + b)[0] for a in some for b in ("", *some)):
+    if not all(word[0] for word in found):
         fail(f"{shown} finds a word of no characters")
     if not SPLIT.match(pattern):
         fail(f"{shown} holds what tiktoken may read otherwise than other programs, or what could take very long")
@@ -532,18 +542,26 @@ def _checked(pattern, path):
 
 
 def _for_regex(pattern):
-    """A pattern for the `regex` package, whose \\s and $ take more than tiktoken's."""
-    return pattern.replace("\\s", "\\p{White_Space}").replace("\\S", "\\P{White_Space}").replace("$", "\\Z")
+    """A pattern for the `regex` package, whose \\s and $ take more than tiktoken's. In a set $ is a character."""
+    others = {r"\s": r"\p{White_Space}", r"\S": r"\P{White_Space}"}
+
+    def other(found):
+        return r"\Z" if found[0] == "$" else regex.sub(r"(?s)\\.", lambda part: others.get(part[0], part[0]), found[0])
+
+    return regex.sub(r"(?s)\\.|\[(?:\\.|[^\\\]])*\]|\$", other, pattern)
 
 
 def _is_nfc(normalizer, path):
-    if normalizer and normalizer.get("type") != "NFC":
+    steps = [normalizer] if normalizer else []
+    if normalizer and normalizer.get("type") == "Sequence":
+        steps = normalizer["normalizers"]
+    if any(step.get("type") != "NFC" for step in steps):
         fail(f"{path}: normalizer {json.dumps(normalizer)[:100]}: only none and NFC are read")
-    return bool(normalizer)
+    return bool(steps)
 
 
 def _opening_of(processor, special, path):
-    """The id of the token that a tokenizer.json puts before a text, or None."""
+    """The id of the token that a tokenizer.json puts before a text, or None. What it puts behind one is not asked."""
     opening = []
     for step in (processor or {}).get("processors", [processor or {}]):
         if (kind := step.get("type")) not in (None, "ByteLevel", "TemplateProcessing"):
@@ -567,11 +585,18 @@ def understanding(path):
         fail(f"{path}: not a tokenizer that is understood: {type(error).__name__}: {reason}")
 
 
+def check_file(path):
+    """Raises OSError for what is no file: reading a pipe would never end."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OSError(0, "it is no file", path)
+
+
 def _object(path, optional=False):
     """A file's JSON object; {} where there is no such file and it is optional."""
     if optional and not os.path.isfile(path):
         return {}
     try:
+        check_file(path)
         with open(path, encoding="utf-8") as f:
             found = json.load(f)
     except OSError as error:

@@ -439,11 +439,13 @@ def test_earlier_answers_train_unless_told_otherwise(tiny, tmp_path):
 
 @EVERY
 def test_compile(tiny, monkeypatch, stage):
-    """--compile compiles the networks that are trained, stage 3's decode steps too."""
+    """--compile compiles the networks that are trained, stage 3's decode steps too, and says that it takes long."""
     compiled = []
     monkeypatch.setattr(SCRIPTS[stage], "compile_model",
                         lambda model, decode=False: compiled.append((model.head, decode)))
-    assert tiny.train(stage, "--compile").code == 0
+    ended = tiny.train(stage, "--compile")
+    assert ended.code == 0 and " --compile: the first steps take minutes" in ended.said
+    assert "--compile" not in tiny.train(stage).said
     assert compiled == {"sft": [("lm", False)], "rm": [("scalar", False)],
                         "ppo": [("lm", True), ("scalar", False)], "dpo": [("lm", False)] * 2}[stage]
 

@@ -360,14 +360,24 @@ def test_a_class_without_a_tokenizer_json(tmp_path, refused):
     assert own.encode("11") == [256] and own.eos == 258 and own.special == {"<|im_start|>": 257, "<|im_end|>": 258}
     for more in ({"tokenizer_class": "Qwen2Tokenizer"}, {"tokenizer_class": "Qwen2TokenizerFast"}):
         own = settings(eos_token="<|im_end|>", **more)
+        assert settings(eos_token="<|im_end|>").pattern == PATTERN
         assert own.encode("11") == [49, 49] and own.encode("e\u0301") == [*"\u00e9".encode()]
     own = settings(eos_token="<|x|>", added_tokens_decoder={"300": {"content": "<|x|>"}})
     assert own.eos == 300 and own.encode("e\u0301") == [*"e\u0301".encode()]
-    (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
-    assert settings(eos_token="<|im_end|>").nfc and not settings(
-        eos_token="<|im_end|>", tokenizer_class="GPT2Tokenizer").nfc
+    for config, name, nfc in (({"model_type": "qwen3"}, None, True), ({"model_type": "qwen2"}, "GPT2Tokenizer", True),
+                              ({"model_type": "llama", "tokenizer_class": "Qwen2Tokenizer"}, None, True),
+                              ({"model_type": "llama"}, "GPT2TokenizerFast", False),
+                              ({"model_type": "gpt2"}, None, False)):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        assert settings(eos_token="<|im_end|>", tokenizer_class=name).nfc is nfc
     assert "tokenizer_class 'BertTokenizer'" in refused(settings, tokenizer_class="BertTokenizer")
     assert "add_prefix_space True: a blank" in refused(settings, eos_token="<|im_end|>", add_prefix_space=True)
+    parts = written()
+    assert "add_prefix_space True" in refused(read, tmp_path, parts, add_prefix_space=True)
+    fast = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    assert read(tmp_path, parts, add_prefix_space=True, **fast).encode("the") == [257]
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    assert read(tmp_path, parts, add_prefix_space=True).encode("the") == [257]
 
 
 def test_bytes_without_a_token_are_dropped_from_their_words(tmp_path):
@@ -449,6 +459,7 @@ def says(path, words):
     ({"model__dropout": 0.1}, ["model.dropout 0.1"]),
     ({"model__byte_fallback": True}, ["model.byte_fallback"]),
     ({"normalizer": {"type": "Lowercase"}}, ["normalizer", "Lowercase"]),
+    ({"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "NFD"}]}}, ["normalizer", "NFD"]),
     ({"pre_tokenizer": {"type": "Metaspace"}}, ["pre_tokenizer", "Metaspace"]),
     ({"pre_tokenizer": None}, ["pre_tokenizer"]),
     ({"pre_tokenizer__add_prefix_space": True}, ["add_prefix_space"]),
@@ -471,10 +482,10 @@ def says(path, words):
     ({"model": 3}, ["AttributeError"]),
     ({"model__merges": [["t"], ["th", "e"]]}, ["merge 0"]),
     ({"added_tokens": [{"id": 257, "content": EOS}]}, [f"'{EOS}' has the id 257, as 'the' has"]),
-    ({"added_tokens": [{"id": "258", "content": EOS}]}, ["has the id 258", "not different numbers"]),
+    ({"added_tokens": [{"id": "258", "content": EOS}]}, ['has the id "258"', "not different numbers"]),
     ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": []}}, ["pre_tokenizer {}", "ByteLevel"]),
     ({"post_processor": {"type": "RobertaProcessing", "cls": [EOS, 258], "sep": [EOS, 258]}}, ["RobertaProcessing"]),
-], ids=range(26))
+], ids=range(27))
 def test_what_tiktoken_cannot_do_is_refused(tmp_path, refused, changes, words):
     """By file, key and value, in one line."""
     assert says(tmp_path / "tokenizer.json", words)(refused(read, tmp_path, written(**changes)))
@@ -493,6 +504,7 @@ SPLITS = {
     "GPT-4o": rf"[^\r\n\p{{L}}\p{{N}}]?{WORD}*[\p{{Ll}}\p{{Lm}}\p{{Lo}}\p{{M}}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
               rf"|\p{{N}}{{1,3}}|[^\r\n\p{{L}}\p{{N}}]?{WORD}+| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
     "GPT-2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    "sets": "[\u4e00-\u9fff\u3040-\u30ff]+|" r"[!\"#$%'()*+,./:;=?@\\^_`{|}\-]+|\$+ ?|\p{L}+|\n|[^\p{L}\n]",
     "other": r"(?=the)the?+|(cat|\d+) ?|\p{Han}+|[^\[\]\-a-f&~]{2,}|[\s\S]"}
 
 
@@ -507,12 +519,15 @@ def test_a_split_pattern_gives_the_other_program_s_words(tmp_path, name):
     parts = json.loads(learner.to_str()) | {"pre_tokenizer": split(SPLITS[name])}
     theirs = t.Tokenizer.from_str(json.dumps(parts))
     ours = read(tmp_path, parts | {"added_tokens": [{"id": 900, "content": EOS}]})
-    for text in [*nasty(1000), "123456789", "the 1234cat'S HELLO/\n/x", "[-]--&&~~ab"]:
+    for text in [*nasty(1000), "123456789", "the 1234cat'S HELLO/\n/x", "[-]--&&~~ab", "$$ a.$b\\s {^} \u3042x"]:
         assert ours.encode(text) == theirs.encode(text).ids
 
 
 @pytest.mark.parametrize("pattern, words", [
     ("[^c]+", "leaves out"), ("[^\u3042]+", "leaves out"), ("[\\s\\S]{2}", "leaves out"),
+    (r"((a{0,1000}){1000})|[\s\S]", "very long"), ("(?:ab){2}|[\\s\\S]", "very long"),
+    ("[" + "".join(map(chr, range(0x4E00, 0x5000 + 2000))) + "]|[\\s\\S]", "very long"), ("(" * 1000, "is not one"),
+    ("(" * 900 + "a" + ")" * 900 + "|[\\s\\S]", "is not one"), ("\\<+|[^<]+", "read otherwise"),
     ("a(?!b)|[^a]", "leaves out"), ("(?=ab)|[\\s\\S]", "no characters"),
     ("|[\\s\\S]", "no characters"), ("\\s*|\\S", "no characters"), ("a{,2}|[\\s\\S]", "no characters"),
     ("(?=a)|[\\s\\S]", "no characters"),
@@ -553,9 +568,13 @@ def test_a_name_that_stands_twice_among_many(tmp_path, refused):
 
 def test_a_pipe_is_no_file(tmp_path, refused):
     """Nobody writes into it: reading would never end."""
-    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
+                 "vocab.json", "merges.txt"):
         os.mkfifo(tmp_path / name)
-    assert "vocab.json: cannot be read" in refused(tok.from_folder, tmp_path)
+    assert "vocab.json: cannot be read (it is no file)" in refused(tok.from_folder, tmp_path)
+    os.remove(tmp_path / "vocab.json")
+    (tmp_path / "vocab.json").write_text("{}")
+    assert "merges.txt: cannot be read (it is no file)" in refused(tok.from_folder, tmp_path)
     os.remove(tmp_path / "tokenizer.json")
     (tmp_path / "tokenizer.json").write_text(json.dumps(written()))
     assert tok.from_folder(tmp_path).form is None
