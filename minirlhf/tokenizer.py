@@ -264,7 +264,7 @@ def from_folder(folder, vocab_size=None):
     settings = [_object(os.path.join(folder, name), optional=True) for name in (
         "tokenizer_config.json", "special_tokens_map.json", "config.json", "generation_config.json")]
     kind = _class_of(settings)
-    if settings[0].get("add_prefix_space") and (kind in CLASSES or not os.path.isfile(path)):
+    if settings[0].get("add_prefix_space") and kind in CLASSES:
         fail(f"{folder}/tokenizer_config.json: add_prefix_space {settings[0]['add_prefix_space']!r}: a blank would be "
              "put before every text")
     if os.path.isfile(path):

@@ -1257,7 +1257,7 @@ EXPORT = [
     ("(tokenizer.pattern, tokenizer.nfc) != (tokenizers.QWEN2, True)", "False"),
 ]
 TOKENIZER = [
-    ("and (kind in CLASSES or", "and (True or"),
+    ("and kind in CLASSES:", "and True:"),
     ("[^\\w\\s<>] ) )", "[^\\w\\s] ) )"),
     ("names[0] or names[1] or", "names[0] or"),
     ("\"model_type\", \"gpt2\") != \"gpt2\" else", "\"model_type\", \"gpt2\") == \"\" else"),
@@ -1272,7 +1272,6 @@ TOKENIZER = [
     ("if not all(word[0] for word in found):", "if False:"),
     ("if not SPLIT.match(pattern):", "if False:"),
     ("\"Qwen2Tokenizer\": (QWEN2, True)}", "\"Qwen2Tokenizer\": (QWEN2, False)}"),
-    ("and (kind in CLASSES or not os.path.isfile(path)):", "and kind in CLASSES:"),
     ("[LMNPSZC][a-z]? | Han", "[A-Z][a-z]* | Han"),
     ("-(?!-) | &(?!&)", "-(?!-) | &"),
     ("\", \"special_tokens_map.json\", \"config.json\", \"generation_config.json\")]",

@@ -344,6 +344,16 @@ def test_where_eos_is_named(tmp_path):
         assert tok.from_folder(tmp_path).eos == 258 + n
 
 
+def test_a_template_names_the_eos_of_another_file(tmp_path):
+    """special_tokens_map.json's, as transformers gives it to the template."""
+    names = ("<|im_start|>", "<|im_end|>")
+    parts = written(added_tokens=[{"id": 258 + n, "content": name} for n, name in enumerate(names)])
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": {"content": names[1]}}))
+    own = read(tmp_path, parts, chat_template="{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + "
+               "eos_token + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+    assert own.eos == 259 and own.form is not None and own.form.system is None
+
+
 def test_a_class_without_a_tokenizer_json(tmp_path, refused):
     """vocab.json with merges.txt: Qwen2's class splits by its own pattern and knows NFC, GPT-2's does not; tokens are
     added by two other files."""
@@ -504,6 +514,7 @@ SPLITS = {
     "GPT-4o": rf"[^\r\n\p{{L}}\p{{N}}]?{WORD}*[\p{{Ll}}\p{{Lm}}\p{{Lo}}\p{{M}}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
               rf"|\p{{N}}{{1,3}}|[^\r\n\p{{L}}\p{{N}}]?{WORD}+| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
     "GPT-2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    "dollar": r"[$]+|[^$]{1,3}",
     "sets": "[\u4e00-\u9fff\u3040-\u30ff]+|" r"[!\"#$%'()*+,./:;=?@\\^_`{|}\-]+|\$+ ?|\p{L}+|\n|[^\p{L}\n]",
     "other": r"(?=the)the?+|(cat|\d+) ?|\p{Han}+|[^\[\]\-a-f&~]{2,}|[\s\S]"}
 
