@@ -9,7 +9,7 @@ are read in pieces, each straight to its place, so that they are in memory once;
 
 `export.py` writes such folders, and has the command `python -m minirlhf.pretrained`.
 
-Left out: mapping the file, whose pages would count as memory until the system wants them back.
+Left out: weights that stay in a mapped file, whose pages would count as memory until the system wants them back.
 """
 import contextlib
 import json
@@ -524,11 +524,18 @@ def read_safetensors(path):
 
 
 def read_pickle(path):
-    """torch.save's {name: tensor}, whose shapes are read first. Only tensors and plain values are let in."""
+    """torch.save's {name: tensor}, whose shapes are read first. Only tensors and plain values are let in.
+
+    A zip is mapped, and anew after every 16 MB, for what was read of a mapping counts as memory; an old file, which is
+    none, is read whole.
+    """
+    with open(path, "rb") as f:
+        zipped = f.read(4) == b"PK\3\4"  # as torch decides it
+
     def unpickle(device):
         try:
             with warnings.catch_warnings(action="ignore"):  # of pickles that torch did not write
-                tensors = torch.load(path, map_location=device, weights_only=True)
+                tensors = torch.load(path, map_location=device, weights_only=True, mmap=zipped and device == "cpu")
         except Exception as error:
             lines = str(error).splitlines() or [type(error).__name__]  # in the first of many torch gives its advice
             reason = next((line for line in lines if "unsupported" in line.lower()), lines[0])
@@ -539,7 +546,7 @@ def read_pickle(path):
             fail(f"{path}: holds more than plain tensors by name")
         return {name: t.detach() for name, t in tensors.items() if not IGNORED.fullmatch(name)}
 
-    kinds, tensors = {dtype: kind for kind, dtype in DTYPES.items()}, {}
+    kinds, tensors, read = {dtype: kind for kind, dtype in DTYPES.items()}, {}, 0
 
     def take(name, keep=False):
         if not tensors:
@@ -547,10 +554,16 @@ def read_pickle(path):
         return tensors[name] if keep else tensors.pop(name).float().contiguous()
 
     def pieces(name):
-        return (piece.float() for piece in take(name, keep=True).flatten().split(PIECE))
+        nonlocal read
+        if zipped and read > 16 << 20:
+            tensors.clear()
+            read = 0
+        tensor = take(name, keep=True)
+        read += tensor.nbytes
+        return (piece.float() for piece in tensor.flatten().split(PIECE))
 
-    return {name: Stored(tuple(t.shape), kinds.get(t.dtype, str(t.dtype)), partial(pieces, name), partial(take, name))
-            for name, t in unpickle("meta").items()}
+    return {name: Stored(tuple(t.shape), kinds.get(t.dtype, str(t.dtype)), partial(pieces, name),
+                         None if zipped else partial(take, name)) for name, t in unpickle("meta").items()}
 
 
 def files(path):
