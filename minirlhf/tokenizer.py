@@ -239,7 +239,7 @@ GGUF_PATTERNS = {"gpt-2": PATTERN, "smollm": DIGITS_APART, "qwen2": QWEN2}
 
 # How a tokenizer.json may split: what `tokenizers`, tiktoken and `regex` read alike, so no ^ $ \w \b \< and no sets of
 # sets; and no group that comes more than once, which could take very long
-SPLIT = regex.compile(r"""(?x)
+SPLIT = r"""(?x)
     (?(DEFINE) (?P<escape> \\ (?: [sSdDrnt] | [pP] \{ (?: [LMNPSZC][a-z]? | Han ) \} | [^\w\s<>] ) )
                (?P<set> \[ \^? (?: (?&escape) | [^][\\&~-] | -(?!-) | &(?!&) | ~(?!~) )+ \] )
                (?P<times> [?*+][?+]? | \{ \d+ (?: , \d* )? \} )
@@ -247,7 +247,7 @@ SPLIT = regex.compile(r"""(?x)
                               ) \) \?? ) )
                (?P<item> (?: (?&escape) | (?&set) | [^][\\(){}*+?|^$] ) (?&times)? | (?&group) )
                (?P<either> (?&item)* (?: \| (?&item)* )* ) )
-    (?&either) \Z""")
+    (?&either) \Z"""
 LONGEST = 1 << 27  # the sum of the squares of the tokens' lengths in bytes: half a minute of checks
 
 
@@ -263,8 +263,8 @@ def from_folder(folder, vocab_size=None):
     path = os.path.join(folder, "tokenizer.json")
     settings = [_object(os.path.join(folder, name), optional=True) for name in (
         "tokenizer_config.json", "special_tokens_map.json", "config.json", "generation_config.json")]
-    kind = _class_of(settings)
-    if settings[0].get("add_prefix_space") and kind in CLASSES:
+    reader = _class_of(settings)
+    if settings[0].get("add_prefix_space") and reader in CLASSES:
         fail(f"{folder}/tokenizer_config.json: add_prefix_space {settings[0]['add_prefix_space']!r}: a blank would be "
              "put before every text")
     if os.path.isfile(path):
@@ -286,16 +286,11 @@ def from_folder(folder, vocab_size=None):
     else:
         path, merges_path = os.path.join(folder, "vocab.json"), os.path.join(folder, "merges.txt")
         vocab, opening, ignore_merges = _object(path), None, False
-        if kind not in CLASSES:
-            fail(f"{folder}/tokenizer_config.json: tokenizer_class {kind!r}: without a tokenizer.json only "
-                 f"{' and '.join(CLASSES)} are known")
-        pattern, nfc = CLASSES[kind]
-        try:
-            check_file(merges_path)
-            with open(merges_path, encoding="utf-8") as f:
-                lines = [line for line in f.read().split("\n") if line and not line.startswith("#version")]
-        except (OSError, ValueError) as error:
-            fail(f"{merges_path}: cannot be read ({getattr(error, 'strerror', None) or error})")
+        if reader not in CLASSES:
+            fail(f"{folder}: tokenizer_class {reader!r}: without a tokenizer.json only {' and '.join(CLASSES)} are "
+                 "known")
+        pattern, nfc = CLASSES[reader]
+        lines = [line for line in _text(merges_path).split("\n") if line and not line.startswith("#version")]
         merges = [tuple(line.split(" ")) for line in lines]
         joined = {"".join(pair) for pair in merges}
         special = {token: i for token, i in vocab.items() if token not in joined and token not in BYTE_OF}
@@ -325,22 +320,18 @@ def from_folder(folder, vocab_size=None):
 
 def _class_of(settings):
     """The class of transformers that reads a folder: a Qwen's always, else the one that is named."""
-    if settings[2].get("model_type") in ("qwen2", "qwen3"):
+    family = settings[2].get("model_type", "gpt2")
+    if family in ("qwen2", "qwen3"):
         return "Qwen2Tokenizer"
-    names = [setting.get("tokenizer_class") for setting in (settings[0], settings[2])]
-    return str(names[0] or names[1] or ("" if settings[2].get("model_type", "gpt2") != "gpt2" else "GPT2Tokenizer")
-               ).removesuffix("Fast")
+    usual = "GPT2Tokenizer" if family == "gpt2" else ""
+    return str(settings[0].get("tokenizer_class") or settings[2].get("tokenizer_class") or usual).removesuffix("Fast")
 
 
 def template_in(folder, settings):
     """A folder's chat template: the file's, or tokenizer_config.json's, the default one of several; or None."""
     path, template = os.path.join(folder, "chat_template.jinja"), settings.get("chat_template")
     if os.path.isfile(path):
-        try:
-            with open(path, encoding="utf-8") as f:
-                return f.read()
-        except (OSError, ValueError) as error:
-            fail(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})")
+        return _text(path)
     if isinstance(template, list):
         template = {named.get("name"): named.get("template") for named in template if isinstance(named, dict)}
         return template.get("default")
@@ -536,7 +527,7 @@ def _checked(pattern, path):
         fail(f"{shown} leaves out some characters")
     if not all(word[0] for word in found):
         fail(f"{shown} finds a word of no characters")
-    if not SPLIT.match(pattern):
+    if not regex.match(SPLIT, pattern):
         fail(f"{shown} holds what tiktoken may read otherwise than other programs, or what could take very long")
     return pattern
 
@@ -585,10 +576,20 @@ def understanding(path):
         fail(f"{path}: not a tokenizer that is understood: {type(error).__name__}: {reason}")
 
 
-def check_file(path):
-    """Raises OSError for what is no file: reading a pipe would never end."""
+def _open(path):
+    """A text file. Raises OSError for what is none: reading a pipe would never end."""
     if os.path.exists(path) and not os.path.isfile(path):
         raise OSError(0, "it is no file", path)
+    return open(path, encoding="utf-8")
+
+
+def _text(path):
+    """What is in a file. Exits 2 where it cannot be read."""
+    try:
+        with _open(path) as f:
+            return f.read()
+    except (OSError, ValueError) as error:
+        fail(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})")
 
 
 def _object(path, optional=False):
@@ -596,8 +597,7 @@ def _object(path, optional=False):
     if optional and not os.path.isfile(path):
         return {}
     try:
-        check_file(path)
-        with open(path, encoding="utf-8") as f:
+        with _open(path) as f:
             found = json.load(f)
     except OSError as error:
         fail(f"{path}: cannot be read ({error.strerror})")

@@ -1257,10 +1257,10 @@ EXPORT = [
     ("(tokenizer.pattern, tokenizer.nfc) != (tokenizers.QWEN2, True)", "False"),
 ]
 TOKENIZER = [
-    ("and kind in CLASSES:", "and True:"),
+    ("and reader in CLASSES:", "and True:"),
     ("[^\\w\\s<>] ) )", "[^\\w\\s] ) )"),
-    ("names[0] or names[1] or", "names[0] or"),
-    ("\"model_type\", \"gpt2\") != \"gpt2\" else", "\"model_type\", \"gpt2\") == \"\" else"),
+    ('or settings[2].get("tokenizer_class") or', "or"),
+    ('"GPT2Tokenizer" if family == "gpt2" else ""', '""'),
     ("if any(step.get(\"type\") != \"NFC\" for step in steps):", "if steps and steps[0].get(\"type\") != \"NFC\":"),
     ("return r\"\\Z\" if found[0] == \"$\" else", "return r\"\\Z\" if \"$\" in found[0] else"),
     ("(settings[1] | settings[0]).items()", "settings[0].items()"),
@@ -1270,7 +1270,7 @@ TOKENIZER = [
     ("special |= _object(os.path.join(folder, \"added_tokens.json\"), optional=True)", "pass"),
     ("for b in (\"\", *some, *named[:50])]", "for b in (\"\",)]"),
     ("if not all(word[0] for word in found):", "if False:"),
-    ("if not SPLIT.match(pattern):", "if False:"),
+    ("if not regex.match(SPLIT, pattern):", "if False:"),
     ("\"Qwen2Tokenizer\": (QWEN2, True)}", "\"Qwen2Tokenizer\": (QWEN2, False)}"),
     ("[LMNPSZC][a-z]? | Han", "[A-Z][a-z]* | Han"),
     ("-(?!-) | &(?!&)", "-(?!-) | &"),
