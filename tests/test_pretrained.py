@@ -215,6 +215,28 @@ def test_where_a_rotation_s_speed_is_named(folder, place):
     check(pretrained.load(path)[0], model)
 
 
+def test_heads_of_their_own_size(refused):
+    """head_dim need not be hidden_size / num_attention_heads, nor that a whole or even number."""
+    config = {"model_type": "llama", "num_attention_heads": 4, "num_hidden_layers": 1, "vocab_size": 9,
+              "max_position_embeddings": 8, "intermediate_size": 8}
+
+    def sizes(**more):
+        return pretrained.sizes(pretrained.Values(config | more, "config.json"))
+
+    assert [sizes(hidden_size=size, head_dim=6).head_size for size in (16, 18, 20)] == [6, 6, 6]
+    assert "head_dim 5: heads of 5: the size must be even" in refused(sizes, hidden_size=16, head_dim=5)
+    assert "hidden_size 20: heads of 5" in refused(sizes, hidden_size=20)
+    assert "num_attention_heads 4: must divide hidden_size, 18" in refused(sizes, hidden_size=18)
+
+
+def test_rotations_at_two_speeds(refused):
+    """Also where one of them is the usual one."""
+    for one, other in ((10000.0, 50.0), (50.0, 10000.0)):
+        config = {"model_type": "llama", "rope_theta": one, "rope_parameters": {"rope_theta": other}}
+        values = pretrained.Values(config, "config.json")
+        assert "rope_parameters.rope_theta" in refused(pretrained.sizes, values)
+
+
 def test_what_is_no_parameter_stands_in_an_index(folder):
     """Of a pickle's shards, as older versions of transformers left it."""
     path, model = folder("llama")

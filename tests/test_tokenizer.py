@@ -349,9 +349,18 @@ def test_a_template_names_the_eos_of_another_file(tmp_path):
     names = ("<|im_start|>", "<|im_end|>")
     parts = written(added_tokens=[{"id": 258 + n, "content": name} for n, name in enumerate(names)])
     (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": {"content": names[1]}}))
-    own = read(tmp_path, parts, chat_template="{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + "
-               "eos_token + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+    template = ("{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + eos_token + '\n' }}{% endfor %}"
+                "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+    own = read(tmp_path, parts, chat_template=template)
     assert own.eos == 259 and own.form is not None and own.form.system is None
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": {"content": names[0]}}))
+    own = read(tmp_path, parts, chat_template=template, eos_token=names[1])  # which comes first
+    assert own.eos == 259 and own.form is not None
+
+
+def test_normalizers_one_after_another(tmp_path):
+    for steps, nfc in (([], False), ([{"type": "NFC"}], True)):
+        assert read(tmp_path, written(normalizer={"type": "Sequence", "normalizers": steps})).nfc is nfc
 
 
 def test_a_class_without_a_tokenizer_json(tmp_path, refused):
@@ -377,6 +386,7 @@ def test_a_class_without_a_tokenizer_json(tmp_path, refused):
     for config, name, nfc in (({"model_type": "qwen3"}, None, True), ({"model_type": "qwen2"}, "GPT2Tokenizer", True),
                               ({"model_type": "llama", "tokenizer_class": "Qwen2Tokenizer"}, None, True),
                               ({"model_type": "llama"}, "GPT2TokenizerFast", False),
+                              ({"model_type": "llama", "tokenizer_class": "Qwen2Tokenizer"}, "GPT2Tokenizer", False),
                               ({"model_type": "gpt2"}, None, False)):
         (tmp_path / "config.json").write_text(json.dumps(config))
         assert settings(eos_token="<|im_end|>", tokenizer_class=name).nfc is nfc
@@ -441,6 +451,8 @@ def test_what_opens_a_row(tmp_path, refused):
         assert own.encode_prompt("<s>")[:2] == [300, ord("<")]
     numbered = template | {"special_tokens": {"<s>": {"id": "<s>", "ids": [258], "tokens": ["<s>"]}}}
     assert read(tmp_path, parts | {"post_processor": numbered}).opening == 258
+    numbered["special_tokens"]["<s>"]["ids"] = [258, 300]
+    assert "opens a text with 2 tokens, [258, 300]" in refused(read, tmp_path, parts | {"post_processor": numbered})
     two = template | {"single": [{"SpecialToken": {"id": "<s>"}}, *template["single"]]}
     assert "opens a text with 2 tokens, [300, 300]" in refused(read, tmp_path, parts | {"post_processor": two})
     own = read(tmp_path, parts, bos_token="<s>")
@@ -455,6 +467,8 @@ def test_special_tokens_beyond_the_model_are_left_out(tmp_path, refused):
     assert read(tmp_path, parts).vocab_size == 301
     own = tok.from_folder(tmp_path, 259)
     assert own.special == {EOS: 258} and own.vocab_size == 259
+    assert "'the' has the id 257: the tokens' ids are not different numbers from 0 to 256" in refused(
+        tok.from_folder, tmp_path, 257)
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<pad>"}')
     (tmp_path / "config.json").write_text('{"eos_token_id": 258}')
     assert "eos_token is 300" in refused(tok.from_folder, tmp_path, 259)
