@@ -1213,6 +1213,9 @@ ADAPTERS = [  # with their files: what learns, what is shared, what lies below, 
     ("minirlhf/checkpoint.py", "        entries.append(entry)\n", ""),  # a chain forgets what it stands on
 ]
 PRETRAINED = [
+    ("if theta not in (0, own):", "if theta not in (0, own, 10000.0):"),
+    ("if not head_size and n_embd % n_head:", "if n_embd % n_head:"),
+    ("if (head_size or n_embd // n_head) % 2:", "if (n_embd // n_head) % 2:"),
     ("own = inner.number(\"rope_theta\", theta, float)", "own = theta"),
     ("if theta not in (0, own):", "if False:"),
     ("values.must_be(\"is_causal\", (True,)", "values.must_be(\"is_causal\", (True, False)"),
@@ -1257,6 +1260,12 @@ EXPORT = [
     ("(tokenizer.pattern, tokenizer.nfc) != (tokenizers.QWEN2, True)", "False"),
 ]
 TOKENIZER = [
+    ("(settings[1] | settings[0]).items()", "(settings[0] | settings[1]).items()"),
+    ("str(settings[0].get(\"tokenizer_class\") or settings[2].get(\"tokenizer_class\")",
+     "str(settings[2].get(\"tokenizer_class\") or settings[0].get(\"tokenizer_class\")"),
+    ("name: token[\"ids\"] for name", "name: token[\"ids\"][:1] for name"),
+    ("return bool(steps)", "return bool(normalizer)"),
+    ("not 0 <= i < size or i in holders", "not 0 <= i <= size or i in holders"),
     ("and reader in CLASSES:", "and True:"),
     ("[^\\w\\s<>] ) )", "[^\\w\\s] ) )"),
     ('or settings[2].get("tokenizer_class") or', "or"),
